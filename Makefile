@@ -1,0 +1,65 @@
+# Every target sets itself up. `make test PYTHON=python3.13` uses another Python, each in its own environment;
+# `make test ARGS="-k scan"` hands arguments on.
+
+PYTHON ?= python3
+ARGS ?=
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv/$(VERSION)
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
+PYTEST := $(RUN) -m pytest -n 2
+
+.PHONY: help demo test test-all lint format types bench docs clean
+
+help:
+	@echo 'make demo      train a net on MNIST, save it, continue it'
+	@echo 'make test      the tests (test-all: the slow ones too)'
+	@echo 'make lint      ruff (format: let ruff rewrite the files)'
+	@echo 'make types     mypy --strict'
+	@echo 'make docs      run the examples in docstrings, README.md and docs/'
+	@echo 'make bench     time a call of a jitted step'
+	@echo 'make clean     remove all that these targets made'
+	@echo 'Options: PYTHON=python3.13, ARGS="..."'
+
+demo: $(READY)
+	$(RUN) examples/mnist.py $(ARGS)
+
+test: $(READY)
+	$(PYTEST) $(ARGS)
+
+test-all: $(READY)
+	$(PYTEST) -m "" $(ARGS)
+
+docs: $(READY)
+	$(PYTEST) tests/test_docs.py $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check $(ARGS) .
+	$(RUN) -m ruff format --check .
+
+format: $(READY)
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+
+types: $(READY)
+	$(RUN) -m mypy $(ARGS)
+
+bench: $(READY)
+	$(RUN) benchmarks/dispatch.py $(ARGS)
+
+# The environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
+	@echo 'Setting up $(VENV) (once)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,93 @@
+"""The only file that touches JAX internals; everything else uses public JAX.
+
+Each name says which internal it stands for and why there is no public way. Both JAX 0.10 and 0.12 have them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.extend.core
+from jax._src import core, traceback_util
+from jax._src.interpreters import batching, partial_eval
+from jax._src.sharding_impls import UNSPECIFIED
+
+__all__ = [
+    "EVAL_TRACE",
+    "UNSPECIFIED",
+    "Trace",
+    "at_trace",
+    "current_trace",
+    "has_host_callback",
+    "hide_frames",
+    "is_batched",
+    "is_staging",
+    "raw_transform_name",
+    "weak_trace",
+]
+
+Trace = core.Trace
+
+# `get_opaque_trace_state` is the public twin of `trace_ctx.trace`, three times slower, and it cannot tell
+# which kind of transform is tracing.
+_context = core.trace_ctx
+EVAL_TRACE = core.eval_trace
+
+
+def current_trace() -> Any:
+    """The trace that JAX operations of this thread go to now; `EVAL_TRACE` outside all transforms."""
+    return _context.trace
+
+
+def weak_trace(trace: Any) -> Any:
+    """A weak reference to a trace: a strong one would look like a leak to `jax.checking_leaks`."""
+    return trace._weakref
+
+
+@contextlib.contextmanager
+def at_trace(trace: Any) -> Iterator[None]:
+    """Run operations at an enclosing trace, so that their results belong to it."""
+    with jax.extend.core.set_current_trace(trace):
+        yield
+
+
+def is_staging(trace: Any) -> bool:
+    """Whether the trace builds a program that JAX may reuse (jit, scan, while, cond, checkpoint)."""
+    return isinstance(trace, partial_eval.DynamicJaxprTrace)
+
+
+_RAW_NAMES = {
+    "DynamicJaxprTrace": "jax.jit, jax.lax control flow or jax.checkpoint",
+    "LinearizeTrace": "jax.grad, jax.vjp or jax.linearize",
+    "JVPTrace": "jax.jvp or jax.grad",
+    "BatchTrace": "jax.vmap",
+}
+
+
+def raw_transform_name(trace: Any) -> str:
+    """The raw JAX transforms that make this kind of trace, for messages."""
+    return _RAW_NAMES.get(type(trace).__name__, type(trace).__name__)
+
+
+def is_batched(value: Any, trace: Any) -> bool:
+    """Whether `value` differs per lane of the `jax.vmap` that made `trace`."""
+    return isinstance(value, batching.BatchTracer) and value._trace is trace and value.batch_dim is not None
+
+
+def has_host_callback(jaxpr: Any) -> bool:
+    """Whether a program calls back into Python code of the user's (a debug print does not count)."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("pure_callback", "io_callback", "debug_callback"):
+            return True
+        for inner in core.jaxprs_in_params(equation.params):
+            if has_host_callback(inner):
+                return True
+    return False
+
+
+def hide_frames(folder: str) -> None:
+    """Leave the frames of files under `folder` out of the tracebacks that JAX filters."""
+    traceback_util.register_exclusion(folder)

@@ -1,0 +1,364 @@
+"""The graph of a model: walking it, and its static description.
+
+`Encoder` walks over modules, containers and cells and writes down everything but the values, as nested tuples; `decode`
+builds it again around given cells. That one description serves as the `GraphDef` of `split` and `merge`, the structure
+of a module as a pytree, the key under which compiled programs are kept, and the note of what a traced function built.
+
+Modules, lists and dicts are numbered at their first visit, and so are cells; a later visit is a reference to the
+number. So sharing and cycles are part of the description. Attributes are visited in the order of their names.
+
+A specification is a tuple that starts with a letter::
+
+    ("m", class, ((name, spec), ...))   a module            ("v", number, cell spec)   a cell, first visit
+    ("l" | "d", items)                  a list, a dict      ("c", number)              a cell, later visit
+    ("t", class, items)                 a tuple             ("r", number)              a numbered object, later visit
+    ("w", static, child)                a transformed node  ("s", static)              a static value
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+from mutatis import transactions
+from mutatis.cells import UNSET, Cell
+from mutatis.errors import StructureError
+from mutatis.filters import Filter, Path
+from mutatis.modules import Module, Wrapped, is_node, on_new_class
+from mutatis.statics import Static, StaticObject
+from mutatis.variables import Variable, detached
+
+Spec: TypeAlias = tuple[Any, ...]
+
+
+def show_path(path: Path) -> str:
+    """A path as it would be written in Python.
+
+    Example:
+      >>> show_path(("blocks", 0, "norm", "mean"))
+      'blocks[0].norm.mean'
+    """
+    text = ""
+    for part in path:
+        if isinstance(part, str) and part.isidentifier() and not keyword.iskeyword(part):
+            text += f".{part}" if text else part
+        else:
+            text += f"[{part!r}]"
+    return text
+
+
+class Encoder:
+    """A walk over a graph that numbers what it meets and describes it.
+
+    Args:
+      thread: whether what a module merely refers to (an optimizer: its model) is walked over too. It is for
+        transforms, which have to thread it, and not for `mu.state`.
+    """
+
+    def __init__(self, *, thread: bool = False) -> None:
+        self.thread = thread
+        self.cells: dict[Variable, int] = {}
+        self.paths: list[Path] = []
+        self.objects: list[Any] = []  # modules, lists and dicts, by number
+        self.object_paths: list[Path] = []
+        self._numbers: dict[int, int] = {}
+        self._later: list[tuple[int, str, Any, Path]] = []
+        self._keep: list[Any] = []
+
+    def know(self, other: Encoder) -> None:
+        """Start from what another walk has numbered."""
+        self.cells = dict(other.cells)
+        self.paths = list(other.paths)
+        self.objects = list(other.objects)
+        self.object_paths = list(other.object_paths)
+        self._numbers = dict(other._numbers)
+
+    def encode(self, value: Any, path: Path = ()) -> Spec:
+        """The specification of a value."""
+        if isinstance(value, Variable):
+            return self._cell(value, path)
+        if isinstance(value, Module):
+            return self._module(value, path)
+        if isinstance(value, Wrapped):
+            return ("w", Static(value.remake), self.encode(value.__wrapped__, path))
+        kind = type(value)
+        if kind is list or kind is dict:
+            number = self._numbers.get(id(value))
+            if number is not None:
+                return ("r", number)
+            self._number(value, path)
+            return ("l", self._items(value, path)) if kind is list else ("d", self._entries(value, path))
+        if isinstance(value, tuple):
+            return ("t", kind, self._items(value, path))
+        return ("s", Static(value))
+
+    def finish(self) -> tuple[Spec, ...]:
+        """Describe what modules refer to without owning it; the last step of a walk."""
+        tail = []
+        while self._later:
+            owner, name, value, path = self._later.pop()
+            if self.thread or id(value) in self._numbers:
+                tail.append((owner, name, self.encode(value, path)))
+            else:
+                tail.append((owner, name, ("s", Static(StaticObject(value)))))
+        return tuple(tail)
+
+    def known(self, obj: Any) -> int | None:
+        """The number of a module, list or dict that was met."""
+        return self._numbers.get(id(obj))
+
+    def _number(self, obj: Any, path: Path) -> int:
+        number = len(self.objects)
+        self.objects.append(obj)
+        self.object_paths.append(path)
+        self._numbers[id(obj)] = number
+        return number
+
+    def _module(self, module: Module, path: Path) -> Spec:
+        number = self._numbers.get(id(module))
+        if number is not None:
+            return ("r", number)
+        number = self._number(module, path)
+        attributes = module.__dict__
+        references = getattr(type(module), "_references_", ())
+        entries = []
+        for name in sorted(attributes):
+            value = attributes[name]
+            if name in references:
+                self._later.append((number, name, value, (*path, name)))
+            else:
+                entries.append((name, self.encode(value, (*path, name))))
+        return ("m", type(module), tuple(entries))
+
+    def _cell(self, cell: Variable, path: Path) -> Spec:
+        number = self.cells.get(cell)
+        if number is not None:
+            return ("c", number)
+        number = len(self.cells)
+        self.cells[cell] = number
+        self.paths.append(path)
+        return ("v", number, cell_spec(cell))
+
+    def _items(self, items: Sequence[Any], path: Path) -> Spec:
+        return tuple(self.encode(item, (*path, index)) for index, item in enumerate(items))
+
+    def _entries(self, items: dict[Any, Any], path: Path) -> Spec:
+        keys = sorted(items) if all(type(key) is str for key in items) else list(items)
+        return tuple((Static(key), self.encode(items[key], (*path, key))) for key in keys)
+
+
+def cell_spec(cell: Variable) -> Spec:
+    """What of a cell is static."""
+    return (
+        type(cell),
+        cell.name,
+        None if cell.sharding is None else Static(cell.sharding),
+        cell.fixed,
+        cell._frozen,
+        cell._behind,
+        None if cell._init is None else Static(cell._init),
+        Static(cell.metadata) if cell.metadata else None,
+    )
+
+
+def make_cell(spec: Spec) -> Variable:
+    """A cell without a value, from its specification."""
+    kind, name, sharding, fixed, frozen, behind, init, metadata = spec
+    cell: Variable = detached(kind)
+    cell.name, cell.fixed, cell._frozen, cell._behind = name, fixed, frozen, behind
+    cell.sharding = None if sharding is None else sharding.value
+    cell._init = None if init is None else init.value
+    cell.metadata = {} if metadata is None else dict(metadata.value)
+    return cell
+
+
+class Decoder:
+    """Builds objects from specifications.
+
+    Args:
+      cells: the cells by number; `None` where one has yet to be made.
+      objects: what was numbered before, by number; what is built is appended.
+      make: makes a cell from its specification.
+    """
+
+    def __init__(
+        self,
+        cells: list[Any],
+        objects: list[Any] | None = None,
+        make: Callable[[int, Spec], Any] | None = None,
+    ) -> None:
+        self.cells = cells
+        self.objects = [] if objects is None else objects
+        self.make = make
+
+    def decode(self, spec: Spec) -> Any:
+        """The value that a specification describes."""
+        letter = spec[0]
+        if letter == "s":
+            return spec[1].value
+        if letter == "v":
+            number = spec[1]
+            if self.make is not None and (number >= len(self.cells) or self.cells[number] is None):
+                self.cells.extend([None] * (number + 1 - len(self.cells)))
+                self.cells[number] = self.make(number, spec[2])
+            return self.cells[number]
+        if letter == "c":
+            return self.cells[spec[1]]
+        if letter == "r":
+            return self.objects[spec[1]]
+        if letter == "m":
+            module = spec[1].__new__(spec[1])
+            self.objects.append(module)
+            module.__setstate__({name: self.decode(inner) for name, inner in spec[2]})
+            return module
+        if letter == "l":
+            items: list[Any] = []
+            self.objects.append(items)
+            items.extend(self.decode(inner) for inner in spec[1])
+            return items
+        if letter == "d":
+            entries: dict[Any, Any] = {}
+            self.objects.append(entries)
+            entries.update((key.value, self.decode(inner)) for key, inner in spec[1])
+            return entries
+        if letter == "t":
+            parts = [self.decode(inner) for inner in spec[2]]
+            return spec[1](*parts) if hasattr(spec[1], "_fields") else spec[1](parts)
+        return spec[1].value(self.decode(spec[2]))  # "w"
+
+    def refer(self, tail: tuple[Spec, ...]) -> None:
+        """Put in what modules refer to."""
+        for owner, name, spec in tail:
+            value = self.decode(spec)
+            self.objects[owner].__dict__[name] = value.value if isinstance(value, StaticObject) else value
+
+
+class GraphDef:
+    """The static rest of a model: types, names, static values and sharing, without values.
+
+    Hashable, holds no arrays, and equal for models of equal structure.
+    """
+
+    __slots__ = ("_hash", "paths", "spec", "tail")
+
+    def __init__(self, spec: Spec, tail: tuple[Spec, ...], paths: tuple[Path, ...]) -> None:
+        self.spec = spec
+        self.tail = tail
+        self.paths = paths
+        self._hash = hash((spec, tail))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GraphDef):
+            return NotImplemented
+        return self._hash == other._hash and self.spec == other.spec and self.tail == other.tail
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        kind = self.spec[1].__name__ if self.spec[0] == "m" else "tree"
+        return f"GraphDef({kind}, {len(self.paths)} states)"
+
+    def build(self, cells: list[Any], make: Callable[[int, Spec], Any] | None = None) -> Any:
+        """The model around these cells."""
+        decoder = Decoder(cells, None, make)
+        root = decoder.decode(self.spec)
+        decoder.refer(self.tail)
+        return root
+
+
+def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
+    """The static description of a node, and its cells in the order of their numbers."""
+    encoder = Encoder()
+    with transactions.structure_lock:
+        spec = encoder.encode(check_node(node))
+        tail = encoder.finish()
+    return GraphDef(spec, tail, tuple(encoder.paths)), list(encoder.cells)
+
+
+def check_node(node: Any) -> Any:
+    """The node itself, if it is a Module, a Variable or a pytree of them.
+
+    Raises:
+      StructureError: it is something else.
+    """
+    if is_node(node) or isinstance(node, list | tuple | dict):
+        return node
+    raise StructureError(
+        f"{type(node).__name__} is not a node",
+        expected="a Module, a Variable, or a list, tuple or dict of them",
+        got=f"{node!r:.60}",
+        cure="Write a model as `class Net(mu.Module)`; for a plain dict of arrays use `mu.State.from_flat`.",
+    )
+
+
+def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
+    """The live cells of a node by path, each at its first place.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: a cell is given if any of them selects it; all are, if there are none.
+
+    Example:
+      >>> import mutatis as mu
+      >>> [*mu.variables({"a": mu.Param(1.0), "b": mu.Cache(2.0)}, mu.Param)]
+      [('a',)]
+    """
+    from_filters = _any(filters)
+    encoder = Encoder()
+    with transactions.structure_lock:
+        encoder.encode(check_node(node))
+    pairs = zip(encoder.paths, encoder.cells, strict=True)
+    return {path: cell for path, cell in pairs if from_filters is None or from_filters(path, cell)}
+
+
+def submodules(node: Any) -> Iterator[tuple[Path, Module]]:
+    """The modules of a node by path, the node itself first."""
+    encoder = Encoder()
+    with transactions.structure_lock:
+        encoder.encode(check_node(node))
+    for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
+        if isinstance(obj, Module):
+            yield path, obj
+
+
+def _any(filters: tuple[Any, ...]) -> Filter | None:
+    from mutatis.filters import as_filter
+
+    return as_filter(filters) if filters else None
+
+
+# -- a Module is one pytree node --------------------------------------------------------------------------------
+
+
+def _register(cls: type[Module]) -> None:
+    def flatten(module: Module) -> tuple[list[Any], GraphDef]:
+        definition, cells = describe_graph(module)
+        return [_raw(cell) for cell in cells], definition
+
+    def flatten_with_keys(module: Module) -> tuple[list[tuple[Any, Any]], GraphDef]:
+        children, definition = flatten(module)
+        keys = [jax.tree_util.GetAttrKey(show_path(path)) for path in definition.paths]
+        return list(zip(keys, children, strict=True)), definition
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, _unflatten, flatten)
+
+
+def _raw(cell: Cell) -> Any:
+    return transactions.read(cell) if transactions.holds_value(cell) else UNSET
+
+
+def _unflatten(definition: GraphDef, children: Sequence[Any]) -> Any:
+    def make(number: int, spec: Spec) -> Variable:
+        cell = make_cell(spec)
+        cell._frozen = "detached"
+        transactions.place(cell, children[number])
+        return cell
+
+    return definition.build([None] * len(definition.paths), make)
+
+
+on_new_class(_register)

@@ -1,0 +1,335 @@
+"""Modules: plain Python objects whose attributes are states, other modules, containers and static values.
+
+The attributes live in the ordinary instance dictionary. `__setattr__` does three things on the way there: an array
+becomes a `Buffer` behind the attribute; what is assigned over a state is written to it; and a change of structure is
+noted, so that a failing transform can undo it and compiled programs can notice it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import numpy as np
+
+from mutatis import transactions
+from mutatis.cells import structure
+from mutatis.errors import StaticAttributeError, StructureError
+from mutatis.statics import StaticObject, check_static, static_key
+from mutatis.variables import Buffer, Variable
+
+M = TypeVar("M", bound="Module")
+
+
+class Wrapped:
+    """A transformed function or module. As an attribute it is a node with one child, which paths skip.
+
+    `remake`, called with a child, gives the same transform around it; as a static value it stands for the transform.
+    """
+
+    __wrapped__: Any
+    remake: Callable[..., Any]
+    _mutatis_node_: ClassVar[bool] = True
+
+
+class Module:
+    """Base class of models and layers. Assign states, modules and static values as attributes, in any order.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> class Counter(mu.Module):
+      ...     def __init__(self):
+      ...         self.count = mu.Variable(0)
+      ...     def __call__(self):
+      ...         self.count += 1
+      ...         return self.count.value
+      >>> counter = mu.jit(Counter())
+      >>> [int(counter()) for _ in range(3)]
+      [1, 2, 3]
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_watched")
+    _mutatis_node_: ClassVar[bool] = True
+    _watched: bool  # whether a compiled program took this module's structure for granted
+
+    def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
+        self = object.__new__(cls)
+        object.__setattr__(self, "_watched", False)
+        return self
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # `@dataclass` fills in what it does not find here; modules compare and hash by identity.
+        for name in ("__eq__", "__hash__", "__repr__"):
+            if name not in cls.__dict__:
+                setattr(cls, name, getattr(cls, name))
+        for hook in _on_new_class:
+            hook(cls)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self) >> 4
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get(name, transactions.ABSENT)
+        if value is old:
+            return
+        if isinstance(old, Variable) and _is_array_like(value):
+            old.set(value)
+            return
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+            return
+        self._set_structure(name, self._admit(name, value, old))
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self._note(name, self.__dict__[name])
+        del self.__dict__[name]
+
+    def _set_structure(self, name: str, value: Any) -> None:
+        """Set an attribute that is not a write to a state."""
+        self._note(name, self.__dict__.get(name, transactions.ABSENT))
+        self.__dict__[name] = value
+
+    def _note(self, name: str, old: Any) -> None:
+        tx = transactions.current()
+        if tx is not None:
+            tx.note(self, name, old)
+        if self._watched:
+            structure.epoch += 1
+
+    def _admit(self, name: str, value: Any, old: Any) -> Any:
+        """What is stored for a value; refuses what cannot be part of a model."""
+        if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            buffer = Buffer(value)
+            buffer._behind = True
+            _install_array_attribute(type(self), name)
+            return buffer
+        if isinstance(value, StaticObject):
+            _install_static_attribute(type(self), name)
+            return value
+        if isinstance(value, Variable | Module | Wrapped):
+            return value
+        if isinstance(value, list | tuple | dict):
+            self._check_container(name, value)
+            return value
+        check_static(value, type(self).__name__, name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            self._check_counting(name, value, old)
+        return value
+
+    def _check_counting(self, name: str, value: Any, old: Any) -> None:
+        tx = transactions.current()
+        if tx is None or not tx.compiled or not isinstance(old, int | float) or isinstance(old, bool):
+            return
+        if static_key(old) != static_key(value):
+            raise StaticAttributeError(
+                f"`{type(self).__name__}.{name}` is a plain number and was changed inside a compiled transform",
+                path=f"{type(self).__name__}.{name}",
+                where=transactions.where(),
+                expected=repr(old),
+                got=repr(value),
+                cure="It would compile another program on each call. Make it a state: "
+                f"`self.{name} = mu.Variable({old!r})`, which `self.{name} += 1` then writes.",
+            )
+
+    def _check_container(self, name: str, value: Any) -> None:
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, jax.Array | np.ndarray):
+                owner = type(self).__name__
+                raise StructureError(
+                    f"`{owner}.{name}` is a {type(value).__name__} of bare arrays",
+                    path=f"{owner}.{name}",
+                    expected="Variables, Modules, static values, or containers of these",
+                    got=type(item).__name__,
+                    cure=f"Say what kind of state they are: `self.{name} = [mu.Param(x) for x in arrays]`, "
+                    f"or hold them in one state: `self.{name} = mu.Variable(arrays)`.",
+                )
+            if isinstance(item, list | tuple | dict):
+                self._check_container(name, item)
+            elif not isinstance(item, Variable | Module | Wrapped | StaticObject):
+                check_static(item, type(self).__name__, name)
+
+    # -- mode ------------------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> str:
+        """``"train"`` or ``"eval"``: what dropout, batch norm and whatever listens go by."""
+        return str(self.__dict__.get("_mode", "train"))
+
+    @mode.setter
+    def mode(self, mode: str) -> None:
+        if mode not in ("train", "eval"):
+            raise StructureError(
+                f"`{type(self).__name__}.mode` cannot be {mode!r}",
+                path=f"{type(self).__name__}.mode",
+                expected='"train" or "eval"',
+                got=repr(mode),
+                cure="The attribute `mode` says how layers behave; give yours another name.",
+            )
+        if mode != self.mode:
+            if mode == "eval":
+                self._set_structure("_mode", "eval")
+            else:
+                self._note("_mode", self.__dict__["_mode"])
+                del self.__dict__["_mode"]
+
+    def train(self: M) -> M:
+        """Set the mode of this module and all its submodules to ``"train"``."""
+        return self._set_modes("train")
+
+    def eval(self: M) -> M:
+        """Set the mode of this module and all its submodules to ``"eval"``."""
+        return self._set_modes("eval")
+
+    def _set_modes(self: M, mode: str) -> M:
+        pending: list[Any] = [self]
+        seen: set[int] = set()
+        while pending:
+            item = pending.pop()
+            if id(item) in seen:
+                continue
+            seen.add(id(item))
+            if isinstance(item, Module):
+                item.mode = mode
+                pending.extend(v for k, v in item.__dict__.items() if k not in getattr(type(item), "_references_", ()))
+            elif isinstance(item, list | tuple | dict):
+                pending.extend(item.values() if isinstance(item, dict) else item)
+            elif isinstance(item, Wrapped):
+                pending.append(item.__wrapped__)
+        return self
+
+    # -- as a Python object ----------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name, value in state.items():
+            if isinstance(value, Variable) and value._behind:
+                _install_array_attribute(type(self), name)
+            elif isinstance(value, StaticObject):
+                _install_static_attribute(type(self), name)
+
+    def __reduce__(self) -> Any:
+        return _new_module, (type(self),), self.__getstate__()
+
+    def __repr__(self) -> str:
+        return "\n".join(_tree_lines(self, "", set()))
+
+
+_on_new_class: list[Callable[[type[Module]], None]] = []
+
+
+def on_new_class(hook: Callable[[type[Module]], None]) -> None:
+    """Call a function with Module and each subclass made so far and later."""
+    _on_new_class.append(hook)
+    pending = [Module]
+    while pending:
+        cls = pending.pop()
+        hook(cls)
+        pending.extend(cls.__subclasses__())
+
+
+def _new_module(cls: type[Module]) -> Module:
+    return cls.__new__(cls)
+
+
+def is_node(obj: Any) -> bool:
+    """Whether an object is a part of models: a Variable, a Module or a transformed one."""
+    return getattr(type(obj), "_mutatis_node_", False) is True
+
+
+def _is_array_like(value: Any) -> bool:
+    """Whether a value assigned over a state is written to it, and does not replace it."""
+    if isinstance(value, list | tuple | dict):
+        return not any(is_node(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex | jax.ShapeDtypeStruct)
+
+
+# -- attributes that stand for what is behind them ---------------------------------------------------------------
+
+
+class _Behind:
+    """A data descriptor over the instance dictionary that shows what is behind an attribute.
+
+    A descriptor, not `__getattr__`: a class attribute of the same name (a dataclass default) would hide the instance's.
+    """
+
+    def __init__(self, name: str, default: Any) -> None:
+        self.name = name
+        self.default = default
+
+    def __get__(self, obj: Any, owner: type) -> Any:
+        if obj is None:
+            if self.default is transactions.ABSENT:
+                raise AttributeError(f"type object {owner.__name__!r} has no attribute {self.name!r}")
+            return self.default
+        value = obj.__dict__.get(self.name, self.default)
+        if isinstance(value, Variable):
+            return value.get() if value._behind else value
+        if isinstance(value, StaticObject):
+            return value.value
+        if value is transactions.ABSENT:
+            raise AttributeError(f"{type(obj).__name__!r} object has no attribute {self.name!r}")
+        return value
+
+    def __set__(self, obj: Any, value: Any) -> None:
+        raise AssertionError("Module.__setattr__ stores attributes itself")
+
+    def __delete__(self, obj: Any) -> None:
+        raise AssertionError("Module.__delattr__ removes attributes itself")
+
+
+def _install_array_attribute(cls: type, name: str) -> None:
+    if not isinstance(cls.__dict__.get(name), _Behind):
+        default = getattr(cls, name, transactions.ABSENT)
+        if isinstance(default, types.MemberDescriptorType):
+            default = transactions.ABSENT
+        setattr(cls, name, _Behind(name, default))
+
+
+_install_static_attribute = _install_array_attribute
+
+
+# -- a readable tree ----------------------------------------------------------------------------------------------
+
+
+def _tree_lines(module: Any, indent: str, seen: set[int]) -> list[str]:
+    """One line per attribute, nested modules indented."""
+    if id(module) in seen:
+        return [f"{type(module).__name__}(...)"]
+    seen.add(id(module))
+    lines = [f"{type(module).__name__}("]
+    for name, value in module.__dict__.items():
+        shown = _show(value, indent + "  ", seen)
+        lines.append(f"{indent}  {name.lstrip('_') if name == '_mode' else name}={shown},")
+    lines.append(f"{indent})")
+    return lines if len(lines) > 2 else [f"{type(module).__name__}()"]
+
+
+def _show(value: Any, indent: str, seen: set[int]) -> str:
+    if isinstance(value, Module):
+        return "\n".join(_tree_lines(value, indent, seen))
+    if isinstance(value, Variable):
+        if id(value) in seen:
+            return f"{value!r} (shared)"
+        seen.add(id(value))
+        return repr(value)
+    if isinstance(value, Wrapped):
+        return f"{type(value).__name__}({_show(value.__wrapped__, indent, seen)})"
+    if isinstance(value, list | tuple) and any(is_node(item) for item in value):
+        inner = "".join(f"{indent}  {_show(item, indent + '  ', seen)},\n" for item in value)
+        left, right = ("[", "]") if isinstance(value, list) else ("(", ")")
+        return f"{left}\n{inner}{indent}{right}"
+    if isinstance(value, dict) and any(is_node(item) for item in value.values()):
+        inner = "".join(f"{indent}  {key!r}: {_show(item, indent + '  ', seen)},\n" for key, item in value.items())
+        return f"{{\n{inner}{indent}}}"
+    return getattr(value, "__name__", None) or repr(value)

@@ -1,0 +1,381 @@
+"""The transaction: what every transform of Mutatis is.
+
+A transaction is an overlay on the cells. While it is open on this thread,
+
+- a **read** finds the value in the innermost overlay that has it, else further out, else the committed one;
+- a **write** goes to the innermost overlay;
+- when it ends well, its writes move one level out (the outermost commits them to the cells);
+- when it ends in an exception, they are dropped, and changes of structure are undone from a journal.
+
+A transform opens one inside the function that it hands to JAX. So there are two traces to know: `outer`, where
+the transform was called, and `trace`, where its function runs. Each level checks that the trace of a read or write
+is its own; one that is not belongs to a *raw* JAX transform in between. A write there would be lost or would leak,
+and a read might be kept by a program that JAX reuses after the state has changed: both are `TraceLevelError`.
+
+What happens on a miss is the transform's choice: most read further out (`Transaction.fetch`), a compiled program
+notes that it needs the cell as an input, `vmap` gives each lane its own random stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from mutatis import _compat
+from mutatis.cells import UNSET, Cell, peek, poke, structure, structure_lock
+from mutatis.errors import TraceLevelError
+from mutatis.naming import path_by_referrers
+
+_MISSING = object()
+
+
+class _Open(threading.local):
+    def __init__(self) -> None:
+        self.top: Transaction | None = None
+
+
+_open = _Open()
+
+
+def current() -> Transaction | None:
+    """The innermost open transaction of this thread."""
+    return _open.top
+
+
+class Transaction:
+    """An overlay on the cells.
+
+    Args:
+      label: what it is, for messages: ``jit(train_step)``.
+      locate: finds the printed path of a cell among what the transform was given.
+      compiled: whether the function is traced into a program that is kept and reused.
+    """
+
+    __slots__ = (
+        "_holds_structure",
+        "born",
+        "compiled",
+        "journal",
+        "label",
+        "locate",
+        "outer",
+        "parent",
+        "pinned",
+        "trace",
+        "values",
+        "written",
+    )
+
+    def __init__(
+        self,
+        label: str,
+        *,
+        locate: Callable[[Cell], str | None] | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.label = label
+        self.locate = locate
+        self.parent = _open.top
+        self.compiled = compiled or (self.parent is not None and self.parent.compiled)
+        self.outer = _compat.current_trace()
+        self.trace: Any = None
+        self.values: dict[Cell, Any] = {}
+        self.written: dict[Cell, None] = {}
+        self.born: dict[Cell, None] = {}
+        self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
+        self.journal: list[tuple[Any, str, Any]] = []
+        self._holds_structure = False
+
+    def __enter__(self) -> Transaction:
+        self.trace = _compat.current_trace()
+        _open.top = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        _open.top = self.parent
+        if kind is not None:
+            self.undo()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of every tracer and lock; what is wanted of it has been taken out before."""
+        self.trace = self.outer = None
+        self.values.clear()
+        self.pinned.clear()
+        if self._holds_structure:
+            self._holds_structure = False
+            structure_lock.release()
+
+    # -- values ----------------------------------------------------------------------------------------------
+
+    def read(self, cell: Cell, trace: Any) -> Any:
+        """The value of a cell for code that runs at `trace`."""
+        value = self.values.get(cell, _MISSING)
+        if trace is not self.trace:
+            if _is_local(cell, trace):
+                return cell._value
+            if value is _MISSING:
+                value = self._miss(cell)
+            if _compat.is_staging(trace):
+                if _is_concrete(value):
+                    _check_stale(cell, trace)
+                else:
+                    self.pinned.add(cell)
+            return value
+        return self._miss(cell) if value is _MISSING else value
+
+    def _miss(self, cell: Cell) -> Any:
+        value = _fresh(self.fetch(cell))
+        self.values[cell] = value
+        return value
+
+    def fetch(self, cell: Cell) -> Any:
+        """What a cell holds further out."""
+        return read_outside(self, cell)
+
+    def write(self, cell: Cell, value: Any, trace: Any) -> None:
+        """Give a cell another value, on behalf of code that runs at `trace`."""
+        if trace is not self.trace and trace is not _compat.EVAL_TRACE:
+            if _is_local(cell, trace):
+                cell._value = value
+                return
+            raise _write_refused(cell, trace)
+        if cell in self.pinned:
+            raise TraceLevelError(
+                f"state {describe(cell)} was written after a raw JAX transform had read it",
+                path=path_of(cell),
+                where=self.label,
+                made_at=made_at(cell),
+                cure="JAX may reuse the raw transform's program with the old value. Use the transform of the same name "
+                "in `mu` (`mu.scan` for `jax.lax.scan`, ...), or write the state before the raw transform.",
+            )
+        self.values[cell] = value
+        self.written[cell] = None
+
+    def adopt(self, cell: Cell, value: Any) -> None:
+        """Take in a cell that was made just now."""
+        self.values[cell] = value
+        self.written[cell] = None
+        self.born[cell] = None
+
+    def commit(self) -> None:
+        """Move the writes one level out."""
+        for cell in self.written:
+            write_outside(self, cell, self.values[cell])
+
+    def settle(self) -> None:
+        """Count values that were changed in place (dictionaries, lists) as written. Call it before the end."""
+        for cell, value in self.values.items():
+            if cell not in self.written and type(value) in (dict, list, tuple):
+                before = jax.tree.leaves(self.fetch(cell))
+                after = jax.tree.leaves(value)
+                if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+                    self.written[cell] = None
+
+    # -- structure -------------------------------------------------------------------------------------------
+
+    def note(self, obj: Any, name: str, old: Any) -> None:
+        """Note an attribute's old value, before it changes."""
+        if self.compiled and not self._holds_structure:
+            structure_lock.acquire()
+            self._holds_structure = True
+        self.journal.append((obj, name, old))
+
+    def undo(self) -> None:
+        """Put every attribute and container that this transaction changed back as it was."""
+        if self.journal:
+            structure.epoch += 1
+        for obj, name, old in reversed(self.journal):
+            restore_entry(obj, name, old)
+        self.journal.clear()
+
+
+ABSENT = object()
+
+
+def restore_entry(obj: Any, name: str, old: Any) -> None:
+    """Undo one journal entry: an attribute of an object, or the whole contents of a list or dict."""
+    if isinstance(obj, list):
+        obj[:] = old
+    elif isinstance(obj, dict):
+        obj.clear()
+        obj.update(old)
+    elif old is ABSENT:
+        obj.__dict__.pop(name, None)
+    else:
+        obj.__dict__[name] = old
+
+
+# -- reads and writes of the code that runs now ---------------------------------------------------------------
+
+
+def read(cell: Cell) -> Any:
+    """The value of a cell for the code that runs now."""
+    tx = _open.top
+    trace = _compat.current_trace()
+    return _read_committed(cell, trace) if tx is None else tx.read(cell, trace)
+
+
+def write(cell: Cell, value: Any) -> None:
+    """Give a cell another value, for the code that runs now."""
+    tx = _open.top
+    trace = _compat.current_trace()
+    if tx is None:
+        _write_committed(cell, value, trace)
+    else:
+        tx.write(cell, value, trace)
+
+
+def create(cell: Cell, value: Any) -> None:
+    """Give a new cell its first value."""
+    tx = _open.top
+    trace = _compat.current_trace()
+    if tx is not None and (trace is tx.trace or trace is _compat.EVAL_TRACE):
+        tx.adopt(cell, value)
+    else:
+        place(cell, value)
+
+
+def place(cell: Cell, value: Any) -> None:
+    """Give a cell that JAX makes its value, outside every transaction; it belongs to the trace that runs now."""
+    trace = _compat.current_trace()
+    if trace is not _compat.EVAL_TRACE:
+        cell._birth = _compat.weak_trace(trace)
+    cell._value = value
+
+
+def read_outside(tx: Transaction, cell: Cell) -> Any:
+    """What a cell holds outside a transaction, where that was opened."""
+    if tx.parent is None:
+        return _read_committed(cell, tx.outer)
+    return tx.parent.read(cell, tx.outer)
+
+
+def write_outside(tx: Transaction, cell: Cell, value: Any) -> None:
+    """Give a cell another value outside a transaction, where that was opened."""
+    if tx.parent is None:
+        _write_committed(cell, value, tx.outer)
+    else:
+        tx.parent.write(cell, value, tx.outer)
+
+
+def holds_value(cell: Cell) -> bool:
+    """Whether a cell has a value for the code that runs now; nobody's hold on it changes."""
+    tx = _open.top
+    while tx is not None:
+        if cell in tx.values:
+            return tx.values[cell] is not UNSET
+        tx = tx.parent
+    return cell._value is not UNSET
+
+
+def _read_committed(cell: Cell, trace: Any) -> Any:
+    value = peek(cell)
+    if trace is not _compat.EVAL_TRACE and _compat.is_staging(trace) and not _is_local(cell, trace):
+        _check_stale(cell, trace)
+    return value
+
+
+def _write_committed(cell: Cell, value: Any, trace: Any) -> None:
+    if trace is not _compat.EVAL_TRACE and not _is_local(cell, trace):
+        raise _write_refused(cell, trace)
+    if _placement(value) != _placement(cell._value):
+        structure.epoch += 1
+    poke(cell, value)
+
+
+def _is_local(cell: Cell, trace: Any) -> bool:
+    """Whether a cell was made under the raw transform that is tracing, and so lives and dies with it."""
+    return cell._birth is not None and cell._birth() is trace
+
+
+def _is_concrete(value: Any) -> bool:
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def _fresh(value: Any) -> Any:
+    """Plain containers anew, so that a change in place is seen and reaches nobody else."""
+    if type(value) in (dict, list, tuple):
+        return jax.tree.map(lambda leaf: leaf, value)
+    return value
+
+
+def _placement(value: Any) -> Any:
+    """Where the leaves live, if on several devices: that is part of what a program is compiled for."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
+    spread = [s for s in shardings if type(s) is not jax.sharding.SingleDeviceSharding]
+    return spread if spread else None
+
+
+def placement(cell: Cell) -> tuple[Any, ...] | None:
+    """The shardings of a cell's leaves for the code that runs now, if on several devices."""
+    tx = _open.top
+    while tx is not None:
+        if cell in tx.values:
+            return None  # a tracer's placement belongs to the enclosing program
+        tx = tx.parent
+    spread = None if cell._birth is not None else _placement(cell._value)
+    return None if spread is None else tuple(spread)
+
+
+def _check_stale(cell: Cell, trace: Any) -> None:
+    if getattr(cell, "frozen", False):
+        return
+    raise TraceLevelError(
+        f"state {describe(cell)} was read inside a raw JAX transform ({_compat.raw_transform_name(trace)})",
+        path=path_of(cell),
+        made_at=made_at(cell),
+        cure="JAX would keep this value in a program that it reuses after the state has changed. Use the transform of the "
+        "same name in `mu` (`mu.jit`, `mu.scan`, ...), pass `cell.value` in as an argument, use `mu.functionalize`, or "
+        "declare it constant with `with mu.freeze(model): ...`.",
+    )
+
+
+def _write_refused(cell: Cell, trace: Any) -> TraceLevelError:
+    raw = _compat.raw_transform_name(trace)
+    return TraceLevelError(
+        f"state {describe(cell)} was written inside a raw JAX transform ({raw})",
+        path=path_of(cell),
+        made_at=made_at(cell),
+        cure="The write would be lost or leak a tracer. Use the transform of the same name in `mu` (`mu.jit`, `mu.grad`, "
+        "`mu.vmap`, `mu.scan`, ...; `mu.custom_vjp` for a rule), or make a pure function with `mu.functionalize`.",
+    )
+
+
+# -- names of cells, for messages only ------------------------------------------------------------------------
+
+
+def path_of(cell: Cell) -> str | None:
+    """The path of a cell in what the open transforms were given, else in the objects that refer to it."""
+    tx = _open.top
+    while tx is not None:
+        if tx.locate is not None and (path := tx.locate(cell)) is not None:
+            return path
+        tx = tx.parent
+    return path_by_referrers(cell)
+
+
+def describe(cell: Cell) -> str:
+    """``state `model.w` (Param)``, less the word state."""
+    path = path_of(cell)
+    kind = type(cell).__name__
+    return f"`{path}` ({kind})" if path else f"({kind} without a place in a model)"
+
+
+def made_at(cell: Cell) -> str | None:
+    """Where the cell was made."""
+    return getattr(cell, "made_at", None)
+
+
+def where() -> str | None:
+    """The transforms that are open on this thread: ``jit(train_step) > scan(body)``."""
+    labels: list[str] = []
+    tx = _open.top
+    while tx is not None:
+        labels.append(tx.label)
+        tx = tx.parent
+    return " > ".join(reversed(labels)) or None

@@ -1,0 +1,600 @@
+"""Variables: the mutable cells that users hold, and their kinds.
+
+A `Variable` reads and writes through the open transaction, if there is one. Everything else here makes it
+pleasant: arithmetic on the value, item assignment, metadata. A *kind* is a subclass; it says what a state is for
+and declares defaults as class attributes (`collection`, `vmap_axis`, `fixed`).
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis import transactions
+from mutatis.cells import UNSET, Cell, Deferred, structure
+from mutatis.errors import DeferredStateError, FrozenStateError, StateTypeError
+
+V = TypeVar("V", bound="Variable")
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+class Variable(Cell):
+    """A mutable cell that holds an array or a pytree of arrays.
+
+    Numbers become strongly typed arrays and NumPy arrays are copied in. Eagerly and under `jit`, `grad` and
+    `vmap` another shape or dtype may be assigned, unless `fixed`.
+
+    Args:
+      value: the value; may be left out when `init` is given.
+      init: how the state starts: a value, or a function of no arguments that makes one. `mu.reset` writes it again.
+        Without `value` the state is *deferred*: it is created at its first read, in the current transaction.
+      name: an explicit name, which does not change when the state moves in a model.
+      sharding: logical axis names or a `jax.sharding.PartitionSpec`.
+      fixed: whether every change of structure, shape or dtype is refused.
+      **metadata: anything hashable; readable as attributes.
+
+    Raises:
+      StateTypeError: a leaf of the value is not an array or a number.
+
+    Example:
+      >>> import mutatis as mu
+      >>> count = mu.Variable(0)
+      >>> count.value += 2
+      >>> count
+      Variable(2, int32)
+      >>> int(count) + 1
+      3
+    """
+
+    __slots__ = ("_behind", "_frozen", "_init", "_made_at", "fixed", "metadata", "name", "sharding")
+    _mutatis_node_: ClassVar[bool] = True
+
+    collection: ClassVar[str] = "variables"
+    vmap_axis: ClassVar[int | None] = None
+    fixed: bool
+
+    def __init__(
+        self,
+        value: Any = UNSET,
+        *,
+        init: Any = None,
+        name: str | None = None,
+        sharding: Any = None,
+        fixed: bool | None = None,
+        **metadata: Any,
+    ) -> None:
+        super().__init__()
+        self._frozen: str | None = None
+        self._behind = False
+        self._init = init
+        self._made_at = _caller()
+        self.name = name
+        self.sharding = sharding
+        self.fixed = type(self)._fixed_by_kind if fixed is None else fixed
+        self.metadata = metadata
+        if value is UNSET and init is None:
+            raise StateTypeError(
+                f"a {type(self).__name__} needs a value",
+                made_at=self.made_at,
+                cure=f"Give a value, `mu.{type(self).__name__}(jnp.zeros(3))`, or say how it starts: `init=lambda: ...`.",
+            )
+        transactions.create(self, value if value is UNSET else as_value(value, self))
+
+    _fixed_by_kind: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        declared = cls.__dict__.get("fixed")
+        if isinstance(declared, bool):
+            cls._fixed_by_kind = declared
+            del cls.fixed  # the slot of the base class holds it per cell
+        _register(cls)
+
+    # -- the value -------------------------------------------------------------------------------------------
+
+    def get(self) -> Any:
+        """The value."""
+        value = transactions.read(self)
+        if value is UNSET or type(value) is Deferred:
+            return self._create()
+        return value
+
+    def set(self, value: Any) -> None:
+        """Give the state another value."""
+        if self._frozen is not None:
+            raise frozen_error(self)
+        new = as_value(value, self)
+        if self.fixed:
+            check_same_type(self, new, "may not change (fixed=True)")
+        transactions.write(self, new)
+
+    value = property(get, set, doc="The value, read and written through the current transaction.")
+
+    def _create(self) -> Any:
+        if self._init is None:
+            raise DeferredStateError(
+                f"state {transactions.describe(self)} was read before its layer created it",
+                path=transactions.path_of(self),
+                where=transactions.where(),
+                made_at=self.made_at,
+                cure="Its size is inferred at the first call: call the model once, or give the size, e.g. "
+                "`nn.Linear(in_features, out_features, rngs=rngs)`.",
+            )
+        self.set(initial(self))
+        return transactions.read(self)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the state has no value yet."""
+        return not transactions.holds_value(self) or type(transactions.read(self)) is Deferred
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the state may be read but not written."""
+        return self._frozen is not None
+
+    @property
+    def init(self) -> Any:
+        """How the state starts: a value, a function of no arguments, or None."""
+        return self._init
+
+    @property
+    def made_at(self) -> str:
+        """The file, line and function in which the state was made."""
+        file, line, function = self._made_at
+        return f"{os.path.basename(file)}:{line} in {function}"
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names that are neither slots nor methods: metadata.
+        if not name.startswith("_"):
+            try:
+                return self.metadata[name]
+            except KeyError:
+                pass
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its metadata are {[*self.metadata]}")
+
+    # -- as an array -----------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.get() if index is ... else self.get()[index]
+
+    def __setitem__(self, index: Any, item: Any) -> None:
+        item = item.get() if isinstance(item, Variable) else item
+        if index is ...:
+            new = as_value(item, self)
+            check_same_type(self, new, "was given another type by `v[...] = x`")
+            self.set(new)
+            return
+        old = self.get()
+        if jnp.result_type(old, item) != old.dtype:
+            raise StateTypeError(
+                f"state {transactions.describe(self)} was given another dtype by item assignment",
+                path=transactions.path_of(self),
+                where=transactions.where(),
+                expected=old.dtype,
+                got=jnp.result_type(item),
+                made_at=self.made_at,
+                cure=f"Convert the item: `v[i] = x.astype(jnp.{old.dtype})`.",
+            )
+        self.set(old.at[index].set(item))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return tuple(self.get().shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the value."""
+        return self.get().dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the value."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the value."""
+        return int(np.prod(self.shape))
+
+    @property
+    def T(self) -> Any:
+        """The transpose of the value."""
+        return self.get().T
+
+    def astype(self, dtype: Any) -> Any:
+        """The value in another dtype."""
+        return self.get().astype(dtype)
+
+    def __jax_array__(self) -> Any:
+        return self.get()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        array = np.asarray(self.get(), dtype=dtype)
+        return array.copy() if copy else array
+
+    def __len__(self) -> int:
+        return len(self.get())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.get())
+
+    def __bool__(self) -> bool:
+        return bool(self.get())
+
+    def __int__(self) -> int:
+        return int(self.get())
+
+    def __float__(self) -> float:
+        return float(self.get())
+
+    def __complex__(self) -> complex:
+        return complex(self.get())
+
+    def __index__(self) -> int:
+        return operator.index(self.get())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.get(), spec) if spec else str(self)
+
+    def __hash__(self) -> int:
+        return id(self) >> 4
+
+    def __eq__(self, other: object) -> Any:
+        return self is other if isinstance(other, Variable) else self.get() == other
+
+    def __ne__(self, other: object) -> Any:
+        return self is not other if isinstance(other, Variable) else self.get() != other
+
+    # -- as a Python object ----------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        if not transactions.holds_value(self):
+            body = "deferred"
+        else:
+            value = transactions.read(self)
+            body = "deferred" if type(value) is Deferred else _brief(value)
+        marks = [f"name={self.name!r}"] if self.name is not None else []
+        marks += ["frozen"] if self.frozen else []
+        marks += [f"{key}={item!r}" for key, item in self.metadata.items()]
+        return f"{type(self).__name__}({', '.join([body, *marks])})"
+
+    def __deepcopy__(self: V, memo: dict[int, Any]) -> V:
+        new = duplicate(self)
+        memo[id(self)] = new
+        transactions.create(new, transactions.read(self))
+        return new
+
+    __copy__ = None  # type: ignore[assignment]  # a second cell over one state is what `copy.copy` would make
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        leaves, treedef = jax.tree.flatten(transactions.read(self))
+        return {**fields, "leaves": [_to_bytes(leaf) for leaf in leaves], "tree": jax.tree.unflatten(treedef, [0] * len(leaves))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Cell.__init__(self)
+        for name in _FIELDS:
+            setattr(self, name, state[name])
+        leaves = [_from_bytes(leaf) for leaf in state["leaves"]]
+        transactions.create(self, jax.tree.unflatten(jax.tree.structure(state["tree"]), leaves))
+
+    def __reduce__(self) -> Any:
+        return Variable.__new__, (type(self),), self.__getstate__()
+
+
+_FIELDS = ("_frozen", "_behind", "_init", "_made_at", "name", "sharding", "fixed", "metadata")
+
+
+def _forward(name: str) -> None:
+    """Give Variable a binary operator that works on the value, and its reflected and in-place forms."""
+    apply = getattr(operator, name)
+
+    def binary(self: Variable, other: Any) -> Any:
+        return apply(self.get(), other.get() if isinstance(other, Variable) else other)
+
+    def reflected(self: Variable, other: Any) -> Any:
+        return apply(other, self.get())
+
+    def in_place(self: Variable, other: Any) -> Variable:
+        self.set(binary(self, other))
+        return self
+
+    stem = name.rstrip("_")
+    for prefix, method in (("", binary), ("r", reflected), ("i", in_place)):
+        setattr(Variable, f"__{prefix}{stem}__", method)
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"):
+    _forward(_name)
+
+
+def _forward_plain(name: str) -> None:
+    apply = getattr(operator, name)
+    if name in ("neg", "pos", "abs", "invert"):
+        setattr(Variable, f"__{name}__", lambda self: apply(self.get()))
+    else:
+        setattr(
+            Variable, f"__{name}__", lambda self, other: apply(self.get(), other.get() if isinstance(other, Variable) else other)
+        )
+
+
+for _name in ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge"):
+    _forward_plain(_name)
+
+
+# -- pytree: the child is the value, the kind is static --------------------------------------------------------
+
+
+def _register(kind: type[Variable]) -> None:
+    def flatten(variable: Variable) -> tuple[tuple[Any], Any]:
+        return (variable.get(),), None
+
+    def unflatten(_aux: None, children: tuple[Any]) -> Variable:
+        variable: Variable = detached(kind)
+        variable._value = children[0]
+        return variable
+
+    def flatten_with_keys(variable: Variable) -> tuple[tuple[tuple[Any, Any]], Any]:
+        return ((jax.tree_util.GetAttrKey("value"), variable.get()),), None
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
+
+
+def detached(kind: type[V]) -> V:
+    """A cell outside every model: what JAX makes when it rebuilds a pytree. It can be read, not written."""
+    variable = kind.__new__(kind)
+    Cell.__init__(variable)
+    variable._frozen = "detached"
+    variable._behind = False
+    variable._init = None
+    variable._made_at = ("jax", 0, "tree_unflatten")
+    variable.name = variable.sharding = None
+    variable.fixed = kind._fixed_by_kind
+    variable.metadata = {}
+    return variable
+
+
+def duplicate(variable: V) -> V:
+    """Another cell of the same kind, name and metadata, without a value."""
+    new = type(variable).__new__(type(variable))
+    Cell.__init__(new)
+    for name in _FIELDS:
+        setattr(new, name, getattr(variable, name))
+    new.metadata = dict(variable.metadata)
+    return new
+
+
+_register(Variable)
+
+
+# -- kinds -------------------------------------------------------------------------------------------------------
+
+
+class Param(Variable):
+    """A trainable parameter."""
+
+    __slots__ = ()
+    collection = "params"
+
+
+class BatchStat(Variable):
+    """A running statistic of the data."""
+
+    __slots__ = ()
+    collection = "batch_stats"
+
+
+class Cache(Variable):
+    """What was computed before and is kept, such as keys and values of attention."""
+
+    __slots__ = ()
+    collection = "cache"
+
+
+class Hidden(Variable):
+    """Recurrent or membrane state."""
+
+    __slots__ = ()
+    collection = "hidden"
+
+
+class Intermediate(Variable):
+    """A value kept from inside a computation."""
+
+    __slots__ = ()
+    collection = "intermediates"
+
+
+class Perturbation(Variable):
+    """A zero added to an intermediate value, to take gradients with respect to it."""
+
+    __slots__ = ()
+    collection = "perturbations"
+
+
+class Buffer(Variable):
+    """A plain array that belongs to a model."""
+
+    __slots__ = ()
+    collection = "buffers"
+
+
+class OptState(Variable):
+    """A state of an optimizer, such as a moment."""
+
+    __slots__ = ()
+    collection = "opt_state"
+
+
+class MetricState(Variable):
+    """A running total of a metric."""
+
+    __slots__ = ()
+    collection = "metrics"
+
+
+class RngState(Variable):
+    """A random stream: its value is a dict of the stream's ``key`` and the ``count`` of draws so far."""
+
+    __slots__ = ()
+    collection = "rngs"
+
+    def draw(self) -> jax.Array:
+        """A fresh key; the stream advances by one."""
+        stream = self.get()
+        self.set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
+        return jax.random.fold_in(stream["key"], stream["count"])
+
+
+def stream_value(key: jax.Array) -> dict[str, Any]:
+    """The value of a stream that starts at `key`."""
+    return {"key": key, "count": jnp.zeros((), jnp.uint32)}
+
+
+# -- values --------------------------------------------------------------------------------------------------------
+
+_ARRAY = type(jnp.zeros(()))
+
+
+def as_value(value: Any, owner: Variable | None = None) -> Any:
+    """A value as a cell stores it: a pytree of strongly typed JAX arrays."""
+    if type(value) is _ARRAY and not value.weak_type:
+        return value
+    if isinstance(value, Variable):
+        return value.get()
+    return jax.tree.map(lambda leaf: _as_leaf(leaf, owner), value, is_leaf=lambda x: isinstance(x, Variable))
+
+
+def _as_leaf(leaf: Any, owner: Variable | None) -> Any:
+    if isinstance(leaf, Variable):
+        return leaf.get()
+    if isinstance(leaf, jax.Array):
+        return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if isinstance(leaf, bool | int | float | complex):
+        return jnp.array(leaf, dtype=jax.dtypes.canonicalize_dtype(np.result_type(type(leaf))))
+    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object and leaf.dtype.kind not in "USMm":
+        return jnp.array(leaf)
+    kind = "a state" if owner is None else f"a {type(owner).__name__}"
+    raise StateTypeError(
+        f"{kind} cannot hold {leaf!r:.80}",
+        expected="an array, a number, or a pytree of these",
+        got=type(leaf).__name__,
+        made_at=None if owner is None else owner.made_at,
+        cure="Keep strings, functions and configuration as plain attributes of the module: they are static.",
+    )
+
+
+def initial(variable: Variable) -> Any:
+    """The value that a state with `init` starts with."""
+    return variable._init() if callable(variable._init) else variable._init
+
+
+def show_type(value: Any) -> str:
+    """A value's structure, shapes and dtypes in short: ``float32[3,4]``."""
+
+    def leaf_type(leaf: Any) -> str:
+        if not hasattr(leaf, "dtype"):
+            return type(leaf).__name__
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    if value is UNSET:
+        return "no value"
+    leaves, treedef = jax.tree.flatten(value)
+    if treedef == jax.tree.structure(0):
+        return leaf_type(leaves[0])
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {show_type(item)}" for key, item in value.items()) + "}"
+    return f"{type(value).__name__}({', '.join(map(leaf_type, leaves))})"
+
+
+def same_type(a: Any, b: Any) -> bool:
+    """Whether two values agree in structure, shapes and dtypes."""
+    left, left_tree = jax.tree.flatten(a)
+    right, right_tree = jax.tree.flatten(b)
+    return left_tree == right_tree and all(
+        x.shape == y.shape and x.dtype == y.dtype for x, y in zip(left, right, strict=True)
+    )
+
+
+def check_same_type(variable: Variable, new: Any, what: str) -> None:
+    """Raise unless `new` has the type of the state's present value."""
+    if not transactions.holds_value(variable):
+        return
+    old = transactions.read(variable)
+    if type(old) is not Deferred and not same_type(old, new):
+        raise StateTypeError(
+            f"state {transactions.describe(variable)} {what}",
+            path=transactions.path_of(variable),
+            where=transactions.where(),
+            expected=show_type(old),
+            got=show_type(new),
+            made_at=variable.made_at,
+            cure="Convert the value, `x.astype(v.dtype)`, or put another cell in its place: "
+            f"`model.w = mu.{type(variable).__name__}(x)`.",
+        )
+
+
+def frozen_error(variable: Variable) -> FrozenStateError:
+    """The error for a write to a frozen state."""
+    if variable._frozen == "detached":
+        problem = f"a detached {type(variable).__name__} was written: it belongs to a copy that raw JAX made"
+        cure = (
+            "The write would be lost. Use `mu.jit` (or another `mu` transform) in place of `jax.jit`, make a pure "
+            "function with `mu.functionalize`, or make the copy a model of its own: `mu.thaw(copy)`."
+        )
+    else:
+        problem = f"frozen state {transactions.describe(variable)} was written"
+        cure = (
+            "Make it live again: `mu.thaw(model)`."
+            if variable.collection != "batch_stats"
+            else "Call `model.eval()` so that the statistics are not updated, or make them live again: `mu.thaw(model)`."
+        )
+    return FrozenStateError(problem, path=transactions.path_of(variable), where=transactions.where(), cure=cure)
+
+
+def set_frozen(variable: Variable, mark: str | None) -> None:
+    """Mark a state as frozen or live; compiled programs take notice."""
+    if variable._frozen != mark:
+        variable._frozen = mark
+        structure.epoch += 1
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return str(value.dtype)
+        return f"{value}, {value.dtype}"
+    return show_type(value)
+
+
+def _to_bytes(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return ("key", str(jax.random.key_impl(leaf)), np.asarray(jax.random.key_data(leaf)))
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _from_bytes(leaf: Any) -> Any:
+    if isinstance(leaf, tuple):
+        return jax.random.wrap_key_data(jnp.array(leaf[2]), impl=leaf[1])
+    return jnp.array(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
+
+
+def _caller() -> tuple[str, int, str]:
+    """The nearest frame outside this package."""
+    frame: Any = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
+
+
