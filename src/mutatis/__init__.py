@@ -1,4 +1,6 @@
-from mutatis.variables import Variable as Variable, Param as Param
+from mutatis.variables import *
 from mutatis.modules import Module as Module
 from mutatis.statics import static as static
 from mutatis.graph import variables as variables
+from mutatis.state import *
+from mutatis.transforms.jit import jit as jit

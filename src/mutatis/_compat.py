@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.extend.core
+from jax._src import config as _config
 from jax._src import core, traceback_util
 from jax._src.interpreters import batching, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
@@ -86,6 +87,16 @@ def has_host_callback(jaxpr: Any) -> bool:
             if has_host_callback(inner):
                 return True
     return False
+
+
+def jit_disabled() -> bool:
+    """Whether `jax.disable_jit` is on. `jax.config.jax_disable_jit` is the public, slower way."""
+    return bool(_config.disable_jit.value)
+
+
+def checks_results() -> bool:
+    """Whether `jax_debug_nans` or `jax_debug_infs` is on: then a call may fail after it has run."""
+    return bool(_config.debug_nans.value or _config.debug_infs.value)
 
 
 def hide_frames(folder: str) -> None:

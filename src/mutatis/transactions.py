@@ -52,6 +52,7 @@ class Transaction:
     Args:
       label: what it is, for messages: ``jit(train_step)``.
       locate: finds the printed path of a cell among what the transform was given.
+      outer: the trace at which the transform was called, if that is not the one of now.
       compiled: whether the function is traced into a program that is kept and reused.
     """
 
@@ -75,13 +76,14 @@ class Transaction:
         label: str,
         *,
         locate: Callable[[Cell], str | None] | None = None,
+        outer: Any = None,
         compiled: bool = False,
     ) -> None:
         self.label = label
         self.locate = locate
         self.parent = _open.top
         self.compiled = compiled or (self.parent is not None and self.parent.compiled)
-        self.outer = _compat.current_trace()
+        self.outer = _compat.current_trace() if outer is None else outer
         self.trace: Any = None
         self.values: dict[Cell, Any] = {}
         self.written: dict[Cell, None] = {}
@@ -187,14 +189,19 @@ class Transaction:
 
     def undo(self) -> None:
         """Put every attribute and container that this transaction changed back as it was."""
-        if self.journal:
-            structure.epoch += 1
-        for obj, name, old in reversed(self.journal):
-            restore_entry(obj, name, old)
+        undo(self.journal)
         self.journal.clear()
 
 
 ABSENT = object()
+
+
+def undo(journal: list[tuple[Any, str, Any]]) -> None:
+    """Put back what journal entries say, the latest first."""
+    if journal:
+        structure.epoch += 1
+    for obj, name, old in reversed(journal):
+        restore_entry(obj, name, old)
 
 
 def restore_entry(obj: Any, name: str, old: Any) -> None:

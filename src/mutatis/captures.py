@@ -1,0 +1,273 @@
+"""What a function names: the modules and variables that become implicit arguments of a transform.
+
+`search` looks through closure cells, global names, defaults, partials, `__self__`, containers, the attributes of plain
+objects, and the Python functions that are named, transitively. It returns three things:
+
+- `roots`: the nodes found (and the containers that hold some), with the names they go by;
+- `token`: a key of all else that was found on the way (numbers, flags, other functions' code): a program that was
+  traced with other values is another program;
+- guards: what to compare at the next call to notice that a name is bound to something else.
+
+Functions of installed libraries are searched through their closures only: their globals name no user's model. Names
+that the function itself rebinds (a count of its traces) are left out, once tracing has shown them (`ignored`).
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import sysconfig
+import types
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+
+from mutatis.modules import Module, Wrapped, is_node
+from mutatis.statics import Identity, static_key
+
+_EMPTY = object()
+_SMALL = 64  # containers of static values up to this length count
+_MANY = 10_000  # longer containers are data
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_SKIPPED = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType)
+
+
+class Captures:
+    """The result of a search; `unchanged` says whether it still holds."""
+
+    __slots__ = (
+        "_attributes",
+        "_cells",
+        "_items",
+        "_keep",
+        "_names",
+        "_seen",
+        "ephemeral",
+        "ignored",
+        "roots",
+        "token",
+    )
+
+    def __init__(self, ignored: frozenset[str] = frozenset()) -> None:
+        self.roots: list[tuple[str, Any]] = []
+        self.token: list[Hashable] = []
+        self.ephemeral = False  # a tracer is captured: what is made from this search must not be kept
+        self.ignored = ignored
+        self._cells: list[tuple[Any, int, str]] = []
+        self._names: list[tuple[dict[str, Any], str, int, str]] = []
+        self._items: list[tuple[Any, Hashable, str]] = []  # small containers of static values
+        self._keep: list[Any] = []  # keeps the identities of guarded values from being used again
+        self._seen: set[int] = set()
+        self._attributes: dict[str, None] = {}  # the attribute names that the functions load
+
+    def unchanged(self) -> bool:
+        """Whether every name is still bound to what it was bound to."""
+        for cell, identity, _ in self._cells:
+            try:
+                if id(cell.cell_contents) != identity:
+                    return False
+            except ValueError:  # the closure cell was emptied
+                if identity != id(_EMPTY):
+                    return False
+        for names, key, identity, _ in self._names:
+            if id(names.get(key, _EMPTY)) != identity:
+                return False
+        return not self._items or all(static_key(item) == key for item, key, _ in self._items)
+
+    def changed(self) -> frozenset[str]:
+        """The names that are bound to something else now."""
+        cells = {name for cell, identity, name in self._cells if id(_contents(cell)) != identity}
+        names = {name for names, key, identity, name in self._names if id(names.get(key, _EMPTY)) != identity}
+        items = {name for item, key, name in self._items if static_key(item) != key}
+        return frozenset(cells | names | items)
+
+    # -- the search ------------------------------------------------------------------------------------------
+
+    def visit(self, name: str, value: Any) -> None:
+        """Look into one value that goes by a name."""
+        if isinstance(value, _SKIPPED):
+            return
+        if is_node(value) and not isinstance(value, Wrapped):
+            self.roots.append((name, value))
+        elif isinstance(value, jax.core.Tracer):
+            self.ephemeral = True
+            self.token.append(Identity(value))
+        elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
+            self.token.append(static_key(value))
+        elif id(value) in self._seen:
+            self.token.append("again")
+        else:
+            self._seen.add(id(value))
+            self._keep.append(value)
+            self._look_into(name, value)
+
+    def _look_into(self, name: str, value: Any) -> None:
+        if isinstance(value, types.FunctionType):
+            self._function(value)
+        elif isinstance(value, types.MethodType):
+            self.visit(name, value.__func__)
+            self.visit("self", value.__self__)
+        elif isinstance(value, functools.partial):
+            self.visit(name, value.func)
+            for index, item in enumerate(value.args):
+                self.visit(f"{name}.args[{index}]", item)
+            for key, item in value.keywords.items():
+                self.visit(key, item)
+        elif isinstance(value, Wrapped):
+            self.token.append(static_key(value.remake))
+            self.visit(name, value.__wrapped__)
+        elif _is_container(value):
+            self._container(name, value)
+        elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
+            self.token.append(Identity(value))
+            self.visit(name, value.__wrapped__)
+        elif _is_plain(value):
+            self._object(name, value)
+        else:
+            self.token.append(static_key(value))
+
+    def _function(self, function: types.FunctionType) -> None:
+        code = function.__code__
+        self.token.append(code)
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            value = _contents(cell)
+            if name not in self.ignored:
+                self._cells.append((cell, id(value), name))
+                if value is not _EMPTY:
+                    self.visit(name, value)
+        for name, value in zip(_default_names(function), function.__defaults__ or (), strict=True):
+            self.visit(name, value)
+        for name, value in (function.__kwdefaults__ or {}).items():
+            self.visit(name, value)
+        if not _is_library(code.co_filename):
+            names, attributes = _names_of(code)
+            self._attributes.update(dict.fromkeys(attributes))
+            for name in names:
+                value = function.__globals__.get(name, _EMPTY)
+                if value is not _EMPTY and not isinstance(value, _SKIPPED) and not _is_library_function(value):
+                    self._named(function.__globals__, name, name, value)
+
+    def _named(self, names: dict[str, Any], key: str, name: str, value: Any) -> None:
+        """A value that a global or an attribute is bound to."""
+        if name in self.ignored:
+            return
+        self._names.append((names, key, id(value), name))
+        if not is_node(value):
+            self._keep.append(value)
+        self.visit(name, value)
+
+    def _container(self, name: str, value: Any) -> None:
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        if _holds_nodes(value):
+            self.roots.append((name, value))
+            for index, item in enumerate(items):
+                if not is_node(item):
+                    self.visit(f"{name}[{index}]", item)
+        elif len(items) <= _SMALL and name not in self.ignored:
+            if all(item is None or isinstance(item, bool | int | float | complex | str | bytes) for item in items):
+                key = static_key(value)
+                self.token.append(key)
+                self._items.append((value, key, name))
+            else:
+                for index, item in enumerate(items):
+                    self.visit(f"{name}[{index}]", item)
+
+    def _object(self, name: str, value: Any) -> None:
+        """An object of a user's class: its attributes that are nodes, and those that the functions load."""
+        self.token.append(type(value))
+        attributes = vars(value)
+        done: set[str] = set()
+        for key, item in list(attributes.items()):
+            if is_node(item) or (_is_container(item) and _holds_nodes(item)):
+                done.add(key)
+                self._named(attributes, key, f"{name}.{key}", item)
+        while rest := [key for key in self._attributes if key not in done]:
+            done.update(rest)
+            for key in rest:
+                if key in attributes:
+                    self._named(attributes, key, f"{name}.{key}", attributes[key])
+                elif isinstance(method := getattr(type(value), key, None), types.FunctionType):
+                    self.visit(key, method)
+
+
+def search(*functions: Any, ignored: frozenset[str] = frozenset()) -> Captures:
+    """What the functions name, except for names that are to be ignored."""
+    found = Captures(ignored)
+    for function in functions:
+        if isinstance(function, Module):
+            found.roots.append(("model", function))
+        else:
+            found.visit(getattr(function, "__name__", "f"), function)
+    found._seen.clear()
+    return found
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet bound
+        return _EMPTY
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in (list, tuple, dict) or (isinstance(value, tuple) and hasattr(value, "_fields"))
+
+
+def _holds_nodes(value: Any, depth: int = 4) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return len(items) <= _MANY and any(
+        is_node(item) or (depth > 0 and _is_container(item) and _holds_nodes(item, depth - 1)) for item in items
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The globals and the attributes that a function and the functions defined in it load, in order of first use."""
+    names: dict[str, None] = {}
+    attributes: dict[str, None] = {}
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            names[instruction.argval] = None
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            attributes[instruction.argval] = None
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner_names, inner_attributes = _names_of(constant)
+            names.update(dict.fromkeys(inner_names))
+            attributes.update(dict.fromkeys(inner_attributes))
+    return tuple(names), tuple(attributes)
+
+
+def _default_names(function: types.FunctionType) -> tuple[str, ...]:
+    code = function.__code__
+    count = len(function.__defaults__ or ())
+    return code.co_varnames[code.co_argcount - count : code.co_argcount]
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(filename: str) -> bool:
+    return filename.startswith(_LIBRARIES) or "/site-packages/" in filename or _is_ours(filename)
+
+
+_HERE = __file__.rpartition("captures")[0]
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(_HERE)
+
+
+def _is_library_function(value: Any) -> bool:
+    """Whether a global name holds a function of a library, which names no user's model."""
+    return isinstance(value, types.FunctionType) and _is_library(value.__code__.co_filename) and not value.__closure__
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an object is of a user's own class, so that its attributes may hold models."""
+    kind = type(value)
+    if not hasattr(value, "__dict__"):
+        return False
+    module = sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    return kind.__module__ != "builtins" and (file is None or not _is_library(file))

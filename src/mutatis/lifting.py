@@ -1,0 +1,382 @@
+"""Lifting: a stateful function made pure for one call, and its effects brought back.
+
+Every transform is a page on top of this:
+
+    with Site("vmap", f, args, kwargs) as site:        # what can be reached: arguments and captures
+        def pure(values, leaves):                      # what JAX sees
+            end = site.run(dict(zip(cells, values)), leaves)
+            return end.leaves, end.values              # arrays only
+        leaves, values = jax.vmap(pure, ...)(...)
+        return site.commit(site.end, values, leaves)   # the user's result; the states are written
+
+A **Site** is the outer side of a transaction: it sets the nodes among the arguments apart from the leaves (the function
+gets its own objects back, `self is self`), knows every cell that can be reached and its path, and remembers the
+containers, so that an exception leaves all as it was. `Site.run` is the inner side: it opens a `Transaction` over
+JAX's tracers, runs the function on the real objects and takes out what was written.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import is_
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from mutatis import _compat, transactions
+from mutatis.captures import Captures, search
+from mutatis.cells import UNSET, Cell, Deferred
+from mutatis.errors import StructureError
+from mutatis.graph import Encoder, show_path
+from mutatis.modules import Module, Wrapped, is_node
+from mutatis.transactions import Transaction
+from mutatis.variables import Variable
+
+
+class Packed:
+    """A pytree with the nodes set apart from the leaves."""
+
+    __slots__ = ("_places", "_treedef", "leaves", "nodes")
+
+    def __init__(self, tree: Any) -> None:
+        everything, self._treedef = jax.tree.flatten(tree, is_leaf=is_node)
+        self._places = [index for index, item in enumerate(everything) if is_node(item)]
+        self.nodes = [everything[index] for index in self._places]
+        for index in reversed(self._places):
+            del everything[index]
+        self.leaves: list[Any] = everything
+
+    @property
+    def structure(self) -> Any:
+        """The tree and the places of the nodes in it: hashable."""
+        return self._treedef, tuple(self._places)
+
+    def fill(self, leaves: Sequence[Any], nodes: Sequence[Any] | None = None) -> Any:
+        """The tree with other leaves (and, if given, other nodes)."""
+        return fill(self.structure, leaves, self.nodes if nodes is None else nodes)
+
+    def forget(self) -> None:
+        """Let go of the leaves: they may be tracers."""
+        self.leaves = []
+
+
+def fill(structure: Any, leaves: Sequence[Any], nodes: Sequence[Any]) -> Any:
+    """The tree of this structure with these leaves and nodes."""
+    treedef, places = structure
+    everything = list(leaves)
+    for index, node in zip(places, nodes, strict=True):
+        everything.insert(index, node)
+    return jax.tree.unflatten(treedef, everything)
+
+
+class Contents:
+    """What plain containers held at one moment, compared by identity: `==` would call the users' code."""
+
+    __slots__ = ("_lengths", "_saved", "_views", "containers", "copies")
+
+    def __init__(self, containers: Sequence[Any], *, copies: bool = False) -> None:
+        self.containers = list(containers)
+        self._views: list[Any] = []
+        for container in containers:
+            self._views.append(container)
+            if isinstance(container, dict):
+                self._views.append(container.values())
+        self._lengths = list(map(len, self._views))
+        self._saved = list(chain.from_iterable(self._views))
+        self.copies = [container.copy() for container in containers] if copies else []
+
+    def unchanged(self) -> bool:
+        """Whether all containers hold the very same objects."""
+        return list(map(len, self._views)) == self._lengths and all(
+            map(is_, chain.from_iterable(self._views), self._saved)
+        )
+
+    def changed(self) -> list[tuple[Any, Any]]:
+        """The containers that hold something else now, each with its copy of then."""
+        if self.unchanged():
+            return []
+        return [
+            (now, then)
+            for now, then in zip(self.containers, self.copies, strict=True)
+            if not Contents([then])._holds_same(now)
+        ]
+
+    def _holds_same(self, other: Any) -> bool:
+        mine, theirs = self.containers[0], other
+        if len(mine) != len(theirs) or not all(map(is_, mine, theirs)):
+            return False
+        return not isinstance(mine, dict) or all(map(is_, mine.values(), theirs.values()))
+
+
+class End:
+    """How one run of the function ended: what it returned and wrote."""
+
+    __slots__ = ("born", "cells", "journal", "leaves", "out", "values")
+
+    def __init__(self, out: Packed, tx: Transaction) -> None:
+        self.out = out
+        self.leaves = out.leaves
+        self.cells = list(tx.written)
+        self.values = [tx.values[cell] for cell in self.cells]
+        self.born = dict(tx.born)
+        self.journal = list(tx.journal)
+
+    def forget(self) -> None:
+        """Let go of the tracers; JAX gives the real values back."""
+        self.out.forget()
+        self.leaves = []
+        self.values = []
+
+
+def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
+    """The parameter names that arguments go by, for messages."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names: list[str] = []
+    for index in range(len(args)):
+        parameter = parameters[min(index, len(parameters) - 1)] if parameters else None
+        if parameter is None:
+            names.append(f"args[{index}]")
+        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL or index >= len(parameters):
+            names.append(f"{parameter.name}[{index}]")
+        else:
+            names.append(parameter.name)
+    return [*names, *kwargs]
+
+
+def function_name(function: Any) -> str:
+    """A function's name, for messages."""
+    function = inspect.unwrap(function, stop=lambda f: not hasattr(f, "__wrapped__")) if callable(function) else function
+    while hasattr(function, "func"):  # partials
+        function = function.func
+    name = getattr(function, "__qualname__", None) or type(function).__name__
+    return str(name).replace("<locals>.", "").replace("<lambda>", "lambda")
+
+
+def named_nodes(names: Sequence[str], values: Sequence[Any]) -> list[tuple[str, Any]]:
+    """The nodes in these arguments with their names: ``batch['model']``."""
+    found: list[tuple[str, Any]] = []
+    for name, value in zip(names, values, strict=True):
+        if is_node(value):
+            found.append((name, value))
+            continue
+        for path, item in jax.tree_util.tree_flatten_with_path(value, is_leaf=is_node)[0]:
+            if is_node(item):
+                found.append((name + jax.tree_util.keystr(path), item))
+    return found
+
+
+class Scope:
+    """Everything that some roots lead to: cells with their paths, modules, containers."""
+
+    def __init__(self, roots: Sequence[tuple[str, Any]]) -> None:
+        self.encoder = Encoder(thread=True)
+        with transactions.structure_lock:
+            self.specs = tuple(self.encoder.encode(node, (name,)) for name, node in roots)
+            self.tail = self.encoder.finish()
+        self.cells: list[Variable] = list(self.encoder.cells)
+        self.containers = [obj for obj in self.encoder.objects if not isinstance(obj, Module)]
+
+    def locate(self, cell: Cell) -> str | None:
+        """The printed path of a cell."""
+        number = self.encoder.cells.get(cell)  # type: ignore[call-overload]
+        return None if number is None else show_root_path(self.encoder.paths[number])
+
+    def cells_of(self, node: Any) -> dict[tuple[Any, ...], Variable]:
+        """The cells of a node by their paths in it."""
+        encoder = Encoder()
+        encoder.encode(node)
+        return dict(zip(encoder.paths, encoder.cells, strict=True))
+
+
+def show_root_path(path: tuple[Any, ...]) -> str:
+    """A path that starts with the name of a root, which is an expression."""
+    rest = show_path(path[1:])
+    return f"{path[0]}{'' if not rest or rest.startswith('[') else '.'}{rest}"
+
+
+class Site:
+    """One call of a transform: the outer side of its transactions.
+
+    Args:
+      name: the transform's name, for messages.
+      function: the user's function; what it names becomes an implicit argument.
+      args: the positional arguments.
+      kwargs: the keyword arguments.
+      others: further nodes, by name (``of=model``), or further functions to search.
+    """
+
+    transaction: type[Transaction] = Transaction
+
+    def __init__(
+        self,
+        name: str,
+        function: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        others: Sequence[tuple[str, Any]] = (),
+        functions: Sequence[Any] = (),
+    ) -> None:
+        self.function = function
+        self.label = f"{name}({function_name(function)})"
+        self.args = tuple(args)
+        self.kwargs = kwargs or {}
+        self.packed = Packed((self.args, self.kwargs))
+        self.captures: Captures = search(function, *functions)
+        values = [*self.args, *self.kwargs.values()]
+        nodes = named_nodes(argument_names(function, self.args, self.kwargs), values)
+        self.scope = Scope([*nodes, *others, *self.captures.roots])
+        self.outer = _compat.current_trace()
+        self.end: End
+        self._contents = Contents(self.scope.containers, copies=True)
+        self._journal: list[tuple[Any, str, Any]] = []
+
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        changes = [(container, "", then) for container, then in self._contents.changed()]
+        journal = self._journal + changes
+        if kind is None:
+            tx = transactions.current()
+            if tx is not None:
+                for entry in journal:
+                    tx.note(*entry)
+        else:
+            transactions.undo(journal)
+
+    def run(
+        self,
+        overlay: dict[Any, Any],
+        leaves: Sequence[Any] | None = None,
+        *,
+        call: Callable[[], Any] | None = None,
+        make: Callable[..., Transaction] = Transaction,
+    ) -> End:
+        """Run the function in a transaction over JAX's values.
+
+        Args:
+          overlay: JAX's values of cells.
+          leaves: JAX's values of the arguments' leaves.
+          call: what to run, if not the function on the arguments.
+          make: makes the transaction.
+        """
+        with make(self.label, locate=self.scope.locate, outer=self.outer) as tx:
+            tx.values.update(overlay)
+            try:
+                if call is None:
+                    args, kwargs = self.packed.fill(self.packed.leaves if leaves is None else leaves)
+                    out = self.function(*args, **kwargs)
+                else:
+                    out = call()
+            finally:
+                self._journal.extend(tx.journal)  # undone by the site, with everything else
+                tx.journal.clear()
+            tx.settle()
+            end = End(Packed(out), tx)
+        self.end = end
+        return end
+
+    def values(self, cells: Sequence[Variable]) -> list[Any]:
+        """The present values of cells, as code at the call of the transform reads them."""
+        return [raw_value(cell) for cell in cells]
+
+    def commit(self, end: End, values: Sequence[Any], leaves: Sequence[Any]) -> Any:
+        """Write what the function wrote, as JAX gave it back.
+
+        Returns:
+          The user's result around the leaves that JAX gave back.
+        """
+        write_back(end, values)
+        return end.out.fill(leaves)
+
+    def refuse_structure(self, end: End, what: str) -> None:
+        """Raise if the function made states or changed structure, where that has no meaning.
+
+        Raises:
+          StructureError: it did; the message names what.
+        """
+        for cell in end.cells:
+            if cell in end.born:
+                continue
+            if not transactions.holds_value(cell) or type(transactions.read(cell)) is Deferred:
+                raise StructureError(
+                    f"state {transactions.describe(cell)} was created inside {what}",
+                    path=self.scope.locate(cell),
+                    where=self.label,
+                    made_at=transactions.made_at(cell),
+                    cure="Create it before: call the model once, or give its size where it is made.",
+                )
+        entries = [*((o, n) for o, n, _ in self._journal), *((c, "") for c, _ in self._contents.changed())]
+        for obj, name in entries:
+            number = self.scope.encoder.known(obj)
+            if number is None:
+                continue  # an object that the function made
+            path = show_root_path((*self.scope.encoder.object_paths[number], *((name,) if name else ())))
+            raise StructureError(
+                f"`{path}` was changed inside {what}",
+                path=path,
+                where=self.label,
+                cure="The body is traced once, not run each time. Make states and change attributes before; "
+                "inside, write to states.",
+            )
+
+
+class Transformed(Wrapped):
+    """A function that a transform was applied to. Works as a method, and as an attribute of modules.
+
+    Args:
+      function: the user's function.
+      remake: makes the same of another function; as a static value it stands for the transform.
+      call: ``call(function, args, kwargs)`` runs the transform; subclasses may define `__call__` instead.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        remake: Callable[..., Any],
+        call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
+    ) -> None:
+        self.__wrapped__ = function
+        self.remake = remake
+        self._call = call
+        for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+            if hasattr(function, name):
+                setattr(self, name, getattr(function, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._call is not None
+        return self._call(self.__wrapped__, args, kwargs)
+
+    def __get__(self, obj: Any, owner: type | None = None) -> Any:
+        return self if obj is None else types.MethodType(self, obj)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.remake(copy.deepcopy(self.__wrapped__, memo))
+
+    def __reduce__(self) -> Any:
+        return self.remake, (self.__wrapped__,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({function_name(self.__wrapped__)})"
+
+
+def raw_value(cell: Variable) -> Any:
+    """The value of a cell or its placeholder, for the code that runs now."""
+    return transactions.read(cell) if transactions.holds_value(cell) else UNSET
+
+
+def write_back(end: End, values: Sequence[Any]) -> None:
+    """Write the values that JAX gave back for the cells that a run wrote or made."""
+    for cell, value in zip(end.cells, values, strict=True):
+        if cell in end.born:
+            transactions.create(cell, value)
+        else:
+            transactions.write(cell, value)

@@ -1,0 +1,157 @@
+"""Random streams: `Rngs` holds one `RngState` per named stream, and nothing is global.
+
+A stream is a key and a count. A draw gives ``fold_in(key, count)`` and advances the count, so drawing is an ordinary
+write to an ordinary state: transforms thread it, checkpoints save it, and no key is ever used twice.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from mutatis import transactions
+from mutatis.errors import RandomStreamError
+from mutatis.filters import FilterLike
+from mutatis.graph import variables
+from mutatis.modules import Module
+from mutatis.variables import RngState, stream_value
+
+
+class Rngs(Module):
+    """Named random streams.
+
+    Args:
+      default: the seed or key of the default stream, which calling the object and unknown names use.
+      **streams: seeds or keys of named streams.
+
+    Raises:
+      RandomStreamError: a seed is neither an integer nor a random key.
+
+    Example:
+      >>> import mutatis as mu
+      >>> rngs = mu.Rngs(0, dropout=1)
+      >>> key = rngs.params()  # the default stream, since there is none of that name
+      >>> int(rngs.default.value["count"]), int(rngs.streams["dropout"].value["count"])
+      (1, 0)
+    """
+
+    def __init__(self, default: Any = None, **streams: Any) -> None:
+        if default is not None:
+            streams["default"] = default
+        self.streams = {name: RngState(stream_value(as_key(seed, name)), tag=name) for name, seed in streams.items()}
+
+    def __call__(self) -> jax.Array:
+        """A fresh key from the default stream."""
+        return self.stream("default").draw()
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names that are not attributes: streams.
+        if name.startswith("__") or "streams" not in self.__dict__:
+            raise AttributeError(f"Rngs has no attribute {name!r}")
+        return _Stream(self.stream(name))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.streams
+
+    def stream(self, name: str) -> RngState:
+        """The state of a stream, or of the default stream if there is none of that name.
+
+        Raises:
+          RandomStreamError: there is no default stream either.
+        """
+        found = self.streams.get(name) or self.streams.get("default")
+        if found is None:
+            raise RandomStreamError(
+                f"there is no random stream `{name}`, and no default stream",
+                path=name,
+                got=f"streams {sorted(self.streams)}",
+                where=transactions.where(),
+                cure=f"Name it, `mu.Rngs({name}=0)`, or give a default, `mu.Rngs(0)`.",
+            )
+        return found
+
+    def fork(self) -> Rngs:
+        """Independent streams of the same names, each started from a draw of its original."""
+        return Rngs(**{name: state.draw() for name, state in self.streams.items()})
+
+    def split(self, n: int) -> Rngs:
+        """Streams of the same names that are stacked along axis 0, for `n` members of an ensemble."""
+        forked = Rngs()
+        forked.streams = {
+            name: RngState(jax.vmap(stream_value)(jax.random.split(state.draw(), n)), tag=name)
+            for name, state in self.streams.items()
+        }
+        return forked
+
+
+class _Stream:
+    """What `rngs.params` is: a stream that is called for a key, with the state's attributes."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, state: RngState) -> None:
+        self.state = state
+
+    def __call__(self) -> jax.Array:
+        return self.state.draw()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.state, name)
+
+
+def as_key(seed: Any, name: str = "default") -> jax.Array:
+    """A random key from a seed or a (typed or untyped) key.
+
+    Raises:
+      RandomStreamError: it is neither.
+    """
+    if isinstance(seed, jax.Array):
+        if jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key):
+            return seed
+        if seed.dtype == np.uint32 and seed.ndim >= 1:
+            return jax.random.wrap_key_data(seed)
+        if jax.dtypes.issubdtype(seed.dtype, np.integer) and seed.ndim == 0:
+            return jax.random.key(seed)
+    elif isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        return jax.random.key(int(seed))
+    raise RandomStreamError(
+        f"random stream `{name}` cannot start from {seed!r:.60}",
+        path=name,
+        expected="an integer seed, `jax.random.key(0)` or `jax.random.PRNGKey(0)`",
+        got=type(seed).__name__,
+        cure=f"`mu.Rngs({name}=0)`",
+    )
+
+
+def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
+    """Start the streams of a node anew.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: which streams; all, if none is given.
+      **seeds: a seed or key by stream name; `default` is for all streams that are not named. Every state gets a key of
+        its own: two dropout layers with forked streams do not draw alike.
+
+    Raises:
+      RandomStreamError: no stream has one of the names.
+    """
+    keys = {name: as_key(seed, name) for name, seed in seeds.items()}
+    used: set[str] = set()
+    for path, cell in variables(node, *filters).items():
+        if not isinstance(cell, RngState):
+            continue
+        name = cell.metadata.get("tag", "default")
+        name = name if name in keys else "default"
+        if name in keys:
+            used.add(name)
+            place = zlib.crc32(repr(path).encode())
+            cell.set(stream_value(jax.random.fold_in(keys[name], np.uint32(place))))
+    if unknown := set(keys) - used:
+        raise RandomStreamError(
+            f"the model has no random stream `{sorted(unknown)[0]}`",
+            path=sorted(unknown)[0],
+            cure="`mu.variables(model, mu.RngState)` lists the streams.",
+        )

@@ -1,0 +1,1 @@
+"""The transforms: each a page on top of `mutatis.lifting` or `mutatis.compiling`."""

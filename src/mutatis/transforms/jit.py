@@ -1,0 +1,102 @@
+"""`mu.jit`: `jax.jit` for functions that read and write state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mutatis import _compat
+from mutatis.compiling import Compiler, Options
+from mutatis.lifting import Transformed
+
+
+class Jitted(Transformed):
+    """A function compiled by `mu.jit`."""
+
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        super().__init__(function, functools.partial(jit, **options))
+        self._compiler = Compiler("jit", _options(options))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compiler(self.__wrapped__, args, kwargs)
+
+
+def jit(
+    f: Callable[..., Any] | None = None,
+    /,
+    *,
+    in_shardings: Any = _compat.UNSPECIFIED,
+    out_shardings: Any = _compat.UNSPECIFIED,
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Iterable[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Iterable[str] | None = None,
+    keep_unused: bool = False,
+    device: Any = None,
+    backend: str | None = None,
+    inline: bool = False,
+    compiler_options: dict[str, Any] | None = None,
+    donate: str | bool = "auto",
+) -> Any:
+    """Compile a function that reads and writes state.
+
+    States of modules among the arguments and of those that the function names are inputs of the program; those
+    that are written are outputs, and are committed when the call returns. It is traced again for other shapes and
+    dtypes, for another structure of a model and for other static attributes; every program is kept. Another model
+    of the same structure compiles nothing.
+
+    Args:
+      f: a function, bound method, partial or callable Module; without it, the result is a decorator.
+      in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device,
+        backend, inline, compiler_options: as in `jax.jit`, for the arguments that are not modules.
+      donate: whether the buffers of written states are reused for their new values. ``"auto"``: wherever this cannot
+        be observed; a state whose array was handed out is copied first. ``True``: even when the program calls back into
+        Python and can fail at run time, which then loses the states. ``False``: never.
+
+    Raises:
+      TraceLevelError: a state is written across a raw JAX transform, or read where it would go stale.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> total = mu.Variable(0.0)
+      >>> @mu.jit
+      ... def add(x):
+      ...     total.value += x
+      >>> add(2.0); add(3.0)
+      >>> float(total)
+      5.0
+    """
+    options = {k: v for k, v in locals().items() if k != "f" and v is not _DEFAULTS[k]}
+    if f is None:
+        return functools.partial(jit, **options)
+    return Jitted(f, options)
+
+
+_DEFAULTS = dict(jit.__kwdefaults__ or {})
+
+
+def _options(options: dict[str, Any]) -> Options:
+    given = {**_DEFAULTS, **options}
+    where = {key: given[key] for key in ("device", "backend") if given[key] is not None}
+    donated = frozenset([*_numbers(given["donate_argnums"]), *_names(given["donate_argnames"])])
+    return Options(
+        donate=given["donate"],
+        static_argnums=_numbers(given["static_argnums"]),
+        static_argnames=_names(given["static_argnames"]),
+        donate_args=donated,
+        in_shardings=given["in_shardings"],
+        out_shardings=given["out_shardings"],
+        keep_unused=given["keep_unused"],
+        inline=given["inline"],
+        compiler_options=given["compiler_options"],
+        where=where,
+    )
+
+
+def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+
+
+def _names(given: str | Iterable[str] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
