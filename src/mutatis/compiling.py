@@ -244,7 +244,7 @@ class Program:
         tx = CompiledTransaction(binding.label, scope, request.outer)
         with tx:
             contents = Contents(scope.containers, copies=True)
-            tx.values.update(zip(cells, flat, strict=False))
+            tx.fill(dict(zip(cells, flat, strict=False)))
             try:
                 out = request.function(*args, **kwargs)
                 tx.settle()
@@ -771,8 +771,8 @@ class Compiler:
         """Under `jax.disable_jit`: the function itself, all or nothing."""
         site = Site("jit", request.function, request.args, request.kwargs, functions=request.functions)
         with site:
-            end = site.run({}, make=functools.partial(Transaction, compiled=True))
-            return site.commit(end, end.values, end.leaves)
+            end, leaves, values = site.run({}, make=functools.partial(Transaction, compiled=True))
+            return site.commit(end, values, leaves)
 
     @staticmethod
     def _replay(binding: Binding, record: Record, made: list[Any], leaves: list[Any]) -> Any:

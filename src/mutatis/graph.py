@@ -100,7 +100,7 @@ class Encoder:
         tail = []
         while self._later:
             owner, name, value, path = self._later.pop()
-            if self.thread or id(value) in self._numbers:
+            if self.thread or id(value) in self._numbers or (isinstance(value, Variable) and value in self.cells):
                 tail.append((owner, name, self.encode(value, path)))
             else:
                 tail.append((owner, name, ("s", Static(StaticObject(value)))))

@@ -3,11 +3,11 @@
 Every transform is a page on top of this:
 
     with Site("vmap", f, args, kwargs) as site:        # what can be reached: arguments and captures
-        def pure(values, leaves):                      # what JAX sees
-            end = site.run(dict(zip(cells, values)), leaves)
-            return end.leaves, end.values              # arrays only
+        def pure(values, leaves):                      # what JAX sees: arrays in, arrays out
+            site.end, leaves, values = site.run(dict(zip(cells, values)), leaves)
+            return leaves, values
         leaves, values = jax.vmap(pure, ...)(...)
-        return site.commit(site.end, values, leaves)   # the user's result; the states are written
+        return site.commit(site.end, values, leaves)   # the states are written; the user's result
 
 A **Site** is the outer side of a transaction: it sets the nodes among the arguments apart from the leaves (the function
 gets its own objects back, `self is self`), knows every cell that can be reached and its path, and remembers the
@@ -60,10 +60,6 @@ class Packed:
         """The tree with other leaves (and, if given, other nodes)."""
         return fill(self.structure, leaves, self.nodes if nodes is None else nodes)
 
-    def forget(self) -> None:
-        """Let go of the leaves: they may be tracers."""
-        self.leaves = []
-
 
 def fill(structure: Any, leaves: Sequence[Any], nodes: Sequence[Any]) -> Any:
     """The tree of this structure with these leaves and nodes."""
@@ -114,23 +110,22 @@ class Contents:
 
 
 class End:
-    """How one run of the function ended: what it returned and wrote."""
+    """How one run of the function ended: the shape of its result, and the cells it wrote or made.
 
-    __slots__ = ("born", "cells", "journal", "leaves", "out", "values")
+    It holds no values: those go through JAX and come back.
+    """
+
+    __slots__ = ("born", "cells", "nodes", "structure")
 
     def __init__(self, out: Packed, tx: Transaction) -> None:
-        self.out = out
-        self.leaves = out.leaves
+        self.structure = out.structure
+        self.nodes = out.nodes
         self.cells = list(tx.written)
-        self.values = [tx.values[cell] for cell in self.cells]
         self.born = dict(tx.born)
-        self.journal = list(tx.journal)
 
-    def forget(self) -> None:
-        """Let go of the tracers; JAX gives the real values back."""
-        self.out.forget()
-        self.leaves = []
-        self.values = []
+    def fill(self, leaves: Sequence[Any], nodes: Sequence[Any] | None = None) -> Any:
+        """The user's result around these leaves."""
+        return fill(self.structure, leaves, self.nodes if nodes is None else nodes)
 
 
 def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
@@ -213,8 +208,6 @@ class Site:
       others: further nodes, by name (``of=model``), or further functions to search.
     """
 
-    transaction: type[Transaction] = Transaction
-
     def __init__(
         self,
         name: str,
@@ -242,15 +235,13 @@ class Site:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
-        changes = [(container, "", then) for container, then in self._contents.changed()]
-        journal = self._journal + changes
-        if kind is None:
-            tx = transactions.current()
-            if tx is not None:
-                for entry in journal:
-                    tx.note(*entry)
-        else:
-            transactions.undo(journal)
+        tx = transactions.current()
+        if kind is not None:
+            self.undo()
+        elif tx is not None:
+            changes = [(container, "", then) for container, then in self._contents.changed()]
+            for entry in self._journal + changes:
+                tx.note(*entry)
 
     def run(
         self,
@@ -259,7 +250,7 @@ class Site:
         *,
         call: Callable[[], Any] | None = None,
         make: Callable[..., Transaction] = Transaction,
-    ) -> End:
+    ) -> tuple[End, list[Any], list[Any]]:
         """Run the function in a transaction over JAX's values.
 
         Args:
@@ -267,9 +258,12 @@ class Site:
           leaves: JAX's values of the arguments' leaves.
           call: what to run, if not the function on the arguments.
           make: makes the transaction.
+
+        Returns:
+          How it ended, the leaves of the result, and the values of the cells that were written or made.
         """
         with make(self.label, locate=self.scope.locate, outer=self.outer) as tx:
-            tx.values.update(overlay)
+            tx.fill(overlay)
             try:
                 if call is None:
                     args, kwargs = self.packed.fill(self.packed.leaves if leaves is None else leaves)
@@ -280,9 +274,9 @@ class Site:
                 self._journal.extend(tx.journal)  # undone by the site, with everything else
                 tx.journal.clear()
             tx.settle()
-            end = End(Packed(out), tx)
-        self.end = end
-        return end
+            packed = Packed(out)
+            end = End(packed, tx)
+            return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
     def values(self, cells: Sequence[Variable]) -> list[Any]:
         """The present values of cells, as code at the call of the transform reads them."""
@@ -295,13 +289,28 @@ class Site:
           The user's result around the leaves that JAX gave back.
         """
         write_back(end, values)
-        return end.out.fill(leaves)
+        return end.fill(leaves)
 
-    def refuse_structure(self, end: End, what: str) -> None:
-        """Raise if the function made states or changed structure, where that has no meaning.
+    def undo(self, keep: Sequence[Any] = ()) -> None:
+        """Put structure back as it was before the call, as an exception would.
+
+        Args:
+          keep: nodes that were made in the call and stay as they are.
+        """
+        encoder = Encoder()
+        for node in keep:
+            encoder.encode(node)
+        new = {id(obj) for obj in encoder.objects if self.scope.encoder.known(obj) is None}
+        journal = [entry for entry in self._journal if id(entry[0]) not in new]
+        changes = [(container, "", then) for container, then in self._contents.changed()]
+        transactions.undo(journal + changes)
+        self._journal.clear()
+
+    def refuse_creation(self, end: End, what: str) -> None:
+        """Raise if the function created deferred states, where that has no meaning.
 
         Raises:
-          StructureError: it did; the message names what.
+          StructureError: it did; the message names the first.
         """
         for cell in end.cells:
             if cell in end.born:
@@ -314,6 +323,13 @@ class Site:
                     made_at=transactions.made_at(cell),
                     cure="Create it before: call the model once, or give its size where it is made.",
                 )
+
+    def refuse_changes(self, what: str) -> None:
+        """Raise if the function changed attributes or containers, where that has no meaning.
+
+        Raises:
+          StructureError: it did; the message names the first.
+        """
         entries = [*((o, n) for o, n, _ in self._journal), *((c, "") for c, _ in self._contents.changed())]
         for obj, name in entries:
             number = self.scope.encoder.known(obj)

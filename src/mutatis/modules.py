@@ -308,7 +308,10 @@ def _tree_lines(module: Any, indent: str, seen: set[int]) -> list[str]:
         return [f"{type(module).__name__}(...)"]
     seen.add(id(module))
     lines = [f"{type(module).__name__}("]
+    hidden = getattr(type(module), "_references_", ())
     for name, value in module.__dict__.items():
+        if name in hidden:
+            continue
         shown = _show(value, indent + "  ", seen)
         lines.append(f"{indent}  {name.lstrip('_') if name == '_mode' else name}={shown},")
     lines.append(f"{indent})")

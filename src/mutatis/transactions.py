@@ -19,7 +19,7 @@ notes that it needs the cell as an input, `vmap` gives each lane its own random 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +31,7 @@ from mutatis.errors import TraceLevelError
 from mutatis.naming import path_by_referrers
 
 _MISSING = object()
+_CONTAINERS = (dict, list, tuple)
 
 
 class _Open(threading.local):
@@ -58,6 +59,7 @@ class Transaction:
 
     __slots__ = (
         "_holds_structure",
+        "_lent",
         "born",
         "compiled",
         "journal",
@@ -87,6 +89,7 @@ class Transaction:
         self.trace: Any = None
         self.values: dict[Cell, Any] = {}
         self.written: dict[Cell, None] = {}
+        self._lent: dict[Cell, list[Any]] = {}  # the leaves that containers held when they were read
         self.born: dict[Cell, None] = {}
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
         self.journal: list[tuple[Any, str, Any]] = []
@@ -107,6 +110,7 @@ class Transaction:
         """Let go of every tracer and lock; what is wanted of it has been taken out before."""
         self.trace = self.outer = None
         self.values.clear()
+        self._lent.clear()
         self.pinned.clear()
         if self._holds_structure:
             self._holds_structure = False
@@ -131,9 +135,15 @@ class Transaction:
         return self._miss(cell) if value is _MISSING else value
 
     def _miss(self, cell: Cell) -> Any:
-        value = _fresh(self.fetch(cell))
-        self.values[cell] = value
-        return value
+        self.fill({cell: _fresh(self.fetch(cell))})
+        return self.values[cell]
+
+    def fill(self, values: Mapping[Any, Any]) -> None:
+        """Put values into the overlay that count as read, not written, unless they are changed in place."""
+        self.values.update(values)
+        for cell, value in values.items():
+            if type(value) in _CONTAINERS:
+                self._lent[cell] = jax.tree.leaves(value)
 
     def fetch(self, cell: Cell) -> Any:
         """What a cell holds further out."""
@@ -171,12 +181,10 @@ class Transaction:
 
     def settle(self) -> None:
         """Count values that were changed in place (dictionaries, lists) as written. Call it before the end."""
-        for cell, value in self.values.items():
-            if cell not in self.written and type(value) in (dict, list, tuple):
-                before = jax.tree.leaves(self.fetch(cell))
-                after = jax.tree.leaves(value)
-                if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
-                    self.written[cell] = None
+        for cell, before in self._lent.items():
+            after = jax.tree.leaves(self.values[cell])
+            if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+                self.written[cell] = None
 
     # -- structure -------------------------------------------------------------------------------------------
 
@@ -306,7 +314,7 @@ def _is_concrete(value: Any) -> bool:
 
 def _fresh(value: Any) -> Any:
     """Plain containers anew, so that a change in place is seen and reaches nobody else."""
-    if type(value) in (dict, list, tuple):
+    if type(value) in _CONTAINERS:
         return jax.tree.map(lambda leaf: leaf, value)
     return value
 

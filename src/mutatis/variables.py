@@ -478,7 +478,7 @@ def _as_leaf(leaf: Any, owner: Variable | None) -> Any:
     if isinstance(leaf, Variable):
         return leaf.get()
     if isinstance(leaf, jax.Array):
-        return jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
+        return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if isinstance(leaf, bool | int | float | complex):

@@ -1,0 +1,312 @@
+"""What a checkpoint is on disk, and the manifest that says so.
+
+A checkpoint is a directory::
+
+    mutatis.json    the manifest
+    arrays-3/       the arrays, written by Orbax under the numbers that the manifest gives them
+
+The manifest tells of every state its path, name, kind, structure, shapes and dtypes, and of every file its size and its
+CRC-32. It belongs to the arrays of one save, by number. To save over a checkpoint is to write ``arrays-4`` beside
+``arrays-3`` and then to replace the manifest: one file, in one step. What no manifest names any more is removed last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+from mutatis.errors import CheckpointError
+from mutatis.filters import Path
+from mutatis.graph import show_path
+from mutatis.variables import Variable
+
+MANIFEST = "mutatis.json"
+FORMAT = "mutatis.checkpoint"
+VERSION = 1
+
+_PLAIN = (str, int, float, bool, type(None))  # what JSON gives back as it was
+
+Key: TypeAlias = tuple[str, str]  # ("name", an explicit name) or ("path", a printed path)
+
+
+def key_of(path: Path, cell: Variable) -> Key:
+    """What a state is matched by: its explicit name, else its path."""
+    return ("path", show_path(path)) if cell.name is None else ("name", cell.name)
+
+
+def label_of(path: str, name: str | None) -> str:
+    """A state as messages call it: its path, and its name if it has one."""
+    return (path or ".") + (f" (name {name!r})" if name is not None else "")
+
+
+# -- what a state is, as JSON -------------------------------------------------------------------------------------
+
+_LEAF = "*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """The type of one array, and where it is stored."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    impl: str | None = dataclasses.field(default=None, compare=False)  # of random keys, which are stored as numbers
+    array: int | None = dataclasses.field(default=None, compare=False)  # an empty array is not stored
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueType:
+    """The type of a state's value: its leaves, and how they are nested.
+
+    The structure is ``"*"`` for a leaf, else ``[name of the container, [[key, structure], ...]]``.
+    """
+
+    structure: Any
+    leaves: tuple[Leaf, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> ValueType:
+        """The type of a pytree of arrays or shapes."""
+        leaves = (Leaf(tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree.leaves(value))
+        return cls(structure_of(value), tuple(leaves))
+
+    def __str__(self) -> str:
+        return _show(self.structure, iter(self.leaves))
+
+    def fits(self, other: ValueType, cast: bool) -> bool:
+        """Whether a value of this type can be written where one of the other type is."""
+        if not cast:
+            return self == other
+        same = self.structure == other.structure and len(self.leaves) == len(other.leaves)
+        return same and all(map(_casts, self.leaves, other.leaves))
+
+    def build(self, leaves: Sequence[Any]) -> Any:
+        """A value of this structure, which has no `foreign` container."""
+        return _build(self.structure, iter(leaves))
+
+    def foreign(self) -> str | None:
+        """A container or key in it that cannot be made from a manifest, if there is one."""
+        return next((name for name in _containers(self.structure) if name not in _BUILDERS), None)
+
+
+def _casts(leaf: Leaf, other: Leaf) -> bool:
+    keys = leaf.dtype.startswith("key<") or other.dtype.startswith("key<")
+    return leaf == other if keys else leaf.shape == other.shape
+
+
+def structure_of(value: Any) -> Any:
+    """How the leaves of a value are nested, as JSON."""
+    entries = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
+    if len(entries) == 1 and not entries[0][0]:
+        return _LEAF
+    return [type(value).__name__, [[_plain_key(keys[0]), structure_of(inner)] for keys, inner in entries]]
+
+
+def _plain_key(key: Any) -> Any:
+    for attribute in ("key", "idx", "name"):  # of DictKey and FlattenedIndexKey, SequenceKey, GetAttrKey
+        if hasattr(key, attribute):
+            inner = getattr(key, attribute)
+            return inner if isinstance(inner, _PLAIN) else {"repr": repr(inner)}
+    return str(key)
+
+
+def _show(structure: Any, leaves: Iterator[Leaf]) -> str:
+    if structure == _LEAF:
+        return str(next(leaves))
+    container, items = structure
+    return f"{container}({', '.join(_show_item(key, inner, leaves) for key, inner in items)})"
+
+
+def _show_item(key: Any, inner: Any, leaves: Iterator[Leaf]) -> str:
+    return (f"{key}=" if isinstance(key, str) else "") + _show(inner, leaves)
+
+
+_BUILDERS: Mapping[str, Any] = {
+    "dict": dict,
+    "list": lambda items: [value for _, value in items],
+    "tuple": lambda items: tuple(value for _, value in items),
+    "NoneType": lambda _: None,
+}
+
+
+def _containers(structure: Any) -> Iterator[str]:
+    if structure != _LEAF:
+        container, items = structure
+        yield container
+        for key, inner in items:
+            if isinstance(key, dict):
+                yield key["repr"]
+            yield from _containers(inner)
+
+
+def _build(structure: Any, leaves: Iterator[Any]) -> Any:
+    if structure == _LEAF:
+        return next(leaves)
+    container, items = structure
+    return _BUILDERS[container]([(key, _build(inner, leaves)) for key, inner in items])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One state of a checkpoint."""
+
+    path: str
+    parts: tuple[Any, ...]
+    name: str | None
+    kind: str
+    collection: str
+    type: ValueType
+
+    @classmethod
+    def of(cls, path: Path, cell: Variable, type_: ValueType) -> Entry:
+        """The entry for a cell at a path."""
+        parts = tuple(part if isinstance(part, _PLAIN) else repr(part) for part in path)
+        return cls(show_path(path), parts, cell.name, type(cell).__name__, cell.collection, type_)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Entry:
+        """The entry that `dataclasses.asdict` gave as JSON."""
+        leaves = tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in data["type"]["leaves"])
+        return cls(**{**data, "parts": tuple(data["parts"]), "type": ValueType(data["type"]["structure"], leaves)})
+
+    @property
+    def key(self) -> Key:
+        """What the state is matched by."""
+        return ("path", self.path) if self.name is None else ("name", self.name)
+
+    @property
+    def label(self) -> str:
+        """The state as messages call it."""
+        return label_of(self.path, self.name)
+
+
+# -- the manifest -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The manifest of one save.
+
+    Args:
+      number: of the save: 1, and one more each time that the checkpoint is saved over.
+      entries: the states.
+      files: the size and CRC-32 of each file with arrays.
+    """
+
+    number: int
+    entries: tuple[Entry, ...]
+    files: Mapping[str, tuple[int, int]]
+
+    @property
+    def arrays(self) -> str:
+        """The directory of the arrays."""
+        return f"arrays-{self.number}"
+
+    def write(self, directory: str) -> None:
+        """Write or replace the manifest of a directory, in one step."""
+        head = {"format": FORMAT, "version": VERSION, "number": self.number, "files": self.files}
+        states = ",\n".join(json.dumps(dataclasses.asdict(entry)) for entry in self.entries)
+        unfinished = os.path.join(directory, f"{MANIFEST}.unfinished")
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.write(f'{json.dumps(head)[:-1]}, "states": [\n{states}\n]}}\n')
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, os.path.join(directory, MANIFEST))
+
+    def check_files(self, directory: str) -> None:
+        """Raise unless all files are as they were written.
+
+        Raises:
+          CheckpointError: some are missing, cut short or changed; all are listed.
+        """
+        problems = []
+        for name, expected in self.files.items():
+            try:
+                found = fingerprint(os.path.join(directory, name))
+            except FileNotFoundError:
+                problems.append(f"{name}: missing")
+                continue
+            if found[0] != expected[0]:
+                problems.append(f"{name}: {expected[0]} bytes were written, {found[0]} are there")
+            elif found != expected:
+                problems.append(f"{name}: its contents have changed")
+        if problems:
+            raise CheckpointError(
+                f"the checkpoint at `{directory}` is damaged",
+                differences=problems,
+                cure="Restore an earlier checkpoint.",
+            )
+
+
+def fingerprints(directory: str, below: str) -> dict[str, tuple[int, int]]:
+    """The size and CRC-32 of every file below a directory, by path from it."""
+    found = {}
+    for folder, _, names in os.walk(os.path.join(directory, below)):
+        for name in names:
+            file = os.path.join(folder, name)
+            found[os.path.relpath(file, directory).replace(os.sep, "/")] = fingerprint(file)
+    return dict(sorted(found.items()))
+
+
+def fingerprint(file: str) -> tuple[int, int]:
+    """The size and CRC-32 of a file."""
+    size = crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return size, crc
+
+
+def read_manifest(directory: str) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, or it is of another format or version.
+    """
+    try:
+        with open(os.path.join(directory, MANIFEST), encoding="utf-8") as file:
+            data = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        there = "no checkpoint of Mutatis" if os.path.lexists(directory) else "nothing"
+        raise CheckpointError(
+            f"there is {there} at `{directory}`",
+            expected=f"a directory with the file {MANIFEST}",
+            cure="`mutatis.checkpoint.save(path, model)` writes one.",
+        ) from None
+    except ValueError as error:
+        raise _damaged(directory, error) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"`{MANIFEST}` at `{directory}` is not the manifest of a checkpoint", expected=f"format {FORMAT}"
+        )
+    if data.get("version") != VERSION:
+        raise CheckpointError(
+            f"the checkpoint at `{directory}` has another format version",
+            expected=VERSION,
+            got=data.get("version"),
+            cure="Restore it with the version of Mutatis that wrote it, and save it with this one.",
+        )
+    try:
+        entries = tuple(map(Entry.from_json, data["states"]))
+        files = {str(name): (int(size), int(crc)) for name, (size, crc) in data["files"].items()}
+        return Manifest(int(data["number"]), entries, files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(directory, error) from error
+
+
+def _damaged(directory: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the manifest of the checkpoint at `{directory}` is damaged",
+        got=f"{type(error).__name__}: {error}",
+        cure="Restore an earlier checkpoint.",
+    )

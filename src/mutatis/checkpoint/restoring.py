@@ -1,0 +1,169 @@
+"""`restore`: the manifest is matched with the model, the files are checked and read; then the states are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.dtypes import canonicalize_dtype as canonicalize
+
+from mutatis import transactions
+from mutatis.cells import UNSET, Deferred
+from mutatis.checkpoint.arrays import read_arrays
+from mutatis.checkpoint.manifest import Entry, Leaf, Manifest, ValueType, label_of, read_manifest
+from mutatis.checkpoint.saving import by_key, check_call
+from mutatis.errors import CheckpointError
+from mutatis.filters import Filter, FilterLike, as_filter
+from mutatis.graph import show_path, variables
+from mutatis.state import raw_value
+from mutatis.variables import Variable
+
+
+def restore(path: str | os.PathLike[str], node: Any, *filters: FilterLike, cast: bool = False) -> None:
+    """Put the states of a checkpoint back into a node. Everything is checked before anything is written.
+
+    A state with an explicit name is found by it, any other by its path. Values go where the model's states live
+    (device, sharding). A frozen state is restored like any other, and stays frozen: it gets back what it had. A state
+    without a value is created, and a model of shapes (`mu.eval_shape`) gets its arrays.
+
+    Args:
+      path: the directory that `save` wrote.
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: which states; all, if none is given. The checkpoint's other states are left alone.
+      cast: whether numbers of another dtype are converted.
+
+    Raises:
+      CheckpointError: there is no checkpoint; it is damaged or not one of ours; or it does not fit the node: then all
+        states that are missing, unexpected or of another kind, structure, shape or dtype are listed. The node is as it
+        was. Also inside a transform, and in one of several processes.
+
+    Example:
+      >>> from mutatis import checkpoint
+      >>> checkpoint.save("best", {"w": mu.Param(jnp.ones(2))})
+      >>> model = {"w": mu.Param(jnp.zeros(2))}
+      >>> checkpoint.restore("best", model)
+      >>> model["w"].value
+      Array([1., 1.], dtype=float32)
+      >>> checkpoint.restore("best", {"weight": mu.Param(jnp.zeros(3))})
+      Traceback (most recent call last):
+      ...
+      mutatis.errors.CheckpointError: the checkpoint at `...best` does not fit the model; nothing was restored
+        missing:    weight
+        unexpected: w
+      Restore it into a model that was built as the saved one was, or a part of it by a filter.
+    """
+    path = check_call(path, "restored")
+    while True:
+        manifest = read_manifest(path)
+        slots = _match(path, manifest, node, as_filter(filters or ...), cast)
+        try:
+            values = _read(path, manifest, slots)
+            break
+        except CheckpointError:
+            if read_manifest(path) == manifest:
+                raise
+            # Another process saved over it while it was read here: now the new one is there.
+    with transactions.Transaction("restore") as tx:
+        for slot, value in zip(slots, values, strict=True):
+            transactions.write(slot.cell, value)  # below the cell's `set`, so that frozen ones are restored too
+        tx.commit()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """A cell with the value it has now, None if it has none, and the entry that it is restored from."""
+
+    cell: Variable
+    now: Any
+    entry: Entry
+
+
+def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool) -> list[_Slot]:
+    """Which cell gets which entry.
+
+    Raises:
+      CheckpointError: they do not fit; all differences are listed.
+    """
+    cells = by_key(variables(node))
+    entries = {entry.key: entry for entry in manifest.entries}
+    unexpected = [e for key, e in entries.items() if key not in cells and selects(e.parts, _kind(e))]
+    missing: list[str] = []
+    mistyped: list[str] = []
+    slots: list[_Slot] = []
+    for key, (at, cell) in cells.items():
+        if not selects(at, cell):
+            continue
+        entry = entries.get(key)
+        if entry is None:
+            label = label_of(show_path(at), cell.name)
+            near = difflib.get_close_matches(label, [e.label for e in unexpected], 1) if len(missing) < 10 else ()
+            missing.append(f"missing:    {label}" + "".join(f" (the checkpoint has {found})" for found in near))
+            continue
+        value = raw_value(cell)
+        slot = _Slot(cell, None if value is UNSET or type(value) is Deferred else value, entry)
+        mistyped.extend(_differences(slot, cast))
+        slots.append(slot)
+    differences = [*missing, *(f"unexpected: {entry.label}" for entry in unexpected), *mistyped]
+    if differences:
+        castable = not cast and len([d for slot in slots for d in _differences(slot, True)]) < len(mistyped)
+        raise CheckpointError(
+            f"the checkpoint at `{path}` does not fit the model; nothing was restored",
+            differences=differences,
+            cure="Restore it into a model that was built as the saved one was, or a part of it by a filter."
+            + (" `cast=True` converts dtypes." if castable else ""),
+        )
+    return slots
+
+
+def _differences(slot: _Slot, cast: bool) -> Iterator[str]:
+    """In what an entry does not fit its cell."""
+    cell, entry = slot.cell, slot.entry
+    if entry.collection != cell.collection:
+        expected = f"{type(cell).__name__} ({cell.collection})"
+        yield f"{entry.label}: expected a {expected}, got a {entry.kind} ({entry.collection})"
+    if slot.now is not None:
+        type_ = ValueType.of(slot.now)
+        if not entry.type.fits(type_, cast):
+            yield f"{entry.label}: expected {type_}, got {entry.type}"
+    elif wide := {leaf.dtype for leaf in entry.type.leaves if not leaf.impl and canonicalize(leaf.dtype) != leaf.dtype}:
+        yield f"{entry.label}: {', '.join(sorted(wide))} needs `jax_enable_x64`"
+    elif (container := entry.type.foreign()) is not None:
+        yield f"{entry.label}: has no value yet, and a {container} cannot be made from a file"
+
+
+def _kind(entry: Entry) -> type[Variable]:
+    """The kind of a state that the model does not have, for filters: as near as the kinds of this program come."""
+    kinds = [Variable]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    known = [kind for kind in kinds if kind.collection == entry.collection]
+    return next((kind for kind in known if kind.__name__ == entry.kind), known[0] if known else Variable)
+
+
+def _read(path: str, manifest: Manifest, slots: list[_Slot]) -> list[Any]:
+    """The values for slots.
+
+    Raises:
+      CheckpointError: the files are damaged.
+    """
+    manifest.check_files(path)
+    wanted: list[tuple[Leaf, Any]] = []
+    for slot in slots:
+        leaves = slot.entry.type.leaves
+        wanted.extend(zip(leaves, [None] * len(leaves) if slot.now is None else jax.tree.leaves(slot.now), strict=True))
+    arrays = iter(read_arrays(os.path.join(path, manifest.arrays), wanted))
+    return [_assemble(slot, [next(arrays) for _ in slot.entry.type.leaves]) for slot in slots]
+
+
+def _assemble(slot: _Slot, leaves: list[jax.Array]) -> Any:
+    """The value of a slot around these leaves."""
+    if slot.now is None:
+        return slot.entry.type.build(leaves)
+    old, treedef = jax.tree.flatten(slot.now)
+    pairs = zip(leaves, old, strict=True)
+    new = [leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype) for leaf, like in pairs]
+    return jax.tree.unflatten(treedef, new)

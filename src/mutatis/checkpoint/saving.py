@@ -1,0 +1,185 @@
+"""`save`: everything is collected and checked, then written beside what is there, then put in its place in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mutatis import _compat, transactions
+from mutatis.cells import UNSET, Deferred
+from mutatis.checkpoint.arrays import describe, write_arrays
+from mutatis.checkpoint.manifest import (
+    Entry,
+    Key,
+    Manifest,
+    ValueType,
+    fingerprints,
+    key_of,
+    read_manifest,
+    structure_of,
+)
+from mutatis.errors import CheckpointError, DeferredStateError
+from mutatis.filters import FilterLike, Path
+from mutatis.graph import show_path, variables
+from mutatis.state import raw_value
+from mutatis.variables import Variable
+
+
+def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:
+    """Write the states of a node to a directory, whole or not at all.
+
+    A checkpoint that is there already is replaced in one step, at the end: if the process dies before, the old one is
+    there as it was, and if there was none there is nothing.
+
+    Args:
+      path: the directory, on a file system of this machine; its parents are made.
+      node: a Module, a Variable, or a list, tuple or dict of them, such as ``(model, optimizer)``.
+      *filters: which states; all, if none is given. One that is reached by several paths is saved once, at the first.
+
+    Raises:
+      CheckpointError: something that is not a checkpoint is at the path; two states have one name; the call is inside a
+        transform, or in one of several processes.
+      DeferredStateError: states have no value yet.
+
+    Note:
+      The arrays are handed out, so the next compiled step copies these states once instead of donating them.
+
+    Example:
+      >>> from mutatis import checkpoint
+      >>> model = {"w": mu.Param(jnp.ones(2)), "rngs": mu.Rngs(0)}
+      >>> checkpoint.save("step_100", model)
+      >>> checkpoint.save("step_100", model, mu.Param)  # replaces it
+    """
+    path = check_call(path, "saved")
+    entries, arrays = _collect(variables(node, *filters))
+    number = _number_of(path) + 1
+    if number == 1:
+        unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died
+        try:
+            _write(unfinished, number, entries, arrays)
+            os.rename(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    else:
+        _sweep(path)
+        try:
+            _write(path, number, entries, arrays)
+        finally:
+            _sweep(path)
+
+
+def check_call(path: str | os.PathLike[str], what: str) -> str:
+    """The absolute path, where a checkpoint can be what it should be.
+
+    Raises:
+      CheckpointError: the path is a URL; or the call is inside a transform, where values are tracers and files would be
+        touched once per trace; or in one of several processes, which would write over each other.
+    """
+    if _compat.current_trace() is not _compat.EVAL_TRACE:
+        raise CheckpointError(
+            f"states cannot be {what} inside a transform",
+            where=transactions.where(),
+            cure="Save and restore between the calls of a transformed function.",
+        )
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"states cannot be {what} by one of several processes",
+            got=f"{jax.process_count()} processes",
+            cure="Hand `mu.state(model).to_pure_dict()` to Orbax, which lets processes write together.",
+        )
+    if "://" in os.fspath(path):
+        raise CheckpointError(
+            f"`{path}` is not a path of this machine",
+            cure="A checkpoint is replaced by a rename, which object stores do not have: save here, then copy.",
+        )
+    return os.path.abspath(path)
+
+
+def by_key(cells: Mapping[Path, Variable]) -> dict[Key, tuple[Path, Variable]]:
+    """Cells by what they are matched by.
+
+    Raises:
+      CheckpointError: two of them have one name.
+    """
+    found: dict[Key, tuple[Path, Variable]] = {}
+    for path, cell in cells.items():
+        first, _ = found.setdefault(key_of(path, cell), (path, cell))
+        if first != path:
+            raise CheckpointError(
+                f"two states have the name {cell.name!r}: {show_path(first)} and {show_path(path)}",
+                path=show_path(path),
+                cure="In a checkpoint a state with an explicit name goes by it: give each its own, or none.",
+            )
+    return found
+
+
+def _collect(cells: Mapping[Path, Variable]) -> tuple[tuple[Entry, ...], dict[int, jax.Array]]:
+    """The manifest's entries for these cells, and the arrays by number.
+
+    Raises:
+      CheckpointError: two of them have one name.
+      DeferredStateError: some have no value; all are listed.
+    """
+    values = {path: raw_value(cell) for path, cell in by_key(cells).values()}
+    if missing := [show_path(path) for path, value in values.items() if not _has_arrays(value)]:
+        raise DeferredStateError(
+            f"{len(missing)} states cannot be saved: they have no value yet",
+            path=missing[0],
+            differences=missing,
+            cure="Call the model once, which creates them, or leave them out: `save(path, model, mu.Param)`.",
+        )
+    entries: list[Entry] = []
+    arrays: dict[int, jax.Array] = {}
+    number = 0
+    for path, value in values.items():
+        leaves = []
+        for leaf in jax.tree.leaves(value):
+            leaves.append(describe(leaf, number))
+            if leaf.size:
+                arrays[number] = leaf
+            number += 1
+        entries.append(Entry.of(path, cells[path], ValueType(structure_of(value), tuple(leaves))))
+    return tuple(entries), arrays
+
+
+def _has_arrays(value: Any) -> bool:
+    shapes = (isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
+    return value is not UNSET and type(value) is not Deferred and not any(shapes)
+
+
+def _number_of(path: str) -> int:
+    """The number of the save that is at a path, 0 if nothing is.
+
+    Raises:
+      CheckpointError: something else is there.
+    """
+    if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
+        return 0
+    try:
+        return read_manifest(path).number
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"`{path}` is not a checkpoint that can be replaced",
+            got=error.problem,
+            cure="Save to another path, or remove what is there.",
+        ) from error
+
+
+def _write(directory: str, number: int, entries: tuple[Entry, ...], arrays: dict[int, jax.Array]) -> None:
+    """Write the arrays, then the manifest, from when on they are what the directory holds."""
+    os.makedirs(directory, exist_ok=True)
+    write_arrays(os.path.join(directory, f"arrays-{number}"), arrays)
+    Manifest(number, entries, fingerprints(directory, f"arrays-{number}")).write(directory)
+
+
+def _sweep(path: str) -> None:
+    """Remove the arrays in a checkpoint that its manifest does not name: of an earlier save, or of one that died."""
+    named = read_manifest(path).arrays
+    for entry in os.listdir(path):
+        if entry.startswith("arrays-") and entry != named:
+            shutil.rmtree(os.path.join(path, entry), ignore_errors=True)

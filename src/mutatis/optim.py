@@ -1,0 +1,160 @@
+"""The optimizer: any optax transformation over the states of a model.
+
+It refers to the model, whose cells are not its children, and holds what optax keeps as `OptState` cells of its own, by
+paths that end in the parameters' paths. At each update the parameters are looked up again, so that states may appear and
+vanish; their moments follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mutatis.errors import DeferredStateError, OptimizerError
+from mutatis.filters import FilterLike, Path, as_filter
+from mutatis.graph import check_node, show_path, variables
+from mutatis.modules import Module
+from mutatis.state import State
+from mutatis.variables import OptState, Param, Variable, show_type
+
+
+class Optimizer(Module):
+    """Updates the parameters of a model by an optax transformation.
+
+    Args:
+      model: a Module, a Variable, or a list, tuple or dict of them.
+      tx: any optax gradient transformation.
+      wrt: which states are parameters; frozen states and those that are not floats are left out.
+
+    Raises:
+      OptimizerError: the gradients do not fit the parameters, or a parameter has another shape than its moments.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu, optax
+      >>> w = mu.Param(jnp.array([1.0, 2.0]))
+      >>> optimizer = mu.Optimizer(w, optax.sgd(0.1))
+      >>> @mu.jit
+      ... def step():
+      ...     optimizer.update(mu.grad(lambda: jnp.sum(w.value**2), of=w)())
+      >>> step()
+      >>> w.value, int(optimizer.step)
+      (Array([0.8, 1.6], dtype=float32), 1)
+    """
+
+    _references_: ClassVar[tuple[str, ...]] = ("_model",)
+
+    def __init__(self, model: Any, tx: Any, wrt: FilterLike = Param) -> None:
+        self.step = OptState(0)
+        self.tx = tx
+        self.wrt = as_filter(wrt)
+        self._model = check_node(model)
+        names, leaves, _ = _named_leaves(tx.init(self._values(self._params())))
+        self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
+
+    def update(self, *args: Any, **extra: Any) -> None:
+        """Apply gradients: ``update(grads)`` or ``update(model, grads)``.
+
+        Args:
+          *args: the gradients, as `mu.grad` gives them, or the model and them.
+          **extra: further arguments of the transformation, such as ``value=loss``.
+
+        Raises:
+          OptimizerError: the gradients do not fit the parameters, or a parameter has another shape than its moments.
+        """
+        import optax
+
+        if len(args) not in (1, 2):
+            raise OptimizerError("`update` takes gradients, or a model and gradients", cure="`optimizer.update(grads)`")
+        params = self._params()
+        values = self._values(params)
+        grads = _check_gradients(args[-1], values)
+        tx = optax.with_extra_args_support(self.tx)
+        updates, state = tx.update(grads, self._present_state(values), values, **extra)
+        for path, value in optax.apply_updates(values, updates).flat().items():
+            params[path].set(value)
+        names, leaves, _ = _named_leaves(state)
+        for name, leaf in zip(names, leaves, strict=True):
+            self.state[name].set(leaf)
+        self.step += 1
+
+    def _params(self) -> dict[Path, Variable]:
+        """The states to optimize, by path."""
+        chosen = {}
+        for path, cell in variables(self._model, self.wrt).items():
+            if cell.frozen:
+                continue
+            if cell.deferred:
+                raise DeferredStateError(
+                    f"state `{show_path(path)}` cannot be optimized: it has not been created yet",
+                    path=show_path(path),
+                    made_at=cell.made_at,
+                    cure="Call the model once before the optimizer is made, or give the sizes where its layers are made.",
+                )
+            if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(cell.get())):
+                chosen[path] = cell
+        return chosen
+
+    @staticmethod
+    def _values(params: dict[Path, Variable]) -> State:
+        return State({path: cell.get() for path, cell in params.items()}, {path: type(cell) for path, cell in params.items()})
+
+    def _present_state(self, values: State) -> Any:
+        """What optax keeps, for the present parameters: moments of new ones start as optax starts them."""
+        names, shapes, treedef = _named_leaves(jax.eval_shape(self.tx.init, values))
+        if set(names) != set(self.state):
+            fresh = jax.tree.leaves(self.tx.init(values))
+            self.state = {n: self.state.get(n) or OptState(leaf) for n, leaf in zip(names, fresh, strict=True)}
+        for name, shape in zip(names, shapes, strict=True):
+            if self.state[name].shape != shape.shape:
+                raise OptimizerError(
+                    f"a parameter has another shape than its moment `{name}`",
+                    path=name,
+                    expected=show_type(self.state[name].value),
+                    got=show_type(shape),
+                    cure="Moments do not carry over to another shape: make a new `mu.Optimizer(model, tx)`.",
+                )
+        return jax.tree.unflatten(treedef, [self.state[name].get() for name in names])
+
+
+def _named_leaves(state: Any) -> tuple[list[str], list[Any], Any]:
+    """The leaves of an optax state with names that end in the parameters' paths: ``0.mu.blocks[0].kernel``."""
+    entries, treedef = jax.tree_util.tree_flatten_with_path(state)
+    names = [jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in entries]
+    return names, [leaf for _, leaf in entries], treedef
+
+
+def _check_gradients(grads: Any, values: State) -> State:
+    """The gradients as a State of the parameters' paths.
+
+    Raises:
+      OptimizerError: some are missing, of no parameter, or of another shape; all are listed.
+    """
+    flat = dict(_gradients_by_path(grads, ()))
+    problems = [f"missing:    {show_path(path)}" for path in values if path not in flat]
+    problems += [f"unexpected: {show_path(path)}" for path in flat if path not in values.flat()]
+    for path, value in values.flat().items():
+        if path in flat and jax.tree.map(jnp.shape, flat[path]) != jax.tree.map(jnp.shape, value):
+            problems.append(f"{show_path(path)}: expected {show_type(value)}, got {show_type(flat[path])}")
+    if problems:
+        raise OptimizerError(
+            "the gradients do not fit the parameters of the optimizer",
+            differences=problems,
+            cure="Differentiate the model that the optimizer was made with, by the same `wrt`.",
+        )
+    return State(flat, values.kinds())
+
+
+def _gradients_by_path(grads: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    if isinstance(grads, State):
+        yield from (((*path, *inner), value) for inner, value in grads.flat().items())
+    elif isinstance(grads, dict):
+        for key, part in grads.items():
+            yield from _gradients_by_path(part, (*path, key))
+    elif isinstance(grads, list | tuple):
+        for index, part in enumerate(grads):
+            yield from _gradients_by_path(part, (*path, index))
+    else:
+        yield path, grads

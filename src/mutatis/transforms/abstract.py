@@ -1,0 +1,90 @@
+"""`mu.eval_shape` and `mu.make_jaxpr`: look at a stateful function without running it. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from mutatis.lifting import Packed, Site, Transformed, raw_value
+from mutatis.transactions import place
+
+
+def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The shapes and dtypes of a function's result; as `jax.eval_shape`, with states.
+
+    Nothing is computed, allocated or written. A module that `f` makes comes back with shapes for values.
+
+    Args:
+      f: the function.
+      *args: its arguments; `jax.ShapeDtypeStruct` will do for arrays.
+      **kwargs: its keyword arguments.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> class Net(mu.Module):
+      ...     def __init__(self, size):
+      ...         self.w = mu.Param(jnp.zeros((size, size)))
+      >>> mu.eval_shape(lambda: Net(100_000)).w.value
+      ShapeDtypeStruct(shape=(100000, 100000), dtype=float32)
+    """
+    with Site("eval_shape", f, args, kwargs) as site:
+
+        def pure(leaves: list[Any]) -> Any:
+            site.end, out, written = site.run({}, leaves)
+            return out, written
+
+        out, written = jax.eval_shape(pure, site.packed.leaves)
+        site.undo(keep=site.end.nodes)
+        for cell, shape in zip(site.end.cells, written, strict=True):
+            if cell in site.end.born:
+                place(cell, shape)
+        return site.end.fill(out)
+
+
+def make_jaxpr(
+    f: Callable[..., Any],
+    static_argnums: int | Sequence[int] = (),
+    axis_env: Sequence[tuple[Any, int]] | None = None,
+    return_shape: bool = False,
+) -> Any:
+    """A function that gives the jaxpr of `f`; as `jax.make_jaxpr`, with states.
+
+    The inputs of the jaxpr are the states that `f` can reach (in the order of their paths) and then the arguments; its
+    outputs are the result and then the written states. Nothing is run or written.
+
+    Args:
+      f: the function.
+      static_argnums, axis_env: as in `jax.make_jaxpr`.
+      return_shape: whether a pair is given, of the jaxpr and the shapes of the result.
+
+    Example:
+      >>> import mutatis as mu
+      >>> n = mu.Variable(0)
+      >>> mu.make_jaxpr(lambda: n.set(n.value + 1))()
+      { lambda ; a:i32[]. let b:i32[] = add a 1:i32[] in (b,) }
+    """
+
+    def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        statics = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+        numbers = {n % len(args) for n in statics} if args else set()
+        packed = Packed(({n: arg for n, arg in enumerate(args) if n not in numbers}, kwargs))
+        with Site("make_jaxpr", function, args, kwargs) as site:
+            cells = site.scope.cells
+
+            def pure(values: list[Any], leaves: list[Any]) -> Any:
+                new_args, new_kwargs = packed.fill(leaves)
+                all_args = [new_args.get(n, arg) for n, arg in enumerate(args)]
+                overlay = dict(zip(cells, values, strict=True))
+                site.end, out, written = site.run(overlay, call=lambda: function(*all_args, **new_kwargs))
+                return out, written
+
+            values = [raw_value(cell) for cell in cells]
+            jaxpr, shapes = jax.make_jaxpr(pure, axis_env=axis_env, return_shape=True)(values, packed.leaves)
+            site.undo()
+            return (jaxpr, site.end.fill(shapes[0])) if return_shape else jaxpr
+
+    return Transformed(f, make_jaxpr, call)
+
+

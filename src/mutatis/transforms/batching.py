@@ -1,0 +1,260 @@
+"""`mu.vmap`: vectorize functions that read and write state.
+
+A state has an axis and is split among the lanes, or it has none and all lanes share it. What is written to a shared state
+has to be the same in all lanes. Random streams without an axis give each lane a stream of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis import _compat, transactions
+from mutatis.axes import Shared, StateAxes, assign_axes, check_axis
+from mutatis.cells import Cell
+from mutatis.errors import AxisError, LaneError
+from mutatis.lifting import End, Site, Transformed, write_back
+from mutatis.modules import is_node
+from mutatis.transactions import Transaction
+from mutatis.variables import RngState, Variable
+
+
+def vmap(
+    f: Callable[..., Any] | None = None,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_name: Hashable | None = None,
+    axis_size: int | None = None,
+    spmd_axis_name: Hashable | None = None,
+    sum_match: bool = False,
+    *,
+    states: Any = None,
+) -> Any:
+    """Vectorize a function over an axis of its arguments; as `jax.vmap`, with states.
+
+    An axis for a Module argument splits all its states, random streams too: the module is an ensemble. None shares
+    them. States that the function makes have axis 0 outside.
+
+    A random stream that is shared gives each lane a stream of its own, from the stream's key, its count and the number of
+    the lane; outside, its count is one further if it was used.
+
+    Args:
+      f: the function, bound method, partial or callable Module.
+      in_axes: as in `jax.vmap`; `mu.StateAxes` in the place of a Module's axis chooses by filter.
+      out_axes, axis_name, axis_size, spmd_axis_name, sum_match: as in `jax.vmap`.
+      states: `mu.StateAxes` for everything that the function captures, or pairs of a node and its axes.
+
+    Raises:
+      LaneError: a value that differs per lane is written to a shared state.
+      AxisError: axes contradict each other, or a state has no such axis.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> calls = mu.Variable(0)
+      >>> def f(x):
+      ...     calls.value += 1
+      ...     return 2 * x
+      >>> mu.vmap(f)(jnp.arange(3)), int(calls)
+      (Array([0, 2, 4], dtype=int32), 1)
+    """
+    options = {k: v for k, v in locals().items() if k != "f"}
+    remake = functools.partial(vmap, **options)
+    if f is None:
+        return remake
+    return Transformed(f, remake, lambda function, args, kwargs: _vmap(function, args, kwargs, **options))
+
+
+class LaneTransaction(Transaction):
+    """The transaction of one `vmap`: a random stream without an axis becomes a stream per lane at its first read.
+
+    Args:
+      lane: the number of the lane, as the mapped value that it is inside.
+      alike: the streams that all lanes share as they are.
+    """
+
+    __slots__ = ("_alike", "_lane", "streams")
+
+    def __init__(self, *args: Any, lane: Any, alike: set[Any], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._lane = lane
+        self._alike = alike
+        self.streams: dict[Any, Any] = {}  # what the streams are outside
+
+    def fetch(self, cell: Cell) -> Any:
+        """What the cell holds outside, or a stream for each lane."""
+        value = super().fetch(cell)
+        if not isinstance(cell, RngState) or cell in self._alike or cell.frozen:
+            return value
+        self.streams[cell] = value
+        with _compat.at_trace(self.trace):  # the read may come from a deeper trace, whose value would not live here
+            key = jax.random.fold_in(jax.random.fold_in(value["key"], value["count"]), self._lane)
+            return {"key": key, "count": jnp.zeros_like(value["count"])}
+
+    def outside(self, cell: Any) -> Any:
+        """What a stream is outside after the lanes have drawn: one further."""
+        value = self.streams[cell]
+        return {"key": value["key"], "count": value["count"] + np.uint32(1)}
+
+
+def _vmap(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    in_axes: Any,
+    out_axes: Any,
+    axis_name: Any,
+    axis_size: int | None,
+    spmd_axis_name: Any,
+    sum_match: bool,
+    states: Any,
+) -> Any:
+    named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
+    with Site("vmap", function, args, kwargs, others=[("states", [node for node, _ in named])]) as site:
+        leaf_axes, node_axes = _argument_axes(site, args, kwargs, in_axes)
+        axes = assign_axes(site, node_axes, states)
+        for cell in site.scope.cells:
+            if cell not in axes and type(cell).vmap_axis is not None:
+                axes[cell] = type(cell).vmap_axis
+        split: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
+        alike = {cell for cell, axis in axes.items() if axis is Shared}
+        values = [check_axis(site, cell, axis) for cell, axis in split.items()]
+        lanes = np.arange(_count(site, leaf_axes, split, values, axis_size), dtype=np.uint32)
+
+        def pure(values: list[Any], leaves: list[Any], lane: Any) -> Any:
+            trace = _compat.current_trace()
+            opened: list[LaneTransaction] = []
+
+            def make(*positional: Any, **options: Any) -> Transaction:
+                opened.append(LaneTransaction(*positional, lane=lane, alike=alike, **options))
+                return opened[0]
+
+            site.end, out, written = site.run(dict(zip(split, values, strict=True)), leaves, make=make)
+            result = site.end.fill(out, [None] * len(site.end.nodes))
+            return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace)
+
+        groups = {axis: axis for axis in {*split.values(), 0}}
+        out, by_axis, shared = jax.vmap(
+            pure,
+            in_axes=(list(split.values()), leaf_axes, 0),
+            out_axes=(_plain_axes(out_axes), groups, None),
+            axis_name=axis_name,
+            axis_size=axis_size if lanes.size == 0 else lanes.size,
+            spmd_axis_name=spmd_axis_name,
+            sum_match=sum_match,
+        )(values, site.packed.leaves, lanes)
+        end = site.end
+        groups_left = {axis: iter(group) for axis, group in by_axis.items()}
+        shared_left = iter(shared)
+        written = [
+            next(groups_left[0 if cell in end.born else split[cell]]) if cell in end.born or cell in split else next(shared_left)
+            for cell in _variables(end)
+        ]
+        write_back(end, written)
+        return end.fill(jax.tree.leaves(out))
+
+
+def _variables(end: End) -> list[Any]:
+    return list(end.cells)
+
+
+def _sort_by_axis(
+    site: Site, end: End, split: dict[Variable, int], written: list[Any], tx: LaneTransaction, trace: Any
+) -> tuple[dict[int, list[Any]], list[Any]]:
+    """The written values by the axis that they have outside, and those without one."""
+    groups: dict[int, list[Any]] = {axis: [] for axis in {*split.values(), 0}}
+    shared: list[Any] = []
+    for cell, value in zip(_variables(end), written, strict=True):
+        if cell in end.born:
+            groups[0].append(value)
+        elif cell in split:
+            groups[split[cell]].append(value)
+        elif cell in tx.streams:
+            shared.append(tx.outside(cell))
+        elif any(_compat.is_batched(leaf, trace) for leaf in jax.tree.leaves(value)):
+            raise LaneError(
+                f"state `{site.scope.locate(cell) or transactions.describe(cell)}` ({type(cell).__name__}) is shared by all "
+                "lanes and was given a value that differs per lane",
+                path=site.scope.locate(cell),
+                where=site.label,
+                expected="the same value in all lanes, or an axis for the state",
+                got="a value per lane",
+                made_at=transactions.made_at(cell),
+                cure="Reduce it, `jax.lax.pmean(x, axis_name)`, or give the state an axis: "
+                f"`states=mu.StateAxes({{mu.{type(cell).__name__}: 0, ...: None}})`.",
+            )
+        else:
+            shared.append(value)
+    tx.streams.clear()
+    return groups, shared
+
+
+def _argument_axes(
+    site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any
+) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """The axes of the arguments' leaves, and those of the nodes among them."""
+    if isinstance(in_axes, list):
+        in_axes = tuple(in_axes)
+    if isinstance(in_axes, tuple) and len(in_axes) != len(args):
+        raise AxisError(
+            f"`in_axes` has {len(in_axes)} entries for {len(args)} positional arguments",
+            where=site.label,
+            expected=f"{len(args)} entries, or one axis for all",
+            got=f"{in_axes!r:.60}",
+            cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
+        )
+    entries = _broadcast(in_axes, args) + _broadcast(0, kwargs)
+    leaves = [axis for axis, item in entries if not is_node(item)]
+    nodes = [(item, axis) for axis, item in entries if is_node(item)]
+    return leaves, nodes
+
+
+def _is_axis(x: Any) -> bool:
+    return x is None or isinstance(x, int | StateAxes)
+
+
+def _broadcast(prefix: Any, tree: Any) -> list[tuple[Any, Any]]:
+    """Each leaf and node of the tree with the axis that a prefix of it says."""
+    axes, treedef = jax.tree.flatten(prefix, is_leaf=_is_axis)
+    return [
+        (axis, item)
+        for axis, part in zip(axes, treedef.flatten_up_to(tree), strict=True)
+        for item in jax.tree.leaves(part, is_leaf=is_node)
+    ]
+
+
+def _plain_axes(out_axes: Any) -> Any:
+    """`out_axes` for JAX: nodes are not among its outputs, so the axes that were said for them do not matter."""
+    return jax.tree.map(lambda axis: 0 if isinstance(axis, StateAxes) else axis, out_axes, is_leaf=_is_axis)
+
+
+def _count(
+    site: Site, leaf_axes: Sequence[Any], split: dict[Variable, int], values: Sequence[Any], axis_size: int | None
+) -> int:
+    """The number of lanes.
+
+    Raises:
+      AxisError: nothing is mapped, or states disagree about the number.
+    """
+    sizes: dict[int, str] = {} if axis_size is None else {axis_size: "axis_size"}
+    for axis, leaf in zip(leaf_axes, site.packed.leaves, strict=True):
+        if axis is not None and jnp.ndim(leaf):
+            sizes.setdefault(jnp.shape(leaf)[axis], "an argument")
+    for (cell, axis), value in zip(split.items(), values, strict=True):
+        for leaf in jax.tree.leaves(value):
+            sizes.setdefault(leaf.shape[axis], f"state {site.scope.locate(cell)}")
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    raise AxisError(
+        "`vmap` is given axes of different sizes" if sizes else "`vmap` has nothing to map over",
+        where=site.label,
+        got=", ".join(f"{name}: {size}" for size, name in sizes.items()) or None,
+        cure="All mapped axes have one size; share the others with None, or say `axis_size=`.",
+    )
+
+

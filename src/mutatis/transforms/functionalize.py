@@ -1,0 +1,72 @@
+"""`mu.functionalize`: a stateful function as a pure one, for raw JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mutatis.captures import search
+from mutatis.errors import StructureError
+from mutatis.graph import show_path, variables
+from mutatis.lifting import Site
+from mutatis.modules import Module
+from mutatis.state import State, state
+
+
+def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Callable[..., Any], State]:
+    """A pure function and the state it starts from.
+
+    ``pure(state, *args, **kwargs) -> (out, new_state)`` runs `f` in a transaction that is filled from `state`; what `f`
+    writes is in `new_state` and nowhere else. It goes through every raw JAX transform.
+
+    Args:
+      f: a function, bound method, partial or callable Module.
+      of: the nodes whose states are taken: a Module, a Variable, or a list, tuple or dict of them. Without it, those that
+        `f` names. The paths of the state are those in the one node, or start with the names of several.
+
+    Raises:
+      StructureError: `state` has other paths than the one given.
+
+    Example:
+      >>> import jax, mutatis as mu
+      >>> class Counter(mu.Module):
+      ...     def __init__(self):
+      ...         self.n = mu.Variable(0)
+      ...     def __call__(self):
+      ...         self.n += 1
+      ...         return self.n.value
+      >>> counter = Counter()
+      >>> pure, state = mu.functionalize(counter)
+      >>> out, state = jax.jit(pure)(state)
+      >>> out, state["n"], counter.n
+      (Array(1, dtype=int32), Array(1, dtype=int32), Variable(0, int32))
+    """
+    node = _named_nodes(f) if of is None else of
+
+    def pure(state: State, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+        cells = variables(node)
+        if set(state) != set(cells):
+            differences = [f"missing:    {show_path(p)}" for p in cells if p not in set(state)]
+            differences += [f"unexpected: {show_path(p)}" for p in state if p not in cells]
+            raise StructureError(
+                "the state does not fit the function",
+                where="functionalize",
+                differences=differences,
+                cure="Pass the state that `mu.functionalize` gave, or one that `pure` returned.",
+            )
+        with Site("functionalize", f, args, kwargs, others=[("of", node)]) as site:
+            end, leaves, values = site.run({cell: state[path] for path, cell in cells.items()})
+            written = dict(zip(end.cells, values, strict=True))
+            site.refuse_changes("a pure function")
+            new = {path: written.get(cell, state[path]) for path, cell in cells.items()}
+            return end.fill(leaves), State(new, {path: type(cell) for path, cell in cells.items()})
+
+    return pure, state(node)
+
+
+def _named_nodes(f: Any) -> Any:
+    """The node that a function names, or those by name."""
+    if isinstance(f, Module):
+        return f
+    roots = dict(search(f).roots)
+    return next(iter(roots.values())) if len(roots) == 1 else roots

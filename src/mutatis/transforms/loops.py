@@ -1,0 +1,367 @@
+"""`mu.scan`, `mu.for_loop`, `mu.while_loop`, `mu.fori_loop`: loops over functions that read and write state.
+
+The body is staged once. What it writes is carried; what it only reads is a constant of the loop; modules among the `xs`
+of a scan are sliced, and what is written to them is stacked. In ordinary Python a loop runs as one compiled program.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mutatis import transactions
+from mutatis.axes import StateAxes, assign_axes, check_axis
+from mutatis.compiling import compiled, runs_eagerly
+from mutatis.errors import StateTypeError, StructureError
+from mutatis.lifting import Packed, Site
+from mutatis.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
+from mutatis.variables import Variable
+
+
+def scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    _split_transpose: bool = False,
+    *,
+    states: Any = None,
+) -> tuple[Any, Any]:
+    """Loop over leading axes with a carry; as `jax.lax.scan`, with states.
+
+    States that the body writes are carried along; modules among `xs` are sliced along axis 0 in each iteration (a stack
+    of layers), and what is written to them is stacked back. The states are then what the last iteration left.
+
+    Args:
+      f: ``f(carry, x) -> (carry, y)``.
+      init, xs, length, reverse, unroll: as in `jax.lax.scan`.
+      states: `StateAxes`, or pairs of a node and `StateAxes`, for captured states and for modules in `xs`: an int slices
+        a state along that axis, `mu.Carry` carries it.
+
+    Raises:
+      StateTypeError: the body changes a state's shape or dtype; the message gives the cast.
+      StructureError: the body makes states or changes attributes or containers.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> total = mu.Variable(0.0)
+      >>> def body(carry, x):
+      ...     total.value += x
+      ...     return carry, total.value
+      >>> mu.scan(body, None, jnp.arange(4.0))[1], float(total)
+      (Array([0., 1., 3., 6.], dtype=float32), 6.0)
+    """
+    options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
+    if runs_eagerly() and states is None:
+        return compiled("scan", _scan_compiled, (f,), options, init, xs)  # type: ignore[no-any-return]
+    return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
+
+
+def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
+    (f,) = functions
+    return _scan("scan", f, f, *operands, states=None, **options)
+
+
+def for_loop(
+    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: int | bool = 1
+) -> Any:
+    """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
+
+    Returns:
+      The results, stacked.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> total = mu.Variable(0.0)
+      >>> def add(x):
+      ...     total.value += x
+      ...     return total.value
+      >>> mu.for_loop(add, jnp.arange(4.0))
+      Array([0., 1., 3., 6.], dtype=float32)
+    """
+    options = {"length": length, "reverse": reverse, "unroll": unroll}
+    if runs_eagerly():
+        return compiled("for_loop", _for_compiled, (f,), options, xs)
+    return _for_compiled((f,), options, (xs,))
+
+
+def _for_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
+    (f,), (xs,) = functions, operands
+    return _scan("for_loop", f, lambda _, x: (None, f(*x)), None, xs, states=None, **options)[1]
+
+
+def _scan(
+    name: str,
+    f: Any,
+    call: Callable[[Any, Any], Any],
+    init: Any,
+    xs: Any,
+    *,
+    length: int | None,
+    reverse: bool,
+    unroll: int | bool,
+    states: Any,
+    _split_transpose: bool = False,
+) -> tuple[Any, Any]:
+    with Site(name, f, others=[("init", init), ("xs", xs)]) as site:
+        carry, slices = Packed(init), Packed(xs)
+        everything = states if isinstance(states, StateAxes) else 0
+        axes = assign_axes(site, [(node, everything) for node in slices.nodes], states)
+        sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
+        stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
+        count = _length(name, length, slices.leaves, stacks)
+        carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
+
+        def one_step(leaves: Any) -> Any:
+            result = call(carry.fill(leaves[0]), slices.fill(leaves[1]))
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise StructureError(
+                    f"the body of `{site.label}` returned {type(result).__name__}",
+                    where=site.label,
+                    expected="a pair: (carry, y)",
+                    got=type(result).__name__,
+                    cure="Return `carry, y`, either of which may be None; or use `mu.for_loop`.",
+                )
+            return result
+
+        cells = site.scope.cells
+        types = {cell: jax.tree.map(_slice_type, stack) for cell, stack in stacks.items()}
+        x_types = [_slice_type(leaf) for leaf in slices.leaves]
+        staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
+        while _promote(carry, staged):
+            staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
+        end = staged.end
+        refuse_structure(site, end, f"the body of `{name}`")
+        _check_carry(site, carry, staged)
+
+        values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
+        written: list[Any] = [cell for cell in end.cells if cell not in end.born]
+        carried = [cell for cell in written if cell not in sliced]
+        stacked = [cell for cell in written if cell in sliced]
+        for cell in written:
+            check_kept(site, staged, cell, values[cell], "in the body of a loop")
+        constants = {cell: value for cell, value in values.items() if cell not in sliced}
+        width = len(carry.leaves)
+
+        def step(carried_now: Any, x: Any) -> Any:
+            states_now, leaves = carried_now
+            slices_now, x_leaves = x
+            now = {**constants, **dict(zip(carried, states_now, strict=True)), **dict(zip(stacks, slices_now, strict=True))}
+            out, new = staged(now, (leaves, x_leaves))
+            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in stacked])
+
+        (last, leaves), (ys, new_stacks) = jax.lax.scan(
+            step,
+            ([values[cell] for cell in carried], carry.leaves),
+            ([*stacks.values()], slices.leaves),
+            count,
+            reverse,
+            unroll,
+            _split_transpose,
+        )
+        new = dict(zip(carried, last, strict=True))
+        new |= {cell: _from_front(stack, sliced[cell]) for cell, stack in zip(stacked, new_stacks, strict=True)}
+        for cell in written:
+            transactions.write(cell, new[cell])
+        return end.fill([*leaves, *ys])  # type: ignore[no-any-return]
+
+
+def _to_front(value: Any, axis: int) -> Any:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), value) if axis != 0 else value
+
+
+def _from_front(value: Any, axis: int) -> Any:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), value) if axis != 0 else value
+
+
+def _slice_type(stack: Any) -> jax.ShapeDtypeStruct:
+    kind = jax.typeof(stack)
+    return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype)
+
+
+def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
+    sizes = {jnp.shape(leaf)[0] for leaf in leaves if jnp.ndim(leaf)}
+    sizes |= {leaf.shape[0] for stack in stacks.values() for leaf in jax.tree.leaves(stack)}
+    if length is not None:
+        sizes.add(operator.index(length))
+    if len(sizes) != 1:
+        raise StructureError(
+            f"`{name}` cannot tell the number of its iterations",
+            expected="one length: of the leading axes of `xs`, of the sliced states, and `length`",
+            got=sorted(sizes),
+            cure="Give `xs` of one length, or `length=n`.",
+        )
+    (size,) = sizes
+    return size
+
+
+def _promote(carry: Packed, staged: Staged) -> bool:
+    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does."""
+    changed = False
+    for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
+        weak = jax.typeof(leaf).weak_type if hasattr(jax.typeof(leaf), "weak_type") else False
+        if weak and leaf.shape == out.shape and (leaf.dtype != out.dtype or not getattr(out, "weak_type", False)):
+            carry.leaves[index] = jax.lax.convert_element_type(leaf, out.dtype)
+            changed = True
+    return changed
+
+
+def _check_carry(site: Site, carry: Packed, staged: Staged) -> None:
+    width = len(carry.leaves)
+    result = staged.end.fill([*staged.leaves])
+    after = Packed(result[0])
+    check_same_nodes(site, carry.nodes, after.nodes)
+    before = carry.fill([jax.typeof(leaf) for leaf in carry.leaves])
+    if after.structure != carry.structure or any(
+        a.shape != b.shape or a.dtype != b.dtype for a, b in zip(carry.leaves, staged.leaves[:width], strict=True)
+    ):
+        raise StateTypeError(
+            f"the carry of `{site.label}` changes its type in an iteration",
+            where=site.label,
+            expected=_show(before),
+            got=_show(result[0]),
+            cure="Return a carry of the type of `init`: convert with `.astype`, or start with that type.",
+        )
+
+
+def _show(tree: Any) -> str:
+    return str(jax.tree.map(lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]", tree, is_leaf=lambda x: hasattr(x, "dtype")))
+
+
+def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
+    """Loop while a condition holds; as `jax.lax.while_loop`, with states.
+
+    States that the body writes are carried. The condition may read states.
+
+    Raises:
+      StructureError: the condition writes a state, or the body makes states or changes attributes.
+      StateTypeError: the body changes a state's shape or dtype.
+
+    Example:
+      >>> import mutatis as mu
+      >>> n = mu.Variable(0)
+      >>> def body(_):
+      ...     n.value += 3
+      >>> mu.while_loop(lambda _: n.value < 10, body, None)
+      >>> int(n)
+      12
+    """
+    if runs_eagerly():
+        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val)
+    return _while("while_loop", cond_fun, body_fun, init_val)
+
+
+def _while_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
+    return _while("while_loop", *functions, *operands, **options)
+
+
+def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Sequence[Any] = ()) -> Any:
+    with Site(name, body_fun, others=[("init_val", init_val)], functions=[cond_fun, *functions]) as site:
+        carry = Packed(init_val)
+        carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
+        cells = site.scope.cells
+        body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.fill(leaves)),))
+        while _promote(carry, body):
+            body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.fill(leaves)),))
+        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.fill(leaves)))
+        _refuse_condition_writes(site, test)
+        refuse_structure(site, body.end, f"the body of `{name}`")
+        _check_carry(site, carry, body)
+        values = dict(zip(test.cells, site.values(test.cells), strict=True))
+        written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]
+        for cell in written:
+            check_kept(site, body, cell, values[cell], "in the body of a loop")
+
+        def states_now(loop: Any) -> dict[Any, Any]:
+            return {**values, **dict(zip(written, loop[0], strict=True))}
+
+        def step(loop: Any) -> Any:
+            leaves, new = body(states_now(loop), loop[1])
+            return [new[cell] for cell in written], leaves
+
+        def goes_on(loop: Any) -> Any:
+            (holds,), _ = test(states_now(loop), loop[1])
+            return holds
+
+        last, leaves = jax.lax.while_loop(goes_on, step, ([values[cell] for cell in written], carry.leaves))
+        for cell, value in zip(written, last, strict=True):
+            transactions.write(cell, value)
+        return body.end.fill(leaves)[0]
+
+
+def _refuse_condition_writes(site: Site, test: Staged) -> None:
+    for cell in test.end.cells:
+        if cell not in test.end.born:
+            raise StructureError(
+                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition of a `while_loop`",
+                path=site.scope.locate(cell),
+                where=site.label,
+                cure="A condition is evaluated once more than the body: write the state in the body.",
+            )
+    if len(test.leaves) != 1:
+        raise StructureError(
+            f"the condition of `{site.label}` must return one boolean",
+            where=site.label,
+            expected="a boolean scalar",
+            got=f"{len(test.leaves)} values",
+            cure="Return one comparison, e.g. `lambda x: x < 10`.",
+        )
+
+
+def fori_loop(
+    lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None
+) -> Any:
+    """Loop from `lower` to `upper`; as `jax.lax.fori_loop`, with states.
+
+    Example:
+      >>> import mutatis as mu
+      >>> total = mu.Variable(0)
+      >>> def body(i, value):
+      ...     total.value += i
+      ...     return value + 1
+      >>> int(mu.fori_loop(0, 5, body, 0)), int(total)
+      (5, 10)
+    """
+    fixed = all(isinstance(bound, int) for bound in (lower, upper))
+    options = {"unroll": unroll, "bounds": (int(lower), int(upper)) if fixed else None}
+    operands = (init_val,) if fixed else (init_val, lower, upper)
+    if runs_eagerly():
+        return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands)
+    return _fori_compiled((body_fun,), options, operands)
+
+
+def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
+    (body_fun,) = functions
+    if options["bounds"] is None:
+        init_val, lower, upper = operands
+
+        def body(loop: Any) -> Any:
+            i, end, value = loop
+            return i + 1, end, body_fun(i, value)
+
+        lower, upper = jnp.asarray(lower), jnp.asarray(upper)
+        start = (lower.astype(jnp.result_type(lower, upper)), upper.astype(jnp.result_type(lower, upper)), init_val)
+        return _while("fori_loop", lambda loop: loop[0] < loop[1], body, start, (body_fun,))[2]
+    (init_val,) = operands
+    first, last = options["bounds"]
+    steps = first + jnp.arange(max(0, last - first))
+    unroll = 1 if options["unroll"] is None else options["unroll"]
+    out, _ = _scan(
+        "fori_loop",
+        body_fun,
+        lambda value, i: (body_fun(i, value), None),
+        init_val,
+        steps,
+        length=None,
+        reverse=False,
+        unroll=unroll,
+        states=None,
+    )
+    return out
+

@@ -1,0 +1,74 @@
+"""`mu.remat`: recompute in the backward pass what the forward pass computed; writes and random draws happen once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from mutatis.lifting import Packed, Site, Transformed
+
+
+def remat(
+    f: Callable[..., Any] | None = None,
+    *,
+    prevent_cse: bool | Sequence[bool] = True,
+    policy: Callable[..., bool] | None = None,
+    static_argnums: int | tuple[int, ...] = (),
+    static_argnames: str | Iterable[str] = (),
+) -> Any:
+    """Save memory in gradients by computing again; as `jax.checkpoint`, with states.
+
+    What the function writes is written once, and the recomputation draws the same random numbers.
+
+    Args:
+      f: a function, or a Module: `self.block = mu.remat(Block(...))`.
+      prevent_cse, policy, static_argnums, static_argnames: as in `jax.checkpoint`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> w, calls = mu.Param(jnp.array(3.0)), mu.Variable(0)
+      >>> @mu.remat
+      ... def square():
+      ...     calls.value += 1
+      ...     return w.value**2
+      >>> mu.grad(square, of=w)()[()], int(calls)
+      (Array(6., dtype=float32), 1)
+    """
+    options = {k: v for k, v in locals().items() if k != "f"}
+    remake = functools.partial(remat, **options)
+    if f is None:
+        return remake
+    return Transformed(f, remake, lambda function, args, kwargs: _remat(function, args, kwargs, **options))
+
+
+def _remat(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    prevent_cse: Any,
+    policy: Any,
+    static_argnums: Any,
+    static_argnames: Any,
+) -> Any:
+    numbers = {n % len(args) for n in ((static_argnums,) if isinstance(static_argnums, int) else static_argnums)} if args else set()
+    names = {static_argnames} if isinstance(static_argnames, str) else set(static_argnames)
+    dynamic = (
+        {n: arg for n, arg in enumerate(args) if n not in numbers},
+        {name: arg for name, arg in kwargs.items() if name not in names},
+    )
+    packed = Packed(dynamic)
+    with Site("remat", function, args, kwargs) as site:
+
+        def pure(leaves: list[Any]) -> Any:
+            new_args, new_kwargs = packed.fill(leaves)
+            all_args = [new_args.get(n, arg) for n, arg in enumerate(args)]
+            site.end, out, written = site.run({}, call=lambda: function(*all_args, **{**kwargs, **new_kwargs}))
+            return out, written
+
+        # `pure` is new on each call: `jax.checkpoint` reuses traces by function object.
+        out, written = jax.checkpoint(pure, prevent_cse=prevent_cse, policy=policy)(packed.leaves)
+        return site.commit(site.end, written, out)
