@@ -29,7 +29,7 @@ ROWS: dict[float, tuple[str, ...]] = {
     6.0: ("state",),
     7.0: ("captures",),
     7.5: ("lifting",),
-    7.6: ("compiling",),
+    7.6: ("compiling", "staging", "axes"),
     8.0: (
         "transforms.jit",
         "transforms.autodiff",
@@ -42,7 +42,8 @@ ROWS: dict[float, tuple[str, ...]] = {
         "transforms.abstract",
         "transforms.functionalize",
     ),
-    8.5: ("transforms",),
+    8.5: ("transforms.mapping",),
+    8.6: ("transforms",),
     9.0: ("random", "optim", "metrics", "functional", "effects", "sharding"),
     10.0: ("nn.*", "checkpoint.*", "inspect.*", "interop.*"),
     10.5: ("nn", "checkpoint", "inspect", "interop"),

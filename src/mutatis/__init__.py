@@ -11,7 +11,7 @@ from mutatis.axes import StateAxes as StateAxes
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
 from mutatis.filters import All as All
-from mutatis.filters import Any_ as Any
+from mutatis.filters import AnyOf as Any  # noqa: F401 (in __all__, which is computed)
 from mutatis.filters import Everything as Everything
 from mutatis.filters import Filter as Filter
 from mutatis.filters import Not as Not
@@ -52,6 +52,7 @@ from mutatis.transforms.loops import for_loop as for_loop
 from mutatis.transforms.loops import fori_loop as fori_loop
 from mutatis.transforms.loops import scan as scan
 from mutatis.transforms.loops import while_loop as while_loop
+from mutatis.transforms.mapping import map as map
 from mutatis.transforms.rematerialize import remat as remat
 from mutatis.variables import BatchStat as BatchStat
 from mutatis.variables import Buffer as Buffer
@@ -64,3 +65,5 @@ from mutatis.variables import Param as Param
 from mutatis.variables import Perturbation as Perturbation
 from mutatis.variables import RngState as RngState
 from mutatis.variables import Variable as Variable
+
+__all__ = [name for name in dir() if not name.startswith("_")]

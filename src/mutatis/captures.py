@@ -176,7 +176,7 @@ class Captures:
 
     def _object(self, name: str, value: Any) -> None:
         """An object of a user's class: its attributes that are nodes, and those that the functions load."""
-        self.token.append(type(value))
+        self.token.append(static_key(type(value)))
         attributes = vars(value)
         done: set[str] = set()
         for key, item in list(attributes.items()):

@@ -110,8 +110,9 @@ def poke(cell: Cell, value: Any) -> None:
     """Store a committed value that user code may hold."""
     if cell._lease is not None:
         with _mutex:
-            if cell._lease is not None and cell._lease.busy:
-                cell._lease.broken = True  # the step that is running has to leave this cell alone
+            lease: Lease | None = cell._lease  # looked at again: a step may have ended meanwhile
+            if lease is not None and lease.busy:
+                lease.broken = True  # the step that is running has to leave this cell alone
             cell._lease = None
     cell._value = value
 

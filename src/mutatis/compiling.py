@@ -55,7 +55,7 @@ from mutatis.variables import Variable
 
 _ARRAY = type(jnp.zeros(()))
 _LEAVES = frozenset({_ARRAY, np.ndarray, State, bool, int, float, complex, type(None)})
-_set_value = Cell._value.__set__  # type: ignore[attr-defined]  # the slot's own setter, written in C
+_set_value = Cell.__dict__["_value"].__set__  # the slot's own setter, written in C
 
 
 class _NeedsTraceError(Exception):
@@ -192,7 +192,9 @@ class Variant:
 class Program:
     """One structure's pure function, its traces, and the `jax.jit`s of it."""
 
-    def __init__(self, options: Options, label: str, count: int, positions: tuple[Any, ...], placements: list[Any]) -> None:
+    def __init__(
+        self, options: Options, label: str, count: int, positions: tuple[Any, ...], placements: list[Any]
+    ) -> None:
         self.options = options
         self.count = count
         self.placements = placements
@@ -277,7 +279,9 @@ class Program:
         for container, _ in contents.changed():
             number = known.known(container)
             if number is not None:
-                entries = encoder._entries(container, ()) if isinstance(container, dict) else encoder._items(container, ())
+                entries = (
+                    encoder._entries(container, ()) if isinstance(container, dict) else encoder._items(container, ())
+                )
                 changes.append((number, None, entries))
         nodes = tuple(encoder.encode(node, ("out",)) for node in packed.nodes)
         encoder.finish()
@@ -467,12 +471,10 @@ class Options:
         ]
 
 
-@jax.jit
-def _copies(values: list[Any]) -> list[Any]:
-    return values
+_copies = jax.jit(lambda values: values)
 
 
-def _copy(values: list[Any]) -> list[Any]:
+def _copy(values: list[Any]) -> Any:
     """New buffers with the same contents, all made by one program."""
     if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
         return _copies(values)
@@ -639,9 +641,7 @@ class Compiler:
     @staticmethod
     def _static_parts(request: Request, layout: Layout) -> Hashable:
         args, kwargs = request.args, request.kwargs
-        return tuple(
-            (p, Static(args[p] if isinstance(p, int) else kwargs[p])) for p in sorted(layout.statics, key=str)
-        )
+        return tuple((p, Static(args[p] if isinstance(p, int) else kwargs[p])) for p in sorted(layout.statics, key=str))
 
     def _keep(
         self, binding: Binding, key: tuple[Hashable, ...], nodes: list[tuple[str, Any]], functions: tuple[Any, ...]
@@ -790,7 +790,7 @@ class Compiler:
         decoder = Decoder(list(binding.cells), objects, make)
         with structure_lock:
             for number, name, spec in record.changes:
-                target = objects[number]
+                target: Any = objects[number]
                 if name is None:
                     _refill(target, spec, decoder)
                 elif spec is None:
@@ -873,5 +873,6 @@ def _unbind(function: Any) -> tuple[Any, Any]:
 
 def runs_eagerly() -> bool:
     """Whether the code that runs now is ordinary Python, outside every transform and transaction."""
-    return transactions.current() is None and _compat.current_trace() is _compat.EVAL_TRACE and not _compat.jit_disabled()
-
+    return (
+        transactions.current() is None and _compat.current_trace() is _compat.EVAL_TRACE and not _compat.jit_disabled()
+    )

@@ -33,13 +33,13 @@ class Filter(abc.ABC):
         return All(self, other)
 
     def __or__(self, other: FilterLike) -> Filter:
-        return Any_(self, other)
+        return AnyOf(self, other)
 
     def __invert__(self) -> Filter:
         return Not(self)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._parts() == other._parts()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._parts() == other._parts()
 
     def __hash__(self) -> int:
         return hash((type(self), self._parts()))
@@ -67,7 +67,7 @@ class All(Filter):
         return self.filters
 
 
-class Any_(Filter):
+class AnyOf(Filter):
     """Selects what at least one of the filters selects."""
 
     __slots__ = ("filters",)
@@ -82,7 +82,8 @@ class Any_(Filter):
         return self.filters
 
 
-Any_.__name__ = Any_.__qualname__ = "Any"
+AnyOf.__name__ = AnyOf.__qualname__ = "Any"
+AnyOf.__module__ = "mutatis"  # where it has that name
 
 
 class Not(Filter):
@@ -205,7 +206,7 @@ def as_filter(filter: FilterLike) -> Filter:
     if isinstance(filter, str):
         return WithTag(filter)
     if isinstance(filter, list | tuple):
-        return Any_(*filter)
+        return AnyOf(*filter)
     if callable(filter):
         return Satisfies(filter)
     raise FilterError(

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import jax
 
 from mutatis import transactions
-from mutatis.cells import UNSET, Cell
+from mutatis.cells import UNSET, Cell, structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
 from mutatis.modules import Module, Wrapped, is_node, on_new_class
@@ -38,6 +38,7 @@ def show_path(path: Path) -> str:
     """A path as it would be written in Python.
 
     Example:
+      >>> from mutatis.graph import show_path
       >>> show_path(("blocks", 0, "norm", "mean"))
       'blocks[0].norm.mean'
     """
@@ -273,7 +274,7 @@ class GraphDef:
 def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
     """The static description of a node, and its cells in the order of their numbers."""
     encoder = Encoder()
-    with transactions.structure_lock:
+    with structure_lock:
         spec = encoder.encode(check_node(node))
         tail = encoder.finish()
     return GraphDef(spec, tail, tuple(encoder.paths)), list(encoder.cells)
@@ -309,7 +310,7 @@ def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
     """
     from_filters = _any(filters)
     encoder = Encoder()
-    with transactions.structure_lock:
+    with structure_lock:
         encoder.encode(check_node(node))
     pairs = zip(encoder.paths, encoder.cells, strict=True)
     return {path: cell for path, cell in pairs if from_filters is None or from_filters(path, cell)}
@@ -318,7 +319,7 @@ def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
 def submodules(node: Any) -> Iterator[tuple[Path, Module]]:
     """The modules of a node by path, the node itself first."""
     encoder = Encoder()
-    with transactions.structure_lock:
+    with structure_lock:
         encoder.encode(check_node(node))
     for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
         if isinstance(obj, Module):

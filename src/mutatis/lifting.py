@@ -30,7 +30,7 @@ import jax
 
 from mutatis import _compat, transactions
 from mutatis.captures import Captures, search
-from mutatis.cells import UNSET, Cell, Deferred
+from mutatis.cells import UNSET, Cell, Deferred, structure_lock
 from mutatis.errors import StructureError
 from mutatis.graph import Encoder, show_path
 from mutatis.modules import Module, Wrapped, is_node
@@ -120,8 +120,8 @@ class End:
     def __init__(self, out: Packed, tx: Transaction) -> None:
         self.structure = out.structure
         self.nodes = out.nodes
-        self.cells = list(tx.written)
-        self.born = dict(tx.born)
+        self.cells: list[Any] = list(tx.written)
+        self.born: dict[Any, None] = dict(tx.born)
 
     def fill(self, leaves: Sequence[Any], nodes: Sequence[Any] | None = None) -> Any:
         """The user's result around these leaves."""
@@ -148,7 +148,9 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 def function_name(function: Any) -> str:
     """A function's name, for messages."""
-    function = inspect.unwrap(function, stop=lambda f: not hasattr(f, "__wrapped__")) if callable(function) else function
+    function = (
+        inspect.unwrap(function, stop=lambda f: not hasattr(f, "__wrapped__")) if callable(function) else function
+    )
     while hasattr(function, "func"):  # partials
         function = function.func
     name = getattr(function, "__qualname__", None) or type(function).__name__
@@ -173,7 +175,7 @@ class Scope:
 
     def __init__(self, roots: Sequence[tuple[str, Any]]) -> None:
         self.encoder = Encoder(thread=True)
-        with transactions.structure_lock:
+        with structure_lock:
             self.specs = tuple(self.encoder.encode(node, (name,)) for name, node in roots)
             self.tail = self.encoder.finish()
         self.cells: list[Variable] = list(self.encoder.cells)

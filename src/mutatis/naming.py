@@ -9,6 +9,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+
 def path_by_referrers(cell: Any, depth: int = 8) -> str | None:
     """Climb from the cell through attributes and containers to the outermost object, by asking the collector."""
     parts: list[str] = []

@@ -99,7 +99,9 @@ class Optimizer(Module):
 
     @staticmethod
     def _values(params: dict[Path, Variable]) -> State:
-        return State({path: cell.get() for path, cell in params.items()}, {path: type(cell) for path, cell in params.items()})
+        return State(
+            {path: cell.get() for path, cell in params.items()}, {path: type(cell) for path, cell in params.items()}
+        )
 
     def _present_state(self, values: State) -> Any:
         """What optax keeps, for the present parameters: moments of new ones start as optax starts them."""

@@ -52,7 +52,9 @@ class Staged:
         return new_leaves, dict(zip(self.end.cells, written, strict=True))
 
 
-def stage(site: Site, cells: Sequence[Variable], types: Mapping[Any, Any], leaves: Any, call: Callable[[Any], Any]) -> Staged:
+def stage(
+    site: Site, cells: Sequence[Variable], types: Mapping[Any, Any], leaves: Any, call: Callable[[Any], Any]
+) -> Staged:
     """Trace ``call(leaves)`` with the cells as inputs.
 
     Args:

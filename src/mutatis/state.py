@@ -9,10 +9,20 @@ import jax
 import jax.numpy as jnp
 
 from mutatis import transactions
-from mutatis.cells import UNSET, Deferred
+from mutatis.cells import UNSET, Deferred, structure_lock
 from mutatis.errors import FilterError, StateTypeError, StructureError
 from mutatis.filters import FilterLike, Path, as_filter
-from mutatis.graph import Encoder, GraphDef, Spec, check_node, describe_graph, make_cell, show_path, submodules, variables
+from mutatis.graph import (
+    Encoder,
+    GraphDef,
+    Spec,
+    check_node,
+    describe_graph,
+    make_cell,
+    show_path,
+    submodules,
+    variables,
+)
 from mutatis.modules import Module
 from mutatis.variables import Variable, as_value, initial, same_type, set_frozen, show_type
 
@@ -60,7 +70,9 @@ class State(Mapping[Any, Any]):
         below = {p: p[len(path) :] for p in self._flat if p[: len(path)] == path}
         if not below:
             raise KeyError(f"no state at {show_path(path)!r}; there are {', '.join(map(show_path, self._flat))}")
-        return State({rest: self._flat[p] for p, rest in below.items()}, {rest: self._kinds[p] for p, rest in below.items()})
+        return State(
+            {rest: self._flat[p] for p, rest in below.items()}, {rest: self._kinds[p] for p, rest in below.items()}
+        )
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self._flat)
@@ -79,7 +91,8 @@ class State(Mapping[Any, Any]):
         if not isinstance(other, State) or jax.tree.structure(self) != jax.tree.structure(other):
             return False
         return all(
-            same_type(a, b) and bool(jnp.all(a == b)) for a, b in zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
+            same_type(a, b) and bool(jnp.all(a == b))
+            for a, b in zip(jax.tree.leaves(self), jax.tree.leaves(other), strict=True)
         )
 
     __hash__ = None  # type: ignore[assignment]  # compares by value and holds arrays
@@ -122,7 +135,9 @@ class State(Mapping[Any, Any]):
 
 
 def _order(path: Path) -> tuple[Any, ...]:
-    return tuple((0, part, "") if type(part) is int else (1, 0, part if type(part) is str else repr(part)) for part in path)
+    return tuple(
+        (0, part, "") if type(part) is int else (1, 0, part if type(part) is str else repr(part)) for part in path
+    )
 
 
 def _flatten(state: State) -> tuple[list[Any], Any]:
@@ -373,7 +388,8 @@ def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) ->
         where = transactions.placement(cell)
         if where is not None and len(where) == len(jax.tree.leaves(value)):
             value = jax.tree.unflatten(
-                jax.tree.structure(value), [jax.device_put(x, s) for x, s in zip(jax.tree.leaves(value), where, strict=True)]
+                jax.tree.structure(value),
+                [jax.device_put(x, s) for x, s in zip(jax.tree.leaves(value), where, strict=True)],
             )
         cell.set(value)
 
@@ -388,14 +404,14 @@ class Snapshot:
 
     def __init__(self, node: Any) -> None:
         encoder = Encoder()
-        with transactions.structure_lock:
+        with structure_lock:
             encoder.encode(check_node(node))
             self._structure = [(o, dict(o.__dict__) if isinstance(o, Module) else o.copy()) for o in encoder.objects]
         self._values = {cell: raw_value(cell) for cell in encoder.cells}
 
     def restore(self) -> None:
         """Put back every value, attribute and container as it was."""
-        with transactions.structure_lock:
+        with structure_lock:
             for obj, saved in self._structure:
                 if isinstance(obj, Module):
                     for name in obj.__dict__.keys() - saved.keys():

@@ -148,7 +148,14 @@ def _array_key(array: Any) -> Hashable:
     return ("array", type(array).__name__, str(array.dtype), array.shape, np.asarray(array).tobytes())
 
 
-_BY_IDENTITY = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial, types.ModuleType)
+_BY_IDENTITY = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    functools.partial,
+    types.ModuleType,
+)
 _TRUSTED = ("jax", "jaxlib", "numpy", "optax", "builtins", "functools", "operator", "ml_dtypes", "mutatis")
 
 
@@ -172,7 +179,11 @@ def check_static(value: Any, owner: str, name: str) -> None:
     try:
         hash(value)
         problem = "is a mutable object: its changes would not be seen"
-        if kind.__hash__ is not object.__hash__ or kind.__module__.partition(".")[0] in _TRUSTED or type(value) is object:
+        if (
+            getattr(kind, "__hash__", None) is not object.__hash__
+            or kind.__module__.partition(".")[0] in _TRUSTED
+            or type(value) is object
+        ):
             return
     except TypeError:
         problem = "is not hashable"

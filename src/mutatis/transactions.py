@@ -83,8 +83,8 @@ class Transaction:
     ) -> None:
         self.label = label
         self.locate = locate
-        self.parent = _open.top
-        self.compiled = compiled or (self.parent is not None and self.parent.compiled)
+        self.parent: Transaction | None = _open.top
+        self.compiled: bool = compiled or (self.parent is not None and self.parent.compiled)
         self.outer = _compat.current_trace() if outer is None else outer
         self.trace: Any = None
         self.values: dict[Cell, Any] = {}

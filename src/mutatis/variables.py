@@ -11,7 +11,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class Variable(Cell):
         declared = cls.__dict__.get("fixed")
         if isinstance(declared, bool):
             cls._fixed_by_kind = declared
-            del cls.fixed  # the slot of the base class holds it per cell
+            delattr(cls, "fixed")  # the slot of the base class holds it per cell
         _register(cls)
 
     # -- the value -------------------------------------------------------------------------------------------
@@ -254,6 +254,29 @@ class Variable(Cell):
     def __ne__(self, other: object) -> Any:
         return self is not other if isinstance(other, Variable) else self.get() != other
 
+    if TYPE_CHECKING:  # made by `_forward`, below the class
+
+        def __add__(self, other: Any) -> Any: ...
+        def __sub__(self, other: Any) -> Any: ...
+        def __mul__(self, other: Any) -> Any: ...
+        def __truediv__(self, other: Any) -> Any: ...
+        def __matmul__(self, other: Any) -> Any: ...
+        def __pow__(self, other: Any) -> Any: ...
+        def __radd__(self, other: Any) -> Any: ...
+        def __rsub__(self, other: Any) -> Any: ...
+        def __rmul__(self, other: Any) -> Any: ...
+        def __rtruediv__(self, other: Any) -> Any: ...
+        def __rmatmul__(self, other: Any) -> Any: ...
+        def __iadd__(self, other: Any) -> Self: ...
+        def __isub__(self, other: Any) -> Self: ...
+        def __imul__(self, other: Any) -> Self: ...
+        def __itruediv__(self, other: Any) -> Self: ...
+        def __neg__(self) -> Any: ...
+        def __lt__(self, other: Any) -> Any: ...
+        def __le__(self, other: Any) -> Any: ...
+        def __gt__(self, other: Any) -> Any: ...
+        def __ge__(self, other: Any) -> Any: ...
+
     # -- as a Python object ----------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
@@ -273,12 +296,17 @@ class Variable(Cell):
         transactions.create(new, transactions.read(self))
         return new
 
-    __copy__ = None  # type: ignore[assignment]  # a second cell over one state is what `copy.copy` would make
+    def __copy__(self: V) -> V:
+        return self.__deepcopy__({})  # arrays are immutable; two cells over one state there are not
 
     def __getstate__(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in _FIELDS}
         leaves, treedef = jax.tree.flatten(transactions.read(self))
-        return {**fields, "leaves": [_to_bytes(leaf) for leaf in leaves], "tree": jax.tree.unflatten(treedef, [0] * len(leaves))}
+        return {
+            **fields,
+            "leaves": [_to_bytes(leaf) for leaf in leaves],
+            "tree": jax.tree.unflatten(treedef, [0] * len(leaves)),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Cell.__init__(self)
@@ -313,7 +341,21 @@ def _forward(name: str) -> None:
         setattr(Variable, f"__{prefix}{stem}__", method)
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+):
     _forward(_name)
 
 
@@ -323,7 +365,9 @@ def _forward_plain(name: str) -> None:
         setattr(Variable, f"__{name}__", lambda self: apply(self.get()))
     else:
         setattr(
-            Variable, f"__{name}__", lambda self, other: apply(self.get(), other.get() if isinstance(other, Variable) else other)
+            Variable,
+            f"__{name}__",
+            lambda self, other: apply(self.get(), other.get() if isinstance(other, Variable) else other),
         )
 
 
@@ -596,5 +640,3 @@ def _caller() -> tuple[str, int, str]:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
-
-

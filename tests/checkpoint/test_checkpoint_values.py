@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,32 @@ import mutatis as mu
 from mutatis import checkpoint
 from mutatis.errors import FrozenStateError
 
-DTYPES = (
-    "bool int2 int4 int8 int16 int32 uint2 uint4 uint8 uint16 uint32 float16 bfloat16 float32 complex64 "
-    "float4_e2m1fn float8_e3m4 float8_e4m3 float8_e4m3fn float8_e4m3fnuz float8_e4m3b11fnuz float8_e5m2 "
-    "float8_e5m2fnuz float8_e8m0fnu"
-).split()
+DTYPES = [
+    "bool",
+    "int2",
+    "int4",
+    "int8",
+    "int16",
+    "int32",
+    "uint2",
+    "uint4",
+    "uint8",
+    "uint16",
+    "uint32",
+    "float16",
+    "bfloat16",
+    "float32",
+    "complex64",
+    "float4_e2m1fn",
+    "float8_e3m4",
+    "float8_e4m3",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e4m3b11fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+]
 
 KINDS = [
     mu.Variable,
@@ -58,7 +80,8 @@ def scrambled(value: Any) -> Any:
 
 
 def check_round_trip(path: Path, value: Any, kind: type[mu.Variable] = mu.Variable) -> None:
-    saved, other = kind(value), kind(scrambled(value))
+    saved = kind(value)
+    other = kind(scrambled(saved.value))
     checkpoint.save(path, saved)
     checkpoint.restore(path, other)
     assert bits(other.value) == bits(saved.value)
@@ -233,7 +256,9 @@ def test_frozen_states_are_restored_and_stay_frozen(tmp_path: Path) -> None:
         other.blocks[0].w += 1.0
 
 
-@pytest.mark.parametrize("value", [jnp.ones(2), {"key": jax.random.key(1), "count": [1, (2.0, None)]}], ids=["one", "tree"])
+@pytest.mark.parametrize(
+    "value", [jnp.ones(2), {"key": jax.random.key(1), "count": [1, (2.0, None)]}], ids=["one", "tree"]
+)
 def test_deferred_states_are_created(value: Any, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", {"v": mu.Cache(value)})
     cell = mu.Cache(init=lambda: pytest.fail("the initial value is not wanted"))
@@ -293,3 +318,16 @@ def test_values_go_where_the_model_lives(place: Any, value: Any, tmp_path: Path)
     checkpoint.restore(tmp_path / "d", here)
     assert bits(here.value) == bits(value)
     assert here.value.sharding == value.sharding and not here.value.committed
+
+
+def test_shapes_of_a_mesh_go_to_the_mesh_of_now(tmp_path: Path) -> None:
+    sharding = mesh_sharding("x")
+    w = mu.Param(jax.device_put(jnp.arange(8.0), sharding))
+    checkpoint.save(tmp_path / "c", w)
+    shape = jax.eval_shape(lambda x: 2 * x, w.value)  # JAX keeps the axes of the mesh, not its devices
+    for mesh, expected in [(sharding.mesh, sharding), (None, jnp.ones(1).sharding)]:
+        model = mu.Param(shape)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            checkpoint.restore(tmp_path / "c", model)
+        assert model.value.sharding == expected
+        np.testing.assert_array_equal(model.value, np.arange(8.0))

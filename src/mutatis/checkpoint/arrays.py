@@ -87,19 +87,31 @@ def _encode(value: jax.Array) -> jax.Array:
 
 
 def _decode(leaf: Leaf, stored: Any, like: Any) -> jax.Array:
-    """The array of a leaf, where `like` lives. A single-device array that JAX may move stays one."""
+    """The array of a leaf, where `like` lives; uncommitted, if that is."""
     if isinstance(stored, jax.Array):
         return stored
     if stored is None:
-        stored = np.zeros(leaf.shape, np.uint8 if leaf.impl else leaf.dtype)
+        stored = _empty(leaf)
     if leaf.dtype in _STORED_AS:
         stored = stored.astype(leaf.dtype) if "int" in leaf.dtype else stored.view(leaf.dtype)
     value = jax.random.wrap_key_data(jnp.array(stored), impl=leaf.impl) if leaf.impl else jnp.array(stored)
     return value if (sharding := _sharding(like)) is None else jax.device_put(value, sharding)
 
 
+def _empty(leaf: Leaf) -> Any:
+    if leaf.impl is None:
+        return np.zeros(leaf.shape, _STORED_AS.get(leaf.dtype, leaf.dtype))
+    numbers = jax.random.key_data(jax.random.key(0, impl=leaf.impl))
+    return np.zeros((*leaf.shape, *numbers.shape), numbers.dtype)
+
+
 def _sharding(like: Any) -> Any:
-    return getattr(like, "sharding", None) if getattr(like, "committed", True) else None
+    """Where an array has to be, or None if JAX may choose."""
+    sharding: Any = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
+    if isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):  # of a shape: axes without devices
+        mesh = jax.sharding.get_mesh()
+        return jax.NamedSharding(mesh, sharding.spec) if mesh.abstract_mesh == sharding.mesh else None
+    return sharding
 
 
 def _target(leaf: Leaf, like: Any) -> Any:

@@ -5,9 +5,10 @@ A checkpoint is a directory::
     mutatis.json    the manifest
     arrays-3/       the arrays, written by Orbax under the numbers that the manifest gives them
 
-The manifest tells of every state its path, name, kind, structure, shapes and dtypes, and of every file its size and its
-CRC-32. It belongs to the arrays of one save, by number. To save over a checkpoint is to write ``arrays-4`` beside
-``arrays-3`` and then to replace the manifest: one file, in one step. What no manifest names any more is removed last.
+The manifest tells of every state its path, name, kind, structure, shapes and dtypes, and of every file its size and
+CRC-32; it has one of its own. It belongs to the arrays of one save, by number. To save over a checkpoint is to write
+``arrays-4`` beside ``arrays-3`` and then to replace the manifest: one file, in one step. What no manifest names any
+more is removed last.
 """
 
 from __future__ import annotations
@@ -213,11 +214,13 @@ class Manifest:
 
     def write(self, directory: str) -> None:
         """Write or replace the manifest of a directory, in one step."""
-        head = {"format": FORMAT, "version": VERSION, "number": self.number, "files": self.files}
-        states = ",\n".join(json.dumps(dataclasses.asdict(entry)) for entry in self.entries)
+        states = [dataclasses.asdict(entry) for entry in self.entries]
+        head = {"format": FORMAT, "version": VERSION, "crc": _crc(self.number, self.files, states)}
+        head |= {"number": self.number, "files": self.files}
+        lines = ",\n".join(map(json.dumps, states))
         unfinished = os.path.join(directory, f"{MANIFEST}.unfinished")
         with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(f'{json.dumps(head)[:-1]}, "states": [\n{states}\n]}}\n')
+            file.write(f'{json.dumps(head)[:-1]}, "states": [\n{lines}\n]}}')
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, os.path.join(directory, MANIFEST))
@@ -284,7 +287,7 @@ def read_manifest(directory: str) -> Manifest:
             cure="`mutatis.checkpoint.save(path, model)` writes one.",
         ) from None
     except ValueError as error:
-        raise _damaged(directory, error) from error
+        raise _damaged(directory, f"{type(error).__name__}: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(
             f"`{MANIFEST}` at `{directory}` is not the manifest of a checkpoint", expected=f"format {FORMAT}"
@@ -296,17 +299,21 @@ def read_manifest(directory: str) -> Manifest:
             got=data.get("version"),
             cure="Restore it with the version of Mutatis that wrote it, and save it with this one.",
         )
-    try:
-        entries = tuple(map(Entry.from_json, data["states"]))
-        files = {str(name): (int(size), int(crc)) for name, (size, crc) in data["files"].items()}
-        return Manifest(int(data["number"]), entries, files)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(directory, error) from error
+    number: Any = data.get("number")
+    files: Any = data.get("files")
+    states: Any = data.get("states")
+    if data.get("crc") != _crc(number, files, states):
+        raise _damaged(directory, "contents that are not what was written")
+    return Manifest(number, tuple(map(Entry.from_json, states)), {name: tuple(was) for name, was in files.items()})
 
 
-def _damaged(directory: str, error: Exception) -> CheckpointError:
+def _crc(number: Any, files: Any, states: Any) -> int:
+    return zlib.crc32(json.dumps([number, files, states]).encode())
+
+
+def _damaged(directory: str, found: str) -> CheckpointError:
     return CheckpointError(
         f"the manifest of the checkpoint at `{directory}` is damaged",
-        got=f"{type(error).__name__}: {error}",
+        got=found,
         cure="Restore an earlier checkpoint.",
     )

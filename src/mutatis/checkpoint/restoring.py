@@ -91,6 +91,7 @@ def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool
     cells = by_key(variables(node))
     entries = {entry.key: entry for entry in manifest.entries}
     unexpected = [e for key, e in entries.items() if key not in cells and selects(e.parts, _kind(e))]
+    others = {entry.key[1]: entry.label for entry in unexpected}
     missing: list[str] = []
     mistyped: list[str] = []
     slots: list[_Slot] = []
@@ -99,9 +100,9 @@ def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool
             continue
         entry = entries.get(key)
         if entry is None:
-            label = label_of(show_path(at), cell.name)
-            near = difflib.get_close_matches(label, [e.label for e in unexpected], 1) if len(missing) < 10 else ()
-            missing.append(f"missing:    {label}" + "".join(f" (the checkpoint has {found})" for found in near))
+            near = difflib.get_close_matches(key[1], others, 1) if len(missing) < 10 else ()
+            hint = "".join(f" (the checkpoint has {others[found]})" for found in near)
+            missing.append(f"missing:    {label_of(show_path(at), cell.name)}{hint}")
             continue
         value = raw_value(cell)
         slot = _Slot(cell, None if value is UNSET or type(value) is Deferred else value, entry)

@@ -86,5 +86,3 @@ def make_jaxpr(
             return (jaxpr, site.end.fill(shapes[0])) if return_shape else jaxpr
 
     return Transformed(f, make_jaxpr, call)
-
-

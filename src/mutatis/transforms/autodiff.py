@@ -176,7 +176,8 @@ def _differentiate(
     """The value and the gradient of one call."""
     by_argument = of is None or argnums is not _UNSAID
     several = not isinstance(argnums, int)
-    numbers = [n % len(args) for n in (argnums if several else (argnums,))] if by_argument and args else []  # type: ignore[union-attr]
+    wanted = [argnums] if isinstance(argnums, int) else [*argnums]
+    numbers = [n % len(args) for n in wanted] if by_argument and args else []
     filters = list(wrt) if several and isinstance(wrt, tuple) and len(wrt) == len(numbers) else [wrt] * len(numbers)
     with Site(name, function, args, kwargs, others=[] if of is None else [("of", of)]) as site:
         seen: set[Variable] = set()
@@ -216,5 +217,3 @@ def _differentiate(
     if of is None:
         return value, by_args
     return value, (gradients[0], by_args) if by_argument else gradients[0]
-
-

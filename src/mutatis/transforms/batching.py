@@ -18,7 +18,7 @@ from mutatis import _compat, transactions
 from mutatis.axes import Shared, StateAxes, assign_axes, check_axis
 from mutatis.cells import Cell
 from mutatis.errors import AxisError, LaneError
-from mutatis.lifting import End, Site, Transformed, write_back
+from mutatis.lifting import End, Site, Transformed
 from mutatis.modules import is_node
 from mutatis.transactions import Transaction
 from mutatis.variables import RngState, Variable
@@ -66,7 +66,7 @@ def vmap(
     remake = functools.partial(vmap, **options)
     if f is None:
         return remake
-    return Transformed(f, remake, lambda function, args, kwargs: _vmap(function, args, kwargs, **options))
+    return Transformed(f, remake, lambda function, args, kwargs: vectorize(function, args, kwargs, **options))
 
 
 class LaneTransaction(Transaction):
@@ -101,21 +101,29 @@ class LaneTransaction(Transaction):
         return {"key": value["key"], "count": value["count"] + np.uint32(1)}
 
 
-def _vmap(
+def vectorize(
     function: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    in_axes: Any,
-    out_axes: Any,
-    axis_name: Any,
-    axis_size: int | None,
-    spmd_axis_name: Any,
-    sum_match: bool,
-    states: Any,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_name: Any = None,
+    axis_size: int | None = None,
+    spmd_axis_name: Any = None,
+    sum_match: bool = False,
+    states: Any = None,
+    name: str = "vmap",
+    writes: bool = True,
 ) -> Any:
+    """One vectorized call; the options are those of `vmap`.
+
+    Args:
+      name: the transform's name, for messages.
+      writes: whether shared states may be written (the same value in all lanes).
+    """
     named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
-    with Site("vmap", function, args, kwargs, others=[("states", [node for node, _ in named])]) as site:
+    with Site(name, function, args, kwargs, others=[("states", [node for node, _ in named])]) as site:
         leaf_axes, node_axes = _argument_axes(site, args, kwargs, in_axes)
         axes = assign_axes(site, node_axes, states)
         for cell in site.scope.cells:
@@ -136,7 +144,7 @@ def _vmap(
 
             site.end, out, written = site.run(dict(zip(split, values, strict=True)), leaves, make=make)
             result = site.end.fill(out, [None] * len(site.end.nodes))
-            return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace)
+            return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace if writes else None)
 
         groups = {axis: axis for axis in {*split.values(), 0}}
         out, by_axis, shared = jax.vmap(
@@ -151,31 +159,35 @@ def _vmap(
         end = site.end
         groups_left = {axis: iter(group) for axis, group in by_axis.items()}
         shared_left = iter(shared)
-        written = [
-            next(groups_left[0 if cell in end.born else split[cell]]) if cell in end.born or cell in split else next(shared_left)
-            for cell in _variables(end)
-        ]
-        write_back(end, written)
-        return end.fill(jax.tree.leaves(out))
-
-
-def _variables(end: End) -> list[Any]:
-    return list(end.cells)
+        ordered = []
+        for cell in end.cells:
+            axis = 0 if cell in end.born else split.get(cell)
+            ordered.append(next(shared_left) if axis is None else next(groups_left[axis]))
+        return site.commit(end, ordered, jax.tree.leaves(out))
 
 
 def _sort_by_axis(
     site: Site, end: End, split: dict[Variable, int], written: list[Any], tx: LaneTransaction, trace: Any
 ) -> tuple[dict[int, list[Any]], list[Any]]:
-    """The written values by the axis that they have outside, and those without one."""
+    """The written values by the axis that they have outside, and those without one (refused if there is no `trace`)."""
     groups: dict[int, list[Any]] = {axis: [] for axis in {*split.values(), 0}}
     shared: list[Any] = []
-    for cell, value in zip(_variables(end), written, strict=True):
+    for cell, value in zip(end.cells, written, strict=True):
         if cell in end.born:
             groups[0].append(value)
         elif cell in split:
             groups[split[cell]].append(value)
         elif cell in tx.streams:
             shared.append(tx.outside(cell))
+        elif trace is None:
+            raise LaneError(
+                f"state `{site.scope.locate(cell) or transactions.describe(cell)}` ({type(cell).__name__}) was written in a "
+                "vectorized `map`, where items have no order",
+                path=site.scope.locate(cell),
+                where=site.label,
+                made_at=transactions.made_at(cell),
+                cure="Leave out `batch_size`, so that the items are run one after the other.",
+            )
         elif any(_compat.is_batched(leaf, trace) for leaf in jax.tree.leaves(value)):
             raise LaneError(
                 f"state `{site.scope.locate(cell) or transactions.describe(cell)}` ({type(cell).__name__}) is shared by all "
@@ -256,5 +268,3 @@ def _count(
         got=", ".join(f"{name}: {size}" for size, name in sizes.items()) or None,
         cure="All mapped axes have one size; share the others with None, or say `axis_size=`.",
     )
-
-

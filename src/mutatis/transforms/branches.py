@@ -20,7 +20,9 @@ from mutatis.staging import Staged, check_kept, refuse_structure, stage
 _NONE = object()
 
 
-def cond(pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, operand: Any = _NONE) -> Any:
+def cond(
+    pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, operand: Any = _NONE
+) -> Any:
     """Run one of two functions; as `jax.lax.cond`, with states.
 
     Args:
@@ -74,7 +76,9 @@ def _choose_compiled(functions: Sequence[Any], options: dict[str, Any], operands
 
 def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
     if not functions:
-        raise StructureError("`switch` has no branches", expected="at least one function", cure="Give a list of functions.")
+        raise StructureError(
+            "`switch` has no branches", expected="at least one function", cure="Give a list of functions."
+        )
     with Site(name, functions[-1], operands, functions=functions[:-1]) as site:
         packed = Packed(operands)
         cells = site.scope.cells

@@ -57,7 +57,12 @@ def scan(
       >>> mu.scan(body, None, jnp.arange(4.0))[1], float(total)
       (Array([0., 1., 3., 6.], dtype=float32), 6.0)
     """
-    options = {"length": length, "reverse": reverse, "unroll": unroll, "_split_transpose": _split_transpose}
+    options: dict[str, Any] = {
+        "length": length,
+        "reverse": reverse,
+        "unroll": unroll,
+        "_split_transpose": _split_transpose,
+    }
     if runs_eagerly() and states is None:
         return compiled("scan", _scan_compiled, (f,), options, init, xs)  # type: ignore[no-any-return]
     return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
@@ -152,7 +157,11 @@ def _scan(
         def step(carried_now: Any, x: Any) -> Any:
             states_now, leaves = carried_now
             slices_now, x_leaves = x
-            now = {**constants, **dict(zip(carried, states_now, strict=True)), **dict(zip(stacks, slices_now, strict=True))}
+            now = {
+                **constants,
+                **dict(zip(carried, states_now, strict=True)),
+                **dict(zip(stacks, slices_now, strict=True)),
+            }
             out, new = staged(now, (leaves, x_leaves))
             return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in stacked])
 
@@ -231,7 +240,9 @@ def _check_carry(site: Site, carry: Packed, staged: Staged) -> None:
 
 
 def _show(tree: Any) -> str:
-    return str(jax.tree.map(lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]", tree, is_leaf=lambda x: hasattr(x, "dtype")))
+    return str(
+        jax.tree.map(lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]", tree, is_leaf=lambda x: hasattr(x, "dtype"))
+    )
 
 
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
@@ -364,4 +375,3 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
         states=None,
     )
     return out
-

@@ -54,7 +54,11 @@ def _remat(
     static_argnums: Any,
     static_argnames: Any,
 ) -> Any:
-    numbers = {n % len(args) for n in ((static_argnums,) if isinstance(static_argnums, int) else static_argnums)} if args else set()
+    numbers = (
+        {n % len(args) for n in ((static_argnums,) if isinstance(static_argnums, int) else static_argnums)}
+        if args
+        else set()
+    )
     names = {static_argnames} if isinstance(static_argnames, str) else set(static_argnames)
     dynamic = (
         {n: arg for n, arg in enumerate(args) if n not in numbers},

@@ -1,0 +1,70 @@
+"""`mu.map`: a function applied to each slice, one after the other or a batch at a time. A loop and a `vmap` put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from mutatis.compiling import compiled, runs_eagerly
+from mutatis.errors import StructureError
+from mutatis.lifting import Packed
+from mutatis.transforms.batching import vectorize
+from mutatis.transforms.loops import for_loop
+
+
+def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
+    """Apply a function to slices along axis 0; as `jax.lax.map`, with states.
+
+    Without `batch_size` it is a loop, and states that `f` writes are carried. With it, batches are vectorized, and a write
+    to a state has no order among the items: it is refused. Random draws differ per item either way.
+
+    Args:
+      f: ``f(x) -> y``.
+      xs: arrays (and modules, without `batch_size`) with leading axes of one size.
+      batch_size: how many items are vectorized at a time; the last batch may be smaller.
+
+    Raises:
+      LaneError: `f` writes a state, with `batch_size`.
+      StructureError: `xs` holds modules, with `batch_size`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> w = mu.Param(2.0)
+      >>> mu.map(lambda x: w * x, jnp.arange(5.0), batch_size=2)
+      Array([0., 2., 4., 6., 8.], dtype=float32)
+    """
+    if batch_size is None:
+        return for_loop(f, xs)
+    if runs_eagerly():
+        return compiled("map", _map_compiled, (f,), {"batch_size": batch_size}, xs)
+    return _map(f, xs, batch_size)
+
+
+def _map_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
+    return _map(functions[0], operands[0], options["batch_size"])
+
+
+def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
+    if Packed(xs).nodes:
+        raise StructureError(
+            "`map` with `batch_size` cannot slice modules",
+            expected="arrays in `xs`",
+            got="a module",
+            cure="Leave out `batch_size`, or vectorize over the module: `mu.vmap(f)(modules)`.",
+        )
+
+    def batch(x: Any) -> Any:
+        return vectorize(f, (x,), {}, name="map", writes=False)
+
+    count = jax.tree.leaves(xs)[0].shape[0]
+    whole = count // batch_size * batch_size
+    parts = []
+    if whole:
+        stacked = jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, *x.shape[1:]), xs)
+        out = for_loop(batch, stacked)
+        parts.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), out))
+    if whole < count:
+        parts.append(batch(jax.tree.map(lambda x: x[whole:], xs)))
+    return jax.tree.map(lambda *ys: jax.lax.concatenate(ys, 0), *parts)
