@@ -117,20 +117,27 @@ def poke(cell: Cell, value: Any) -> None:
     cell._value = value
 
 
-def take(written: Sequence[Cell], read: Sequence[Cell], donating: bool) -> tuple[Lease, list[int]]:
-    """Make this thread's lease busy over the cells of a step.
+def my_lease() -> Lease:
+    """This thread's lease."""
+    return _thread.lease
 
-    Returns:
-      The lease, and the places in `written` whose buffers user code may hold.
+
+def take(lease: Lease, written: Sequence[Cell], read: Sequence[Cell], donating: bool, exposed: list[int]) -> None:
+    """Make a thread's lease busy over the cells of a step.
+
+    Args:
+      lease: this thread's lease.
+      written: the cells that the step writes.
+      read: those that it only reads.
+      donating: whether it deletes the old arrays.
+      exposed: is filled with the places in `written` whose buffers user code may hold.
     """
-    lease = _thread.lease
     with _mutex:
-        exposed: list[int] = []
         owners = [cell._lease for cell in written]
         others = [cell._lease for cell in read]
         if owners.count(lease) != len(owners) or others.count(lease) + others.count(None) != len(others):
             _wait_for_others(lease, written, read)
-            exposed = [i for i, cell in enumerate(written) if cell._lease is None]
+            exposed += [i for i, cell in enumerate(written) if cell._lease is None]
             for cell in written:
                 cell._lease = lease
             for cell in read:
@@ -138,7 +145,6 @@ def take(written: Sequence[Cell], read: Sequence[Cell], donating: bool) -> tuple
                     cell._lease = lease
         lease.busy = True
         lease.donating = donating
-    return lease, exposed
 
 
 def _wait_for_others(mine: Lease, written: Sequence[Cell], read: Sequence[Cell]) -> None:

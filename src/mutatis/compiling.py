@@ -18,6 +18,7 @@ again. Should the compiled call meet shapes it does not know, `pure` itself noti
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 import warnings
@@ -33,7 +34,7 @@ import numpy as np
 
 from mutatis import _compat, transactions
 from mutatis.captures import Captures, search
-from mutatis.cells import UNSET, Cell, expose, give_back, structure, structure_lock, take
+from mutatis.cells import UNSET, Cell, expose, give_back, my_lease, structure, structure_lock, take
 from mutatis.errors import CapturedStateWarning, MutatisError
 from mutatis.graph import Decoder, Encoder, Spec, cell_spec, make_cell
 from mutatis.lifting import (
@@ -198,7 +199,8 @@ class Program:
         self.options = options
         self.count = count
         self.placements = placements
-        self.records: list[Record] = []
+        self.records: dict[int, Record] = {}
+        self._numbers = itertools.count()
         self.variants: dict[Hashable, Variant] = {}
         self.by_types: dict[Hashable, Variant] | None = None  # only if its traces differ in what they write
         self.only: Variant | None = None
@@ -244,7 +246,7 @@ class Program:
         cells, scope = binding.cells, request.scope()
         args, kwargs = binding.layout.rebuild(request.args, request.kwargs, flat[self.count :])
         tx = CompiledTransaction(binding.label, scope, request.outer)
-        with tx:
+        with structure_lock, tx:
             contents = Contents(scope.containers, copies=True)
             tx.fill(dict(zip(cells, flat, strict=False)))
             try:
@@ -259,8 +261,8 @@ class Program:
             tx.undo()
             if tx.found:
                 raise _FoundStates(list(tx.found))
-            number = len(self.records)
-            self.records.append(record)
+            number = next(self._numbers)
+            self.records[number] = record
             return {number: (new, made, leaves)}
 
     def _describe(
@@ -501,7 +503,9 @@ class Compiler:
         self.name = name
         self.options = options
         self.programs: dict[Hashable, Program] = {}
-        self.bindings: dict[Hashable, Binding] = {}
+        # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
+        self.bindings: dict[Hashable, weakref.ref[Binding]] = {}
+        self._captured: dict[Hashable, Binding] = {}  # those for captures only
         self.ignored: frozenset[str] = frozenset()  # names that tracing itself rebinds
 
     def __call__(
@@ -525,7 +529,8 @@ class Compiler:
         else:
             key = (*key, *map(id, functions))
         request = Request(function, functions, args, kwargs)
-        binding = self.bindings.get(key)
+        reference = self.bindings.get(key)
+        binding = None if reference is None else reference()
         if binding is None or not binding.holds():
             binding = self._bind(request, key, [] if binding is None else binding.extras)
         eager = transactions.current() is None and _compat.current_trace() is _compat.EVAL_TRACE
@@ -657,6 +662,7 @@ class Compiler:
             compiler = me()
             if compiler is not None:
                 compiler.bindings.pop(key, None)
+                compiler._captured.pop(key, None)
 
         modules = [node for node in captured if not isinstance(node, Variable)]
         for obj in (*(node for _, node in nodes), *modules, *functions):
@@ -664,7 +670,14 @@ class Compiler:
                 binding.references.append(weakref.ref(obj, drop))
             except TypeError:
                 return
-        self.bindings[key] = binding
+        if nodes:
+            owner = nodes[0][1]
+            if owner._bindings is None:
+                object.__setattr__(owner, "_bindings", weakref.WeakKeyDictionary())
+            owner._bindings.setdefault(self, {})[key] = binding
+        else:
+            self._captured[key] = binding
+        self.bindings[key] = weakref.ref(binding, drop)
 
     @staticmethod
     def _warn(cells: list[Variable], binding: Binding) -> None:
@@ -700,14 +713,14 @@ class Compiler:
     def _dispatch(self, request: Request, flat: list[Any]) -> Any:
         """The call of a compiled program from ordinary Python: donates, and commits to the cells."""
         binding, program = request.binding, request.program
-        split = binding.split
+        request.fast = True
+        split = binding.split if program.by_types is None else None
         if split is None:
             values = [cell._value for cell in binding.cells] + flat
             variant = program.only if program.by_types is None else program.by_types.get(_types(values))
             split = self._prepare(request, values) if variant is None else self._split(binding, variant)
         while True:
             try:
-                request.fast = True
                 number, made, leaves = self._launch(binding.cells, split, program, flat)
                 break
             except _NeedsTraceError:
@@ -727,8 +740,10 @@ class Compiler:
         donating = split.donates and _donation_is_safe()
         jitted = variant.jitted if donating == split.donates else program.plain
         box: list[Any] = []
-        lease, exposed = take(written, split.read, donating)
+        lease = my_lease()
+        exposed: list[int] = []
         try:
+            take(lease, written, split.read, donating, exposed)
             values = [cell._value for cell in cells]
             if exposed and donating:
                 places = [p for i in exposed if (p := split.donating_at[i]) is not None]

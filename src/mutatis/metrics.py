@@ -1,0 +1,173 @@
+"""Metrics: running totals that live in `MetricState` cells.
+
+A metric is a module, so it goes into `mu.jit` as an argument, is saved with the model, and is updated in place.
+`update` takes its values by keyword and leaves those of other metrics alone, so one call can feed several.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mutatis.errors import StructureError
+from mutatis.modules import Module
+from mutatis.state import reset
+from mutatis.variables import MetricState
+
+
+class Metric(Module, abc.ABC):
+    """Base class of metrics: `update` takes in a batch, `compute` gives the value so far, `reset` starts anew.
+
+    A metric keeps its totals in `MetricState` cells whose `init` says how they start.
+    """
+
+    @abc.abstractmethod
+    def update(self, **values: Any) -> None:
+        """Take in a batch of values."""
+
+    @abc.abstractmethod
+    def compute(self) -> Any:
+        """The value over all that was taken in since the start."""
+
+    def reset(self) -> None:
+        """Start anew."""
+        reset(self, MetricState)
+
+
+class Average(Metric):
+    """The mean of all values.
+
+    Args:
+      argname: the keyword by which `update` finds its values.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> loss = mu.metrics.Average("loss")
+      >>> loss.update(loss=jnp.array([1.0, 2.0]))
+      >>> loss.update(loss=6.0)
+      >>> loss.compute()
+      Array(3., dtype=float32)
+    """
+
+    def __init__(self, argname: str = "values") -> None:
+        self.argname = argname
+        self.total = MetricState(0.0, init=0.0)
+        self.count = MetricState(0, init=0)
+
+    def update(self, *, mask: ArrayLike | None = None, **values: Any) -> None:
+        """Take in a batch of values.
+
+        Args:
+          mask: which of them count; broadcast to their shape. All, if it is left out.
+          **values: the values, an array or number, under the metric's `argname`; other keywords are not for it.
+
+        Raises:
+          StructureError: there are no values of that name.
+        """
+        if self.argname not in values:
+            raise StructureError(
+                f"a metric that takes `{self.argname}` was updated without",
+                path=self.argname,
+                expected=f"{self.argname}=...",
+                got=", ".join(f"{name}=..." for name in values) or "no values",
+                cure=f"`metric.update({self.argname}=x)`, or name what it takes: `mu.metrics.Average({next(iter(values), 'loss')!r})`.",
+            )
+        batch = jnp.asarray(values[self.argname])
+        counted = jnp.broadcast_to(True if mask is None else jnp.asarray(mask, bool), batch.shape)
+        self.total += jnp.sum(batch, where=counted, dtype=self.total.dtype)
+        self.count += jnp.sum(counted, dtype=self.count.dtype)
+
+    def compute(self) -> jax.Array:
+        """The mean so far: a scalar, NaN if there were no values."""
+        mean: jax.Array = self.total / self.count.astype(self.total.dtype)
+        return mean
+
+
+class Accuracy(Average):
+    """The share of predictions that are right.
+
+    Args:
+      threshold: for two classes, the logit from which on a prediction is positive; None for more classes.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> accuracy = mu.metrics.Accuracy()
+      >>> accuracy.update(logits=jnp.array([[0.1, 0.9], [0.8, 0.2]]), labels=jnp.array([1, 1]))
+      >>> accuracy.compute()
+      Array(0.5, dtype=float32)
+    """
+
+    def __init__(self, threshold: float | None = None) -> None:
+        super().__init__("right")
+        self.threshold = threshold
+
+    def update(self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any) -> None:  # type: ignore[override]  # names what it takes of **values
+        """Take in a batch of predictions.
+
+        Args:
+          logits: an array of shape (..., classes), or (...) with a threshold.
+          labels: the right classes: integers of shape (...).
+          mask: which predictions count; all, if it is left out.
+
+        Raises:
+          StructureError: the shapes do not fit.
+        """
+        logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+        guesses = jnp.argmax(logits, -1) if self.threshold is None else logits >= self.threshold
+        truth = labels if self.threshold is None else labels > 0
+        if guesses.shape != truth.shape:
+            raise StructureError(
+                "the logits do not fit the labels of `Accuracy`",
+                path="logits",
+                expected=f"labels of shape {guesses.shape}",
+                got=f"labels of shape {labels.shape}, logits of shape {logits.shape}",
+                cure="Labels are integers without an axis for the classes: `labels=one_hot.argmax(-1)`.",
+            )
+        super().update(right=guesses == truth, mask=mask)
+
+
+class MultiMetric(Metric):
+    """Several metrics, updated by one call.
+
+    Args:
+      **metrics: the metrics; each becomes an attribute of its name.
+
+    Raises:
+      StructureError: a name is taken, or names something that is not a metric.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> metrics = mu.metrics.MultiMetric(loss=mu.metrics.Average("loss"), accuracy=mu.metrics.Accuracy())
+      >>> metrics.update(loss=0.25, logits=jnp.eye(2), labels=jnp.array([0, 1]))
+      >>> {name: float(value) for name, value in metrics.compute().items()}
+      {'loss': 0.25, 'accuracy': 1.0}
+    """
+
+    def __init__(self, **metrics: Metric) -> None:
+        for name, metric in metrics.items():
+            if not isinstance(metric, Metric) or hasattr(MultiMetric, name):
+                raise StructureError(
+                    f"`{name}` cannot be an attribute of `MultiMetric`",
+                    path=name,
+                    expected="a metric, under a name that is not one of its methods",
+                    got=f"{name}={type(metric).__name__}",
+                    cure="`mu.metrics.MultiMetric(loss=mu.metrics.Average('loss'))`",
+                )
+            setattr(self, name, metric)
+
+    @property
+    def _metrics(self) -> dict[str, Metric]:
+        return {name: metric for name, metric in vars(self).items() if isinstance(metric, Metric)}
+
+    def update(self, **values: Any) -> None:
+        """Give every metric all values; each takes its own."""
+        for metric in self._metrics.values():
+            metric.update(**values)
+
+    def compute(self) -> dict[str, Any]:
+        """The value of each metric by name."""
+        return {name: metric.compute() for name, metric in self._metrics.items()}

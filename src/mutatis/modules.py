@@ -31,6 +31,7 @@ class Wrapped:
 
     __wrapped__: Any
     remake: Callable[..., Any]
+    _bindings: Any = None  # as a module's
     _mutatis_node_: ClassVar[bool] = True
 
 
@@ -50,13 +51,15 @@ class Module:
       [1, 2, 3]
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_watched")
+    __slots__ = ("__dict__", "__weakref__", "_bindings", "_watched")
     _mutatis_node_: ClassVar[bool] = True
+    _bindings: Any  # what compiled programs know about this module as an argument; it dies with it
     _watched: bool  # whether a compiled program took this module's structure for granted
 
     def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
         self = object.__new__(cls)
         object.__setattr__(self, "_watched", False)
+        object.__setattr__(self, "_bindings", None)
         return self
 
     def __init_subclass__(cls, **options: Any) -> None:

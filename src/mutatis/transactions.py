@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from mutatis import _compat
-from mutatis.cells import UNSET, Cell, peek, poke, structure, structure_lock
+from mutatis.cells import UNSET, Cell, peek, poke, structure
 from mutatis.errors import TraceLevelError
 from mutatis.naming import path_by_referrers
 
@@ -58,7 +58,6 @@ class Transaction:
     """
 
     __slots__ = (
-        "_holds_structure",
         "_lent",
         "born",
         "compiled",
@@ -93,7 +92,6 @@ class Transaction:
         self.born: dict[Cell, None] = {}
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
         self.journal: list[tuple[Any, str, Any]] = []
-        self._holds_structure = False
 
     def __enter__(self) -> Transaction:
         self.trace = _compat.current_trace()
@@ -107,14 +105,11 @@ class Transaction:
         self.close()
 
     def close(self) -> None:
-        """Let go of every tracer and lock; what is wanted of it has been taken out before."""
+        """Let go of every tracer; what is wanted of it has been taken out before."""
         self.trace = self.outer = None
         self.values.clear()
         self._lent.clear()
         self.pinned.clear()
-        if self._holds_structure:
-            self._holds_structure = False
-            structure_lock.release()
 
     # -- values ----------------------------------------------------------------------------------------------
 
@@ -190,9 +185,6 @@ class Transaction:
 
     def note(self, obj: Any, name: str, old: Any) -> None:
         """Note an attribute's old value, before it changes."""
-        if self.compiled and not self._holds_structure:
-            structure_lock.acquire()
-            self._holds_structure = True
         self.journal.append((obj, name, old))
 
     def undo(self) -> None:

@@ -118,7 +118,8 @@ class Variable(Cell):
     value = property(get, set, doc="The value, read and written through the current transaction.")
 
     def _create(self) -> Any:
-        if self._init is None:
+        start = Deferred(None) if self._init is None else initial(self)
+        if type(start) is Deferred:
             raise DeferredStateError(
                 f"state {transactions.describe(self)} was read before its layer created it",
                 path=transactions.path_of(self),
@@ -127,7 +128,7 @@ class Variable(Cell):
                 cure="Its size is inferred at the first call: call the model once, or give the size, e.g. "
                 "`nn.Linear(in_features, out_features, rngs=rngs)`.",
             )
-        self.set(initial(self))
+        self.set(start)
         return transactions.read(self)
 
     @property

@@ -1,0 +1,236 @@
+"""What one call of a jitted step costs: a step that reads and writes every state of a model.
+
+The states are arrays of eight floats in nested modules, so the time is that of the call and not of the arithmetic. Every
+contender does the same work (their results are compared bit for bit) and all run in one process, in rounds: one round
+times a batch of calls of each, in an order that moves on by one. A figure is the median over the rounds of the ratio to
+raw `jax.jit` over a flat list within the same round, so that what else the machine does weighs on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import importlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mutatis as mu
+
+BLOCK = {"dense": ("bias", "kernel"), "norm": ("bias", "mean", "scale", "var")}  # six states, as JAX sorts them
+FACTOR = 1.0001
+WARMUP = 3  # rounds that do not count
+BASELINE, DONATED = "jax.jit, flat list", "jax.jit, flat list, donated"
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to keep the states.
+
+    Args:
+      name: what it is.
+      step: one call; it leaves the new values where the next one finds them.
+      one: one of the present values, to wait for.
+      values: all of them, in the order of the blocks.
+    """
+
+    name: str
+    step: Callable[[], Any]
+    one: Callable[[], Any]
+    values: Callable[[], list[Any]]
+
+
+def start(count: int) -> list[Any]:
+    """The values that every contender starts from."""
+    return [jnp.full(8, 1.0 + index) for index in range(count)]
+
+
+def threaded(name: str, values: Any, one: Callable[[Any], Any], **options: Any) -> Contender:
+    """Plain `jax.jit` over a pytree that is threaded through by hand."""
+    jitted = jax.jit(lambda values: jax.tree.map(lambda x: x * FACTOR, values), **options)
+
+    def step() -> None:
+        nonlocal values
+        values = jitted(values)
+
+    return Contender(name, step, lambda: one(values), lambda: jax.tree.leaves(values))
+
+
+def nested(count: int) -> Any:
+    """The values as nested dictionaries, one for each module."""
+    values = iter(start(count))
+    return {
+        "blocks": [
+            {part: {name: next(values) for name in names} for part, names in BLOCK.items()} for _ in range(count // 6)
+        ]
+    }
+
+
+def build(count: int, module: type, cell: Callable[[Any], Any], sequence: Callable[[Any], Any] = list) -> Any:
+    """A model of nested modules in some library."""
+
+    class Part(module):  # type: ignore[misc]
+        def __init__(self, names: tuple[str, ...], values: Iterator[Any]) -> None:
+            super().__init__()
+            for name in names:
+                setattr(self, name, cell(next(values)))
+
+    class Block(module):  # type: ignore[misc]
+        def __init__(self, values: Iterator[Any]) -> None:
+            super().__init__()
+            for name, names in BLOCK.items():
+                setattr(self, name, Part(names, values))
+
+    class Net(module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            values = iter(start(count))
+            self.blocks = sequence([Block(values) for _ in range(count // 6)])
+
+    return Net()
+
+
+def cells(net: Any) -> Iterator[Any]:
+    """The cells of a model, in the order of the blocks."""
+    for block, (part, names) in itertools.product(net.blocks, BLOCK.items()):
+        for name in names:
+            yield getattr(getattr(block, part), name)
+
+
+def update(net: Any) -> None:
+    """The step: reads and writes every state."""
+    for cell in cells(net):
+        cell.value = cell.value * FACTOR
+
+
+def stateful(name: str, net: Any, jit: Callable[..., Any], *, argument: bool) -> Contender:
+    """A library's `jit` over a model that is an argument, or that the function names."""
+    step = jit(update) if argument else jit(lambda: update(net))
+    call = (lambda: step(net)) if argument else step
+    one = next(cells(net))
+    return Contender(name, call, lambda: one.value, lambda: [cell.value for cell in cells(net)])
+
+
+def contenders(count: int, peers: bool) -> Iterator[Contender]:
+    yield threaded(BASELINE, start(count), lambda values: values[0])
+    yield threaded(DONATED, start(count), lambda values: values[0], donate_argnums=0)
+    yield threaded("jax.jit, nested dicts", nested(count), lambda values: values["blocks"][0]["dense"]["bias"])
+    yield stateful("mu.jit, model as argument", build(count, mu.Module, mu.Variable), mu.jit, argument=True)
+    yield stateful("mu.jit, model closed over", build(count, mu.Module, mu.Variable), mu.jit, argument=False)
+    if peers and (nnx := installed("flax.nnx")):
+        net = build(count, nnx.Module, nnx.Variable, nnx.List)
+        yield stateful("nnx.jit, model as argument", net, nnx.jit, argument=True)
+    if peers and (brainstate := installed("brainstate")):
+        net = build(count, brainstate.nn.Module, brainstate.ParamState)
+        yield stateful("brainstate, model closed over", net, brainstate.transform.jit, argument=False)
+
+
+def installed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def check(every: list[Contender]) -> None:
+    """All contenders have computed the same."""
+    first = [np.asarray(value) for value in every[0].values()]
+    for other in every[1:]:
+        values = [np.asarray(value) for value in other.values()]
+        if len(values) != len(first) or not all(map(np.array_equal, first, values)):
+            sys.exit(f"`{other.name}` did not compute what `{every[0].name}` did")
+
+
+def measure(count: int, rounds: int, peers: bool) -> dict[str, list[float]]:
+    """Seconds per call of each contender, by round."""
+    every = list(contenders(count, peers))
+    calls = max(4, 3000 // count)
+    times: dict[str, list[float]] = {contender.name: [] for contender in every}
+    for number in range(rounds + WARMUP):
+        shift = number % len(every)
+        for contender in every[shift:] + every[:shift]:
+            contender.step()  # after a look at its values, which may cost the next call something
+            begin = time.perf_counter()
+            for _ in range(calls):
+                contender.step()
+            jax.block_until_ready(contender.one())
+            times[contender.name].append((time.perf_counter() - begin) / calls)
+        gc.collect()
+    check(every)
+    return {name: seconds[WARMUP:] for name, seconds in times.items()}
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Microseconds, and the ratios to both baselines."""
+
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+    return {
+        name: {
+            "microseconds": statistics.median(seconds) * 1e6,
+            "ratio": ratio(name, BASELINE),
+            "ratio_to_donated": ratio(name, DONATED),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
+    rows = [["", *(f"{count} states" for count in results)]]
+    for name in next(iter(results.values())):
+        figures = (results[count][name] for count in results)
+        rows.append(
+            [name, *(f"{f['ratio']:5.2f} ({f['ratio_to_donated']:.2f}) {f['microseconds']:6.0f} us" for f in figures)]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+def sizes(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",")]
+    if any(count <= 0 or count % 6 for count in counts):
+        raise argparse.ArgumentTypeError("multiples of 6, the states of a block")
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--states", type=sizes, default=[60, 300, 1200], help="how many, e.g. 60,300 (multiples of 6)")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--peers", action="store_true", help="flax NNX and BrainState too, if they are installed")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    options = parser.parse_args()
+
+    results = {count: summary(measure(count, options.rounds, options.peers)) for count in options.states}
+    device = jax.devices()[0]
+    setup = {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.platform} ({device.device_kind})",
+        "cores": os.cpu_count(),
+        "rounds": options.rounds,
+    }
+    if options.json:
+        print(json.dumps({**setup, "results": results}, indent=1))
+        return
+    print("One call of a step that reads and writes every state: the time as a ratio to the first row (to the second).")
+    print(", ".join(f"{key} {value}" for key, value in setup.items()) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

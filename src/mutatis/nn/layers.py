@@ -1,0 +1,119 @@
+"""What layers have in common.
+
+- A size that is left out waits: the state holds its random key in place of a value (`Deferred`), and the layer creates
+  the value at its first call, when the input shows the size. The key is a value like any other, so this works inside
+  `jit` too, and draws the same numbers as if the size had been given.
+- A setting may be said three times: in the call, else where the layer is made, else by the module's mode.
+- An input that does not fit is refused before JAX sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from mutatis import transactions
+from mutatis.cells import Deferred
+from mutatis.errors import RandomStreamError, StructureError
+from mutatis.random import Rngs
+from mutatis.state import raw_value
+from mutatis.variables import Param, Variable
+
+Shape = tuple[int, ...]
+
+
+def param_key(layer: str, rngs: Rngs) -> jax.Array:
+    """A fresh key for a parameter of a layer.
+
+    Raises:
+      RandomStreamError: there is no stream to draw from.
+    """
+    if not isinstance(rngs, Rngs):
+        raise RandomStreamError(
+            f"`nn.{layer}` cannot draw its parameters from `rngs={rngs!r:.40}`",
+            path="params",
+            expected="random streams, `mu.Rngs`",
+            got=type(rngs).__name__,
+            cure=f"`nn.{layer}(..., rngs=mu.Rngs(0))`",
+        )
+    return rngs.stream("params").draw()
+
+
+def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike) -> Param:
+    """A parameter; without a shape, one that waits for `materialize`."""
+    return Param(Deferred(key) if shape is None else init(key, shape, dtype))  # type: ignore[arg-type]  # zeros need no key
+
+
+def materialize(cell: Variable | None, init: Initializer, shape: Shape, dtype: DTypeLike) -> None:
+    """Create the value of a state that waits for its shape."""
+    if cell is not None and type(placeholder := raw_value(cell)) is Deferred:
+        cell.value = init(placeholder.key, shape, dtype)
+
+
+def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axis: int = -1, ndim: int = 1) -> int:
+    """The number of features of an input, which has to be what the layer's state was made for.
+
+    Args:
+      cell: the state; any number fits one that waits for its shape.
+      x: the input.
+      along: the axis of the state that has the size of the features.
+      times: how often they contain it.
+      axis: where the features are in the input.
+      ndim: the least number of axes of the input.
+
+    Raises:
+      StructureError: the input has too few axes, or another number of features.
+    """
+    features = None if cell.deferred else cell.shape[along] * times
+    if x.ndim >= ndim and -x.ndim <= axis < x.ndim and features in (None, x.shape[axis]):
+        return x.shape[axis]
+    raise StructureError(
+        f"state {transactions.describe(cell)} does not fit the input of its layer",
+        path=transactions.path_of(cell),
+        where=transactions.where(),
+        expected=f"{'' if features is None else features} features along axis {axis} of {ndim} or more axes".lstrip(),
+        got=f"an input of shape {x.shape}",
+        made_at=cell.made_at,
+        cure="Give the size of the input where the layer is made, or None to take it from the first input: "
+        "`nn.Linear(None, 10, rngs=rngs)`.",
+    )
+
+
+def promote(dtype: DTypeLike | None, *arrays: jax.Array | None) -> list[Any]:
+    """Arrays in the dtype to compute in: the one asked for, else what they promote to. None stays None."""
+    if dtype is None:
+        dtype = jnp.result_type(*(array for array in arrays if array is not None))
+    return [None if array is None else jnp.asarray(array, dtype) for array in arrays]
+
+
+def stretch(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """A vector along one axis, with axes of size 1 around it: what broadcasts to `ndim` axes by rank."""
+    return jnp.expand_dims(vector, [other for other in range(ndim) if other != axis % ndim])
+
+
+def first_said(*choices: bool | None) -> bool:
+    """The first choice that is not None."""
+    return next(choice for choice in choices if choice is not None)
+
+
+def as_tuple(layer: str, name: str, value: int | Sequence[int], length: int | None = None) -> Shape:
+    """A number for each spatial axis.
+
+    Raises:
+      StructureError: there are more or fewer.
+    """
+    numbers = (value,) * (length or 1) if isinstance(value, int) else tuple(value)
+    if length is not None and len(numbers) != length:
+        raise StructureError(
+            f"`nn.{layer}` has {length} spatial axes, and `{name}` is for {len(numbers)}",
+            path=name,
+            expected=f"one int, or {length}",
+            got=repr(value),
+            cure=f"`{name}={(1,) * length}`",
+        )
+    return numbers

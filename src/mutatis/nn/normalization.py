@@ -1,0 +1,176 @@
+"""Normalization: `BatchNorm` keeps running statistics beside its parameters."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import Initializer, ones, zeros
+from jax.typing import ArrayLike, DTypeLike
+
+from mutatis.cells import Deferred
+from mutatis.modules import Module
+from mutatis.nn.layers import check_input, first_said, materialize, param_key, parameter, promote, stretch
+from mutatis.random import Rngs
+from mutatis.variables import BatchStat, Param
+
+
+class BatchNorm(Module):
+    """Normalizes each feature to mean 0 and variance 1 over all other axes, then scales and shifts it.
+
+    In training the mean and variance are those of the batch, and the running ones move towards them:
+    ``mean = momentum * mean + (1 - momentum) * batch_mean``. In evaluation they are the running ones. Gradients flow
+    through the statistics of the batch, not through the running ones. `mu.reset(model, mu.BatchStat)` starts them anew.
+
+    Args:
+      num_features: the size of the feature axis; None takes it from the first input.
+      use_running_average: whether to use the running statistics, unless the call says so. None goes by the module's
+        mode: they are used after `model.eval()`.
+      momentum: the weight of the old value in the running statistics.
+      epsilon: is added to the variance.
+      use_bias: whether to add a bias.
+      use_scale: whether to multiply by a scale.
+      dtype: the dtype of the result; None takes what the input and the parameters promote to. The statistics are
+        computed and kept in float32 or wider.
+      param_dtype: the dtype of the parameters.
+      bias_init: makes the bias, an initializer of `jax.nn.initializers`.
+      scale_init: makes the scale.
+      axis: the feature axis.
+      axis_name: an axis of an enclosing `mu.vmap` or `mu.shard_map`, over whose lanes the statistics are averaged, too.
+      rngs: random streams, of which `params` is drawn from; needed with other initializers only.
+
+    Attributes:
+      scale: Param of shape (num_features,), or None.
+      bias: Param of shape (num_features,), or None.
+      mean: BatchStat of shape (num_features,).
+      var: BatchStat of shape (num_features,); without Bessel's correction.
+
+    Raises:
+      RandomStreamError: an initializer is given that may draw, and no `rngs`.
+
+    Source:
+      Ioffe and Szegedy, Batch Normalization, 2015, https://arxiv.org/abs/1502.03167
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> norm = mu.nn.BatchNorm(1, momentum=0.5)
+      >>> norm(jnp.array([[1.0], [3.0]])).round(3).tolist()
+      [[-1.0], [1.0]]
+      >>> norm.mean.value, norm.var.value
+      (Array([1.], dtype=float32), Array([1.], dtype=float32))
+      >>> norm.eval()(jnp.array([[2.0]])).round(3).tolist()
+      [[1.0]]
+    """
+
+    def __init__(
+        self,
+        num_features: int | None,
+        *,
+        use_running_average: bool | None = None,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        bias_init: Initializer = zeros,
+        scale_init: Initializer = ones,
+        axis: int = -1,
+        axis_name: str | None = None,
+        rngs: Rngs | None = None,
+    ) -> None:
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.bias_init = bias_init
+        self.scale_init = scale_init
+        self.axis = axis
+        self.axis_name = axis_name
+        self.mean = _statistic(zeros, num_features, self._stat_dtype)
+        self.var = _statistic(ones, num_features, self._stat_dtype)
+        self.scale = self._parameter(scale_init, rngs) if use_scale else None
+        self.bias = self._parameter(bias_init, rngs) if use_bias else None
+
+    def __call__(self, x: ArrayLike, use_running_average: bool | None = None) -> jax.Array:
+        """Normalize.
+
+        Args:
+          x: an array with `num_features` along the feature axis.
+          use_running_average: whether to use the running statistics; goes before what the layer was made with.
+
+        Returns:
+          An array of the same shape.
+
+        Raises:
+          StructureError: the input has another number of features.
+          FrozenStateError: the running statistics would be updated, and are frozen.
+        """
+        x = jnp.asarray(x)
+        self._materialize(check_input(self.mean, x, along=0, axis=self.axis))
+        if first_said(use_running_average, self.use_running_average, self.mode == "eval"):
+            mean, var = self.mean.value, self.var.value
+        else:
+            mean, var = self._batch_statistics(x)
+            self._move(self.mean, mean)
+            self._move(self.var, var)
+        scale = None if self.scale is None else self.scale.value
+        bias = None if self.bias is None else self.bias.value
+        result, _, _ = promote(self.dtype, x, scale, bias)
+        wide = jnp.promote_types(result.dtype, mean.dtype)
+
+        def widen(vector: jax.Array) -> jax.Array:
+            return stretch(vector.astype(wide), self.axis, x.ndim)
+
+        factor = lax.rsqrt(widen(var) + self.epsilon)
+        if scale is not None:
+            factor *= widen(scale)
+        y = (x.astype(wide) - widen(mean)) * factor
+        if bias is not None:
+            y += widen(bias)
+        return y.astype(result.dtype)
+
+    def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The mean and variance of a batch; in two passes, which does not cancel where the mean is large."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        others = [axis for axis in range(x.ndim) if axis != self.axis % x.ndim]
+
+        def average(values: jax.Array) -> jax.Array:
+            mean = jnp.mean(values, others)
+            return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
+
+        mean = average(x)
+        return mean, average(jnp.square(x - stretch(mean, self.axis, x.ndim)))
+
+    def _move(self, running: BatchStat, new: jax.Array) -> None:
+        new = lax.stop_gradient(new).astype(running.dtype)
+        running.value = self.momentum * running.value + (1 - self.momentum) * new
+
+    @property
+    def _stat_dtype(self) -> DTypeLike:
+        return jnp.promote_types(self.param_dtype, jnp.float32)
+
+    def _parameter(self, init: Initializer, rngs: Rngs | None) -> Param:
+        key = None if rngs is None and init in (zeros, ones) else param_key("BatchNorm", rngs)
+        return parameter(init, key, None if self.num_features is None else (self.num_features,), self.param_dtype)
+
+    def _materialize(self, features: int) -> None:
+        shape = (features,)
+        materialize(self.mean, zeros, shape, self._stat_dtype)
+        materialize(self.var, ones, shape, self._stat_dtype)
+        materialize(self.scale, self.scale_init, shape, self.param_dtype)
+        materialize(self.bias, self.bias_init, shape, self.param_dtype)
+
+
+def _statistic(init: Initializer, features: int | None, dtype: DTypeLike) -> BatchStat:
+    """A running statistic that `mu.reset` starts anew."""
+    start = _waiting if features is None else functools.partial(init, None, (features,), dtype)
+    return BatchStat(start(), init=start)
+
+
+def _waiting() -> Deferred:
+    return Deferred(None)
