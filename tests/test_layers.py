@@ -29,7 +29,10 @@ ROWS: dict[float, tuple[str, ...]] = {
     6.0: ("state",),
     7.0: ("captures",),
     7.5: ("lifting",),
-    7.6: ("compiling", "staging", "axes"),
+    7.6: ("programs", "staging", "axes"),
+    7.7: ("bindings",),
+    7.8: ("compiling",),
+    7.9: ("control",),
     8.0: (
         "transforms.jit",
         "transforms.autodiff",

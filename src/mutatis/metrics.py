@@ -74,7 +74,7 @@ class Average(Metric):
                 path=self.argname,
                 expected=f"{self.argname}=...",
                 got=", ".join(f"{name}=..." for name in values) or "no values",
-                cure=f"`metric.update({self.argname}=x)`, or name what it takes: `mu.metrics.Average({next(iter(values), 'loss')!r})`.",
+                cure=f"`metric.update({self.argname}=x)`, or say the name where it is made: `mu.metrics.Average('loss')`.",
             )
         batch = jnp.asarray(values[self.argname])
         counted = jnp.broadcast_to(True if mask is None else jnp.asarray(mask, bool), batch.shape)
@@ -147,7 +147,7 @@ class MultiMetric(Metric):
       {'loss': 0.25, 'accuracy': 1.0}
     """
 
-    def __init__(self, **metrics: Metric) -> None:
+    def __init__(self, **metrics: Any) -> None:
         for name, metric in metrics.items():
             if not isinstance(metric, Metric) or hasattr(MultiMetric, name):
                 raise StructureError(

@@ -27,7 +27,7 @@ from mutatis.variables import Param, Variable
 Shape = tuple[int, ...]
 
 
-def param_key(layer: str, rngs: Rngs) -> jax.Array:
+def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
     """A fresh key for a parameter of a layer.
 
     Raises:
@@ -46,7 +46,7 @@ def param_key(layer: str, rngs: Rngs) -> jax.Array:
 
 def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike) -> Param:
     """A parameter; without a shape, one that waits for `materialize`."""
-    return Param(Deferred(key) if shape is None else init(key, shape, dtype))  # type: ignore[arg-type]  # zeros need no key
+    return Param(Deferred(key) if shape is None else init(key, shape, dtype))
 
 
 def materialize(cell: Variable | None, init: Initializer, shape: Shape, dtype: DTypeLike) -> None:
@@ -71,7 +71,7 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
     """
     features = None if cell.deferred else cell.shape[along] * times
     if x.ndim >= ndim and -x.ndim <= axis < x.ndim and features in (None, x.shape[axis]):
-        return x.shape[axis]
+        return int(x.shape[axis])
     raise StructureError(
         f"state {transactions.describe(cell)} does not fit the input of its layer",
         path=transactions.path_of(cell),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mutatis import transactions
-from mutatis.compiling import compiled, runs_eagerly
+from mutatis.control import compiled, runs_eagerly
 from mutatis.errors import StructureError
 from mutatis.lifting import Packed, Site
 from mutatis.staging import Staged, check_kept, refuse_structure, stage

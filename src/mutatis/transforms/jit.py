@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mutatis import _compat
-from mutatis.compiling import Compiler, Options
+from mutatis.compiling import Compiler
 from mutatis.lifting import Transformed
+from mutatis.programs import Options
 
 
 class Jitted(Transformed):

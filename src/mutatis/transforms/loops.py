@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mutatis import transactions
 from mutatis.axes import StateAxes, assign_axes, check_axis
-from mutatis.compiling import compiled, runs_eagerly
+from mutatis.control import compiled, runs_eagerly
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.lifting import Packed, Site
 from mutatis.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage

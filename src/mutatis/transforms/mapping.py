@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mutatis.compiling import compiled, runs_eagerly
+from mutatis.control import compiled, runs_eagerly
 from mutatis.errors import StructureError
 from mutatis.lifting import Packed
 from mutatis.transforms.batching import vectorize

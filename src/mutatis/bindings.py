@@ -1,0 +1,169 @@
+"""Bindings: what is known about the objects of a call, so that the next call with them does no walking.
+
+A binding keeps the list of cells to hand to the program, and what proves cheaply that nothing has changed: one counter for
+attributes, the elements of plain containers, the names that the function uses. It refers to modules weakly.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mutatis import _compat
+from mutatis.captures import Captures, search
+from mutatis.cells import structure
+from mutatis.lifting import Contents, Packed, Scope, argument_names, fill, named_nodes
+from mutatis.modules import Module
+from mutatis.programs import Program, Variant
+from mutatis.variables import Variable
+
+
+class Layout:
+    """How the arguments of a call are divided among nodes and JAX's positional arguments."""
+
+    __slots__ = ("mixed", "names", "positions", "statics")
+
+    def __init__(self, positions: list[Any], mixed: dict[Any, Any], statics: set[Any]) -> None:
+        self.positions = tuple(positions)  # of JAX's arguments: a number or a keyword
+        self.mixed = mixed  # positions of containers that hold nodes, with their structure
+        self.statics = statics
+
+    def rebuild(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], flat: Sequence[Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of a call with JAX's values in the place of its leaves."""
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for position, value in zip(self.positions, flat, strict=True):
+            target: Any = new_args if isinstance(position, int) else new_kwargs
+            if position in self.mixed:
+                value = fill(self.mixed[position], value, Packed(target[position]).nodes)
+            target[position] = value
+        return new_args, new_kwargs
+
+
+class Split:
+    """A binding's cells divided for one variant of its program."""
+
+    __slots__ = ("donates", "donating_at", "read", "variant", "written")
+
+    def __init__(self, cells: list[Variable], variant: Variant) -> None:
+        self.variant = variant
+        self.written = [cells[i] for i in variant.written]
+        taken = set(variant.written)
+        self.read = [cell for i, cell in enumerate(cells) if i not in taken]
+        self.donating_at = [i if i in variant.donated else None for i in variant.written]
+        self.donates = bool(variant.donated)
+
+
+class Binding:
+    """What is known about given objects: which cells to hand over, and what proves that this still holds.
+
+    It refers to modules weakly, and is dropped when one of them dies.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "captures",
+        "cells",
+        "contents",
+        "epoch",
+        "extras",
+        "label",
+        "layout",
+        "objects",
+        "program",
+        "references",
+        "split",
+        "splits",
+    )
+
+    def __init__(self, label: str, layout: Layout, extras: list[Variable]) -> None:
+        self.label = label
+        self.layout = layout
+        self.extras = extras  # states that only tracing found
+        self.cells: list[Variable]
+        self.captures: Captures
+        self.contents: Contents
+        self.program: Program
+        self.objects: list[Any] = []
+        self.references: list[Any] = []
+        self.split: Split | None = None  # how to call, if that does not depend on the shapes
+        self.splits: dict[Variant, Split] = {}
+
+    def make_scope(self, nodes: list[tuple[str, Any]], captures: Captures) -> Scope:
+        """Walk over arguments and captures."""
+        extras = [("captured", cell) for cell in self.extras]
+        return Scope([*nodes, *captures.roots, *extras])
+
+    def settle(self, scope: Scope, captures: Captures) -> None:
+        """Keep of a walk what the calls need."""
+        self.cells = scope.cells
+        self.captures = captures
+        self.contents = Contents(scope.containers)
+        for obj in scope.encoder.objects:
+            if isinstance(obj, Module):
+                object.__setattr__(obj, "_watched", True)
+                self.objects.append(weakref.ref(obj))
+            else:
+                self.objects.append(obj)
+        self.epoch = structure.epoch
+
+    def live_objects(self) -> list[Any]:
+        """The modules, lists and dicts, by number."""
+        return [obj() if isinstance(obj, weakref.ref) else obj for obj in self.objects]
+
+    def holds(self) -> bool:
+        """Whether nothing about the objects has changed."""
+        return self.epoch == structure.epoch and self.contents.unchanged() and self.captures.unchanged()
+
+
+class Request:
+    """One call of a program, for the case that it has to be traced."""
+
+    __slots__ = ("args", "binding", "fast", "function", "functions", "kwargs", "outer", "program", "traced")
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        functions: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.function = function
+        self.functions = functions  # those whose captures count
+        self.args = args
+        self.kwargs = kwargs
+        self.fast = False  # whether the call must not trace
+        self.traced = False  # whether the function was run
+        self.outer = _compat.current_trace()
+        self.binding: Binding
+        self.program: Program
+
+    def bind(self, binding: Binding) -> None:
+        """Say which binding and program the call goes to."""
+        self.binding = binding
+        self.program = binding.program
+
+    @property
+    def label(self) -> str:
+        """What the call is, for messages."""
+        return self.binding.label
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run the user's function with JAX's values in the place of the arguments' leaves."""
+        args, kwargs = self.binding.layout.rebuild(self.args, self.kwargs, leaves)
+        return self.function(*args, **kwargs)
+
+    def nodes(self, layout: Layout) -> list[tuple[str, Any]]:
+        """The nodes among the arguments, with the names they go by."""
+        named = self.functions[0] if len(self.functions) == 1 else self.function
+        names = argument_names(named, self.args, self.kwargs)
+        entries = zip(names, [*self.args, *self.kwargs.values()], [*range(len(self.args)), *self.kwargs], strict=True)
+        dynamic = [(name, value) for name, value, position in entries if position not in layout.statics]
+        return named_nodes([name for name, _ in dynamic], [value for _, value in dynamic])
+
+    def scope(self) -> Scope:
+        """A walk over everything that the call can reach, in the order of the binding's cells."""
+        captures = search(*self.functions, ignored=self.binding.captures.ignored)
+        return self.binding.make_scope(self.nodes(self.binding.layout), captures)

@@ -1,0 +1,108 @@
+"""A table of the states of a model by kind: how many there are, their elements and their bytes.
+
+The table is data; as text it is aligned columns, and `rich` shows it as a table of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mutatis.graph import variables
+from mutatis.state import raw_value
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The states of one kind.
+
+    Attributes:
+      kind: the name of the kind.
+      states: how many there are; shared ones count once.
+      elements: the elements of their arrays; a random key is one.
+      bytes: the size of their arrays.
+    """
+
+    kind: str
+    states: int = 0
+    elements: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Row) -> Row:
+        return Row(self.kind, self.states + other.states, self.elements + other.elements, self.bytes + other.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTable:
+    """States by kind; `print` shows it as text, `rich.print` as a table."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def total(self) -> Row:
+        """The sum of all rows."""
+        return sum(self.rows, Row("total"))
+
+    def _cells(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (row.kind, f"{row.states:,}", f"{row.elements:,}", _show_bytes(row.bytes))
+            for row in (*self.rows, self.total)
+        ]
+
+    def __str__(self) -> str:
+        lines = [_HEADER, *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join([kind.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]) for kind, *numbers in lines
+        )
+
+    def __rich__(self) -> Any:
+        from rich.table import Table  # only `rich` calls this, so it is there
+
+        table = Table()
+        for name in _HEADER:
+            table.add_column(name, justify="left" if name == "kind" else "right")
+        *cells, total = self._cells()
+        for row in cells:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*total, style="bold")
+        return table
+
+
+_HEADER = ("kind", "states", "elements", "size")
+
+
+def state_table(node: Any) -> StateTable:
+    """The states of a node by kind, in the order of their paths.
+
+    Reads sizes only: nothing is computed, and a state that has not been created yet counts without elements.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+
+    Example:
+      >>> import mutatis as mu
+      >>> print(mu.inspect.state_table(mu.nn.BatchNorm(64)))
+      kind       states  elements    size
+      Param           2       128   512 B
+      BatchStat       2       128   512 B
+      total           4       256  1.0 kB
+    """
+    rows: dict[str, Row] = {}
+    for cell in variables(node).values():
+        leaves = jax.tree.leaves(raw_value(cell))
+        kind = type(cell).__name__
+        one = Row(kind, 1, sum(leaf.size for leaf in leaves), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+        rows[kind] = rows.get(kind, Row(kind)) + one
+    return StateTable(tuple(rows.values()))
+
+
+def _show_bytes(count: int) -> str:
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"

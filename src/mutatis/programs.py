@@ -1,0 +1,375 @@
+"""Programs: a stateful function of one structure as a pure function under `jax.jit`, and the notes of its traces.
+
+The pure function takes one positional argument per cell and then the leaves of the user's arguments. Each trace of it leaves
+a **record**: which cells were written, what was returned, what was built. The program returns ``{number of the record:
+values}``: the key of a dict is static in a pytree, so what the values mean comes back with them and no Python code runs inside
+the compiled call.
+
+Structure is changed on the user's own objects while a function is traced, noted in the record, and undone before JAX goes on.
+After the call, the first and every later one, `replay` does what the record says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from mutatis import _compat, transactions
+from mutatis.cells import UNSET, Cell, structure_lock
+from mutatis.errors import MutatisError
+from mutatis.graph import Decoder, Encoder, Spec, cell_spec, make_cell
+from mutatis.lifting import Contents, Packed, Scope, fill
+from mutatis.modules import Module
+from mutatis.transactions import Transaction
+from mutatis.variables import Variable
+
+
+class NeedsTraceError(Exception):
+    """The compiled call met shapes for which there is no record."""
+
+
+class FoundStates(BaseException):
+    """Tracing found states that are not inputs; not an `Exception`, so that no user code catches it."""
+
+    def __init__(self, cells: list[Variable]) -> None:
+        self.cells = cells
+
+
+class Tracing(Protocol):
+    """What a program knows of the call that it is traced for."""
+
+    fast: bool  # the call must not trace: it goes back for a record first
+    traced: bool  # the user's function has been run
+    outer: Any  # the trace at which the call was made
+    program: Any
+
+    @property
+    def label(self) -> str:
+        """What the call is, for messages."""
+
+    def scope(self) -> Scope:
+        """A walk over everything that the call can reach."""
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run the user's function with JAX's values in the place of the arguments' leaves."""
+
+
+class _Calls(threading.local):
+    request: Tracing | None = None
+
+
+calls = _Calls()
+
+
+class CompiledTransaction(Transaction):
+    """The transaction of a traced program: a cell that is not an input is noted, and tracing starts again with it."""
+
+    __slots__ = ("found",)
+
+    def __init__(self, label: str, scope: Scope, outer: Any) -> None:
+        super().__init__(label, locate=scope.locate, outer=outer, compiled=True)
+        self.found: dict[Any, None] = {}
+
+    def fetch(self, cell: Cell) -> Any:
+        """What the cell holds outside: good enough to trace on until all such cells are known."""
+        value = super().fetch(cell)
+        self.found[cell] = None
+        return value
+
+    def write(self, cell: Cell, value: Any, trace: Any) -> None:
+        """Write; a first write to a cell that is not an input finds it too."""
+        if cell not in self.values and cell._birth is None:
+            self.found[cell] = None
+        super().write(cell, value, trace)
+
+
+class Options:
+    """The options of `mu.jit` that reach `jax.jit`."""
+
+    def __init__(
+        self,
+        *,
+        donate: str | bool = "auto",
+        static_argnums: tuple[int, ...] = (),
+        static_argnames: tuple[str, ...] = (),
+        donate_args: frozenset[Any] = frozenset(),
+        in_shardings: Any = _compat.UNSPECIFIED,
+        out_shardings: Any = _compat.UNSPECIFIED,
+        keep_unused: bool = False,
+        inline: bool = False,
+        compiler_options: dict[str, Any] | None = None,
+        where: dict[str, Any] | None = None,
+    ) -> None:
+        self.donate = donate
+        self.static_argnums = frozenset(static_argnums)
+        self.static_argnames = frozenset(static_argnames)
+        self.donate_args = donate_args
+        self.in_shardings = in_shardings
+        self.out_shardings = out_shardings
+        self.keep_unused = keep_unused
+        self.inline = inline
+        self.compiler_options = compiler_options
+        self.where = where or {}
+
+    def constrain_outputs(self, packed: Packed) -> list[Any]:
+        """The leaves of the result, placed as `out_shardings` says."""
+        if self.out_shardings is _compat.UNSPECIFIED:
+            return packed.leaves
+        tree = packed.fill(packed.leaves, [None] * len(packed.nodes))
+        full = jax.tree.broadcast(self.out_shardings, tree, is_leaf=lambda x: x is None)
+        shardings = jax.tree.leaves(full, is_leaf=lambda x: x is None)
+        return [
+            leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+            for leaf, sharding in zip(packed.leaves, shardings, strict=True)
+        ]
+
+
+class Record:
+    """One trace of a program: which values it returns, and what it did besides.
+
+    Args:
+      written: the numbers of the cells that are written, in the order in which their values are returned.
+      same_type: those of them whose type stays the same.
+      made: the specifications of the cells that were made.
+      out: the structure of the user's result, with the specifications of the nodes in it.
+      changes: what became of attributes and containers.
+    """
+
+    __slots__ = ("changes", "donated", "made", "nodes", "plain", "same_type", "structure", "waits", "written")
+
+    def __init__(
+        self,
+        written: list[int],
+        same_type: list[int],
+        made: list[tuple[int, Spec]],
+        structure: Any,
+        nodes: tuple[Spec, ...],
+        changes: list[tuple[int, str | None, Spec | None]],
+    ) -> None:
+        self.written = tuple(written)
+        self.same_type = tuple(same_type)
+        self.made = made
+        self.structure = structure
+        self.nodes = nodes
+        self.changes = changes
+        self.plain = not (made or nodes or changes)
+        self.waits = False  # it calls back into Python, so it may fail at run time
+
+    @property
+    def variant(self) -> Hashable:
+        """What decides how the program may be called."""
+        return self.written, self.same_type, self.waits
+
+
+class Variant:
+    """One way to call a program: with these cells written and these buffers donated."""
+
+    __slots__ = ("donated", "jitted", "waits", "written")
+
+    def __init__(self, program: Program, record: Record, donate: str | bool) -> None:
+        self.written = record.written
+        self.waits = record.waits
+        donates = donate is True or (donate == "auto" and not record.waits)
+        self.donated = frozenset(record.same_type) if donates else frozenset()
+        self.jitted = program.make_jit(tuple(sorted(self.donated)))
+
+
+class Program:
+    """One structure's pure function, its traces, and the `jax.jit`s of it."""
+
+    def __init__(
+        self, options: Options, label: str, count: int, positions: tuple[Any, ...], placements: list[Any]
+    ) -> None:
+        self.options = options
+        self.count = count
+        self.placements = placements
+        self.records: dict[int, Record] = {}
+        self._numbers = itertools.count()
+        self.variants: dict[Hashable, Variant] = {}
+        self.by_types: dict[Hashable, Variant] | None = None  # only if its traces differ in what they write
+        self.only: Variant | None = None
+        me = weakref.ref(self)
+
+        def pure(*flat: Any) -> dict[int, Any]:
+            program = me()
+            request = calls.request
+            if program is None or request is None or request.program is not program:
+                raise MutatisError(f"`{label}` was traced outside a call", cure="Call it, or use `mu.make_jaxpr`.")
+            if request.fast:
+                raise NeedsTraceError
+            return program.trace(request, flat)
+
+        pure.__name__ = pure.__qualname__ = label
+        self._pure = pure
+        self._positions = positions
+        self.plain = self.make_jit(())
+
+    def make_jit(self, donated: tuple[int, ...]) -> Any:
+        """The pure function under `jax.jit`, with these arguments donated (and those that the user named)."""
+        options = self.options
+        users = tuple(self.count + i for i in range(len(self._positions)) if self._positions[i] in options.donate_args)
+        shardings: dict[str, Any] = {}
+        if options.in_shardings is not _compat.UNSPECIFIED:
+            given = options.in_shardings
+            each = [given[p] if isinstance(given, tuple) else given for p in self._positions]
+            shardings["in_shardings"] = (*[_compat.UNSPECIFIED] * self.count, *each)
+        return jax.jit(
+            self._pure,
+            donate_argnums=(*donated, *users),
+            keep_unused=options.keep_unused,
+            inline=options.inline,
+            **({} if options.compiler_options is None else {"compiler_options": options.compiler_options}),
+            **shardings,
+            **options.where,
+        )
+
+    def trace(self, request: Tracing, flat: Sequence[Any]) -> dict[int, Any]:
+        """Run the user's function on JAX's tracers; called by JAX."""
+        request.traced = True
+        scope = request.scope()
+        tx = CompiledTransaction(request.label, scope, request.outer)
+        with structure_lock, tx:
+            contents = Contents(scope.containers, copies=True)
+            tx.fill(dict(zip(scope.cells, flat, strict=False)))
+            try:
+                out = request.run(flat[self.count :])
+                tx.settle()
+                packed = Packed(out)
+                leaves = self.options.constrain_outputs(packed)
+                record, new, made = self._describe(scope, tx, packed, contents, flat)
+            finally:
+                for container, then in contents.changed():
+                    tx.note(container, "", then)
+            tx.undo()
+            if tx.found:
+                raise FoundStates(list(tx.found))
+            number = next(self._numbers)
+            self.records[number] = record
+            return {number: (new, made, leaves)}
+
+    def _describe(
+        self, scope: Scope, tx: CompiledTransaction, packed: Packed, contents: Contents, flat: Sequence[Any]
+    ) -> tuple[Record, list[Any], list[Any]]:
+        """Everything that the trace did, as a record and lists of arrays."""
+        known = scope.encoder
+        encoder = Encoder(thread=True)
+        encoder.know(known)
+        changes: list[tuple[int, str | None, Spec | None]] = []
+        for obj, name in {(id(o), n): (o, n) for o, n, _ in tx.journal}.values():
+            number = known.known(obj)
+            if number is not None and isinstance(obj, Module):
+                value = obj.__dict__.get(name, transactions.ABSENT)
+                changes.append((number, name, None if value is transactions.ABSENT else encoder.encode(value, (name,))))
+        for container, _ in contents.changed():
+            number = known.known(container)
+            if number is not None:
+                entries = (
+                    encoder._entries(container, ()) if isinstance(container, dict) else encoder._items(container, ())
+                )
+                changes.append((number, None, entries))
+        nodes = tuple(encoder.encode(node, ("out",)) for node in packed.nodes)
+        encoder.finish()
+
+        written: list[Any] = [cell for cell in tx.written if cell in known.cells]
+        numbers = [known.cells[cell] for cell in written]
+        new = [self._keep_placement(known.cells[cell], tx.values[cell]) for cell in written]
+        same = [i for i, value in zip(numbers, new, strict=True) if _same_avals(flat[i], value)]
+        made_cells = list(encoder.cells)[self.count :]
+        for cell in made_cells:
+            if cell not in tx.born:
+                tx.found[cell] = None
+        made = [tx.values.get(cell, UNSET) for cell in made_cells]
+        specs = [(encoder.cells[cell], cell_spec(cell)) for cell in made_cells]
+        return Record(numbers, same, specs, packed.structure, nodes, changes), new, made
+
+    def _keep_placement(self, number: int, value: Any) -> Any:
+        shardings = self.placements[number]
+        if shardings is None:
+            return value
+        leaves, treedef = jax.tree.flatten(value)
+        if len(leaves) != len(shardings):
+            return value
+        return jax.tree.unflatten(treedef, [_constrain(x, s) for x, s in zip(leaves, shardings, strict=True)])
+
+    def variant_for(self, record: Record, types: Hashable) -> Variant:
+        """How to call the program for the shapes of a record."""
+        variant = self.variants.get(record.variant)
+        if variant is None:
+            variant = self.variants[record.variant] = Variant(self, record, self.options.donate)
+        if self.only is None and self.by_types is None:
+            self.only = variant
+        elif self.only is not variant and self.by_types is None:
+            self.by_types = {}  # from now on every call looks at its shapes first
+            self.only = None
+        if self.by_types is not None:
+            self.by_types[types] = variant
+        return variant
+
+
+def _constrain(value: Any, sharding: Any) -> Any:
+    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) <= value.ndim:
+        explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
+        return jax.sharding.reshard(value, sharding) if explicit else jax.lax.with_sharding_constraint(value, sharding)
+    return value
+
+
+def _same_avals(old: Any, new: Any) -> bool:
+    before, tree = jax.tree.flatten(old)
+    after, other = jax.tree.flatten(new)
+    return tree == other and all(jax.typeof(a) == jax.typeof(b) for a, b in zip(before, after, strict=True))
+
+
+def replay(record: Record, cells: list[Any], objects: list[Any], made: list[Any], leaves: list[Any]) -> Any:
+    """Do to the user's objects what the trace did, and rebuild the result.
+
+    Args:
+      record: what the trace did.
+      cells: the cells of the call.
+      objects: its modules, lists and dicts, by number.
+      made: the values of the cells that were made.
+      leaves: the leaves of the result.
+    """
+    if record.plain:
+        return record.structure[0].unflatten(leaves)
+    values = {number: value for (number, _), value in zip(record.made, made, strict=True)}
+
+    def make(number: int, spec: Spec) -> Variable:
+        cell = make_cell(spec)
+        transactions.create(cell, values[number])
+        return cell
+
+    decoder = Decoder(list(cells), objects, make)
+    with structure_lock:
+        for number, name, spec in record.changes:
+            target: Any = objects[number]
+            if name is None:
+                _refill(target, spec, decoder)
+            elif spec is None:
+                delattr(target, name)
+            else:
+                target._set_structure(name, decoder.decode(spec))
+        nodes = [decoder.decode(spec) for spec in record.nodes]
+    return fill(record.structure, leaves, nodes)
+
+
+def _refill(container: Any, items: Any, decoder: Decoder) -> None:
+    tx = transactions.current()
+    if tx is not None:
+        tx.note(container, "", container.copy())
+    if isinstance(container, list):
+        container[:] = [decoder.decode(item) for item in items]
+    else:
+        entries = {key.value: decoder.decode(item) for key, item in items}
+        container.clear()
+        container.update(entries)
+
+
+def types_of(values: list[Any]) -> Hashable:
+    """The types of values, hashable."""
+    leaves, treedef = jax.tree.flatten(values)
+    return treedef, tuple(jax.typeof(leaf) for leaf in leaves)
