@@ -21,6 +21,16 @@ from mutatis.filters import PathContains as PathContains
 from mutatis.filters import WithTag as WithTag
 from mutatis.graph import GraphDef as GraphDef
 from mutatis.graph import variables as variables
+from mutatis.kinds import BatchStat as BatchStat
+from mutatis.kinds import Buffer as Buffer
+from mutatis.kinds import Cache as Cache
+from mutatis.kinds import Hidden as Hidden
+from mutatis.kinds import Intermediate as Intermediate
+from mutatis.kinds import MetricState as MetricState
+from mutatis.kinds import OptState as OptState
+from mutatis.kinds import Param as Param
+from mutatis.kinds import Perturbation as Perturbation
+from mutatis.kinds import RngState as RngState
 from mutatis.modules import Module as Module
 from mutatis.optim import Optimizer as Optimizer
 from mutatis.random import Rngs as Rngs
@@ -54,16 +64,6 @@ from mutatis.transforms.loops import scan as scan
 from mutatis.transforms.loops import while_loop as while_loop
 from mutatis.transforms.mapping import map as map
 from mutatis.transforms.rematerialize import remat as remat
-from mutatis.variables import BatchStat as BatchStat
-from mutatis.variables import Buffer as Buffer
-from mutatis.variables import Cache as Cache
-from mutatis.variables import Hidden as Hidden
-from mutatis.variables import Intermediate as Intermediate
-from mutatis.variables import MetricState as MetricState
-from mutatis.variables import OptState as OptState
-from mutatis.variables import Param as Param
-from mutatis.variables import Perturbation as Perturbation
-from mutatis.variables import RngState as RngState
 from mutatis.variables import Variable as Variable
 
 __all__ = [name for name in dir() if not name.startswith("_")]

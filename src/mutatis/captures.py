@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -34,12 +34,16 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "
 _SKIPPED = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType)
 
 
+Slot: TypeAlias = tuple[Hashable, str]  # a name in the code of a function
+
+
 class Captures:
     """The result of a search; `unchanged` says whether it still holds."""
 
     __slots__ = (
         "_attributes",
         "_cells",
+        "_inside",
         "_items",
         "_keep",
         "_names",
@@ -50,14 +54,15 @@ class Captures:
         "token",
     )
 
-    def __init__(self, ignored: frozenset[str] = frozenset()) -> None:
+    def __init__(self, ignored: frozenset[Slot] = frozenset()) -> None:
         self.roots: list[tuple[str, Any]] = []
         self.token: list[Hashable] = []
         self.ephemeral = False  # a tracer is captured: what is made from this search must not be kept
         self.ignored = ignored
-        self._cells: list[tuple[Any, int, str]] = []
-        self._names: list[tuple[dict[str, Any], str, int, str]] = []
-        self._items: list[tuple[Any, Hashable, str]] = []  # small containers of static values
+        self._inside: Hashable = None  # the code of the function that is looked into
+        self._cells: list[tuple[Any, int, Slot]] = []
+        self._names: list[tuple[dict[str, Any], str, int, Slot]] = []
+        self._items: list[tuple[Any, Hashable, Slot]] = []  # small containers of static values
         self._keep: list[Any] = []  # keeps the identities of guarded values from being used again
         self._seen: set[int] = set()
         self._attributes: dict[str, None] = {}  # the attribute names that the functions load
@@ -76,11 +81,11 @@ class Captures:
                 return False
         return not self._items or all(static_key(item) == key for item, key, _ in self._items)
 
-    def changed(self) -> frozenset[str]:
+    def changed(self) -> frozenset[Slot]:
         """The names that are bound to something else now."""
-        cells = {name for cell, identity, name in self._cells if id(_contents(cell)) != identity}
-        names = {name for names, key, identity, name in self._names if id(names.get(key, _EMPTY)) != identity}
-        items = {name for item, key, name in self._items if static_key(item) != key}
+        cells = {slot for cell, identity, slot in self._cells if id(_contents(cell)) != identity}
+        names = {slot for names, key, identity, slot in self._names if id(names.get(key, _EMPTY)) != identity}
+        items = {slot for item, key, slot in self._items if static_key(item) != key}
         return frozenset(cells | names | items)
 
     # -- the search ------------------------------------------------------------------------------------------
@@ -130,11 +135,12 @@ class Captures:
 
     def _function(self, function: types.FunctionType) -> None:
         code = function.__code__
+        outside, self._inside = self._inside, code
         self.token.append(code)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             value = _contents(cell)
-            if name not in self.ignored:
-                self._cells.append((cell, id(value), name))
+            if (code, name) not in self.ignored:
+                self._cells.append((cell, id(value), (code, name)))
                 if value is not _EMPTY:
                     self.visit(name, value)
         for name, value in zip(_default_names(function), function.__defaults__ or (), strict=True):
@@ -148,12 +154,14 @@ class Captures:
                 value = function.__globals__.get(name, _EMPTY)
                 if value is not _EMPTY and not isinstance(value, _SKIPPED) and not _is_library_function(value):
                     self._named(function.__globals__, name, name, value)
+        self._inside = outside
 
     def _named(self, names: dict[str, Any], key: str, name: str, value: Any) -> None:
         """A value that a global or an attribute is bound to."""
-        if name in self.ignored:
+        slot = (self._inside, name)
+        if slot in self.ignored:
             return
-        self._names.append((names, key, id(value), name))
+        self._names.append((names, key, id(value), slot))
         if not is_node(value):
             self._keep.append(value)
         self.visit(name, value)
@@ -165,11 +173,11 @@ class Captures:
             for index, item in enumerate(items):
                 if not is_node(item):
                     self.visit(f"{name}[{index}]", item)
-        elif len(items) <= _SMALL and name not in self.ignored:
+        elif len(items) <= _SMALL and (self._inside, name) not in self.ignored:
             if all(item is None or isinstance(item, bool | int | float | complex | str | bytes) for item in items):
                 key = static_key(value)
                 self.token.append(key)
-                self._items.append((value, key, name))
+                self._items.append((value, key, (self._inside, name)))
             else:
                 for index, item in enumerate(items):
                     self.visit(f"{name}[{index}]", item)
@@ -192,7 +200,7 @@ class Captures:
                     self.visit(key, method)
 
 
-def search(*functions: Any, ignored: frozenset[str] = frozenset()) -> Captures:
+def search(*functions: Any, ignored: frozenset[Slot] = frozenset()) -> Captures:
     """What the functions name, except for names that are to be ignored."""
     found = Captures(ignored)
     for function in functions:

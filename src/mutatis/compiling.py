@@ -25,7 +25,7 @@ import numpy as np
 
 from mutatis import _compat, transactions
 from mutatis.bindings import Binding, Layout, Request, Split
-from mutatis.captures import search
+from mutatis.captures import Slot, search
 from mutatis.cells import Cell, expose, give_back, my_lease, structure_lock, take
 from mutatis.errors import CapturedStateWarning
 from mutatis.lifting import Packed, Site, function_name, raw_value
@@ -74,7 +74,7 @@ class Compiler:
         # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
         self.bindings: dict[Hashable, weakref.ref[Binding]] = {}
         self._captured: dict[Hashable, Binding] = {}  # those for captures only
-        self.ignored: frozenset[str] = frozenset()  # names that tracing itself rebinds
+        self.ignored: frozenset[Slot] = frozenset()  # names that tracing itself rebinds
 
     def __call__(
         self,

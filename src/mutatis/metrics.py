@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.errors import StructureError
+from mutatis.kinds import MetricState
 from mutatis.modules import Module
 from mutatis.state import reset
-from mutatis.variables import MetricState
 
 
 class Metric(Module, abc.ABC):

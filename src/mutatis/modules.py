@@ -17,8 +17,9 @@ import numpy as np
 from mutatis import transactions
 from mutatis.cells import structure
 from mutatis.errors import StaticAttributeError, StructureError
+from mutatis.kinds import Buffer
 from mutatis.statics import StaticObject, check_static, static_key
-from mutatis.variables import Buffer, Variable
+from mutatis.variables import Variable
 
 M = TypeVar("M", bound="Module")
 

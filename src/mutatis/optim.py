@@ -16,9 +16,11 @@ import jax.numpy as jnp
 from mutatis.errors import DeferredStateError, OptimizerError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import check_node, show_path, variables
+from mutatis.kinds import OptState, Param
 from mutatis.modules import Module
 from mutatis.state import State
-from mutatis.variables import OptState, Param, Variable, show_type
+from mutatis.values import show_type
+from mutatis.variables import Variable
 
 
 class Optimizer(Module):

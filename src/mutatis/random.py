@@ -16,8 +16,8 @@ from mutatis import transactions
 from mutatis.errors import RandomStreamError
 from mutatis.filters import FilterLike
 from mutatis.graph import variables
+from mutatis.kinds import RngState, stream_value
 from mutatis.modules import Module
-from mutatis.variables import RngState, stream_value
 
 
 class Rngs(Module):

@@ -15,7 +15,8 @@ import jax
 from mutatis import transactions
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.lifting import End, Site, raw_value
-from mutatis.variables import Variable, same_type, show_type
+from mutatis.values import same_type, show_type
+from mutatis.variables import Variable
 
 
 class Staged:

@@ -24,7 +24,8 @@ from mutatis.graph import (
     variables,
 )
 from mutatis.modules import Module
-from mutatis.variables import Variable, as_value, initial, same_type, set_frozen, show_type
+from mutatis.values import as_value, same_type, show_type
+from mutatis.variables import Variable, initial, set_frozen
 
 T = TypeVar("T")
 

@@ -20,6 +20,7 @@ import numpy as np
 from mutatis import transactions
 from mutatis.cells import UNSET, Cell, Deferred, structure
 from mutatis.errors import DeferredStateError, FrozenStateError, StateTypeError
+from mutatis.values import as_value, brief, from_bytes, same_type, show_type, to_bytes
 
 V = TypeVar("V", bound="Variable")
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -285,7 +286,7 @@ class Variable(Cell):
             body = "deferred"
         else:
             value = transactions.read(self)
-            body = "deferred" if type(value) is Deferred else _brief(value)
+            body = "deferred" if type(value) is Deferred else brief(value)
         marks = [f"name={self.name!r}"] if self.name is not None else []
         marks += ["frozen"] if self.frozen else []
         marks += [f"{key}={item!r}" for key, item in self.metadata.items()]
@@ -305,7 +306,7 @@ class Variable(Cell):
         leaves, treedef = jax.tree.flatten(transactions.read(self))
         return {
             **fields,
-            "leaves": [_to_bytes(leaf) for leaf in leaves],
+            "leaves": [to_bytes(leaf) for leaf in leaves],
             "tree": jax.tree.unflatten(treedef, [0] * len(leaves)),
         }
 
@@ -313,7 +314,7 @@ class Variable(Cell):
         Cell.__init__(self)
         for name in _FIELDS:
             setattr(self, name, state[name])
-        leaves = [_from_bytes(leaf) for leaf in state["leaves"]]
+        leaves = [from_bytes(leaf) for leaf in state["leaves"]]
         transactions.create(self, jax.tree.unflatten(jax.tree.structure(state["tree"]), leaves))
 
     def __reduce__(self) -> Any:
@@ -421,155 +422,9 @@ def duplicate(variable: V) -> V:
 _register(Variable)
 
 
-# -- kinds -------------------------------------------------------------------------------------------------------
-
-
-class Param(Variable):
-    """A trainable parameter."""
-
-    __slots__ = ()
-    collection = "params"
-
-
-class BatchStat(Variable):
-    """A running statistic of the data."""
-
-    __slots__ = ()
-    collection = "batch_stats"
-
-
-class Cache(Variable):
-    """What was computed before and is kept, such as keys and values of attention."""
-
-    __slots__ = ()
-    collection = "cache"
-
-
-class Hidden(Variable):
-    """Recurrent or membrane state."""
-
-    __slots__ = ()
-    collection = "hidden"
-
-
-class Intermediate(Variable):
-    """A value kept from inside a computation."""
-
-    __slots__ = ()
-    collection = "intermediates"
-
-
-class Perturbation(Variable):
-    """A zero added to an intermediate value, to take gradients with respect to it."""
-
-    __slots__ = ()
-    collection = "perturbations"
-
-
-class Buffer(Variable):
-    """A plain array that belongs to a model."""
-
-    __slots__ = ()
-    collection = "buffers"
-
-
-class OptState(Variable):
-    """A state of an optimizer, such as a moment."""
-
-    __slots__ = ()
-    collection = "opt_state"
-
-
-class MetricState(Variable):
-    """A running total of a metric."""
-
-    __slots__ = ()
-    collection = "metrics"
-
-
-class RngState(Variable):
-    """A random stream: its value is a dict of the stream's ``key`` and the ``count`` of draws so far."""
-
-    __slots__ = ()
-    collection = "rngs"
-
-    def draw(self) -> jax.Array:
-        """A fresh key; the stream advances by one."""
-        stream = self.get()
-        self.set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
-        return jax.random.fold_in(stream["key"], stream["count"])
-
-
-def stream_value(key: jax.Array) -> dict[str, Any]:
-    """The value of a stream that starts at `key`."""
-    return {"key": key, "count": jnp.zeros((), jnp.uint32)}
-
-
-# -- values --------------------------------------------------------------------------------------------------------
-
-_ARRAY = type(jnp.zeros(()))
-
-
-def as_value(value: Any, owner: Variable | None = None) -> Any:
-    """A value as a cell stores it: a pytree of strongly typed JAX arrays."""
-    if type(value) is _ARRAY and not value.weak_type:
-        return value
-    if isinstance(value, Variable):
-        return value.get()
-    return jax.tree.map(lambda leaf: _as_leaf(leaf, owner), value, is_leaf=lambda x: isinstance(x, Variable))
-
-
-def _as_leaf(leaf: Any, owner: Variable | None) -> Any:
-    if isinstance(leaf, Variable):
-        return leaf.get()
-    if isinstance(leaf, jax.Array):
-        return jax.lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    if isinstance(leaf, bool | int | float | complex):
-        return jnp.array(leaf, dtype=jax.dtypes.canonicalize_dtype(np.result_type(type(leaf))))
-    if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object and leaf.dtype.kind not in "USMm":
-        return jnp.array(leaf)
-    kind = "a state" if owner is None else f"a {type(owner).__name__}"
-    raise StateTypeError(
-        f"{kind} cannot hold {leaf!r:.80}",
-        expected="an array, a number, or a pytree of these",
-        got=type(leaf).__name__,
-        made_at=None if owner is None else owner.made_at,
-        cure="Keep strings, functions and configuration as plain attributes of the module: they are static.",
-    )
-
-
 def initial(variable: Variable) -> Any:
     """The value that a state with `init` starts with."""
     return variable._init() if callable(variable._init) else variable._init
-
-
-def show_type(value: Any) -> str:
-    """A value's structure, shapes and dtypes in short: ``float32[3,4]``."""
-
-    def leaf_type(leaf: Any) -> str:
-        if not hasattr(leaf, "dtype"):
-            return type(leaf).__name__
-        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-    if value is UNSET:
-        return "no value"
-    leaves, treedef = jax.tree.flatten(value)
-    if treedef == jax.tree.structure(0):
-        return leaf_type(leaves[0])
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {show_type(item)}" for key, item in value.items()) + "}"
-    return f"{type(value).__name__}({', '.join(map(leaf_type, leaves))})"
-
-
-def same_type(a: Any, b: Any) -> bool:
-    """Whether two values agree in structure, shapes and dtypes."""
-    left, left_tree = jax.tree.flatten(a)
-    right, right_tree = jax.tree.flatten(b)
-    return left_tree == right_tree and all(
-        x.shape == y.shape and x.dtype == y.dtype for x, y in zip(left, right, strict=True)
-    )
 
 
 def check_same_type(variable: Variable, new: Any, what: str) -> None:
@@ -613,26 +468,6 @@ def set_frozen(variable: Variable, mark: str | None) -> None:
     if variable._frozen != mark:
         variable._frozen = mark
         structure.epoch += 1
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            return str(value.dtype)
-        return f"{value}, {value.dtype}"
-    return show_type(value)
-
-
-def _to_bytes(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return ("key", str(jax.random.key_impl(leaf)), np.asarray(jax.random.key_data(leaf)))
-    return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
-
-
-def _from_bytes(leaf: Any) -> Any:
-    if isinstance(leaf, tuple):
-        return jax.random.wrap_key_data(jnp.array(leaf[2]), impl=leaf[1])
-    return jnp.array(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def _caller() -> tuple[str, int, str]:

@@ -20,9 +20,10 @@ from jax.typing import DTypeLike
 from mutatis import transactions
 from mutatis.cells import Deferred
 from mutatis.errors import RandomStreamError, StructureError
+from mutatis.kinds import Param
 from mutatis.random import Rngs
 from mutatis.state import raw_value
-from mutatis.variables import Param, Variable
+from mutatis.variables import Variable
 
 Shape = tuple[int, ...]
 

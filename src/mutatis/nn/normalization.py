@@ -11,10 +11,10 @@ from jax.nn.initializers import Initializer, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.cells import Deferred
+from mutatis.kinds import BatchStat, Param
 from mutatis.modules import Module
 from mutatis.nn.layers import check_input, first_said, materialize, param_key, parameter, promote, stretch
 from mutatis.random import Rngs
-from mutatis.variables import BatchStat, Param
 
 
 class BatchNorm(Module):

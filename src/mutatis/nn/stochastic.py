@@ -10,10 +10,10 @@ from jax.typing import ArrayLike
 
 from mutatis import transactions
 from mutatis.errors import RandomStreamError, StructureError
+from mutatis.kinds import RngState, stream_value
 from mutatis.modules import Module
 from mutatis.nn.layers import first_said
 from mutatis.random import Rngs
-from mutatis.variables import RngState, stream_value
 
 
 class Dropout(Module):

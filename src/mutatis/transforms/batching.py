@@ -18,10 +18,11 @@ from mutatis import _compat, transactions
 from mutatis.axes import Shared, StateAxes, assign_axes, check_axis
 from mutatis.cells import Cell
 from mutatis.errors import AxisError, LaneError
+from mutatis.kinds import RngState
 from mutatis.lifting import End, Site, Transformed
 from mutatis.modules import is_node
 from mutatis.transactions import Transaction
-from mutatis.variables import RngState, Variable
+from mutatis.variables import Variable
 
 
 def vmap(

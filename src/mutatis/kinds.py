@@ -1,0 +1,92 @@
+"""The kinds of state. A kind says what a state is for; users subclass further."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis.variables import Variable
+
+
+class Param(Variable):
+    """A trainable parameter."""
+
+    __slots__ = ()
+    collection = "params"
+
+
+class BatchStat(Variable):
+    """A running statistic of the data."""
+
+    __slots__ = ()
+    collection = "batch_stats"
+
+
+class Cache(Variable):
+    """What was computed before and is kept, such as keys and values of attention."""
+
+    __slots__ = ()
+    collection = "cache"
+
+
+class Hidden(Variable):
+    """Recurrent or membrane state."""
+
+    __slots__ = ()
+    collection = "hidden"
+
+
+class Intermediate(Variable):
+    """A value kept from inside a computation."""
+
+    __slots__ = ()
+    collection = "intermediates"
+
+
+class Perturbation(Variable):
+    """A zero added to an intermediate value, to take gradients with respect to it."""
+
+    __slots__ = ()
+    collection = "perturbations"
+
+
+class Buffer(Variable):
+    """A plain array that belongs to a model."""
+
+    __slots__ = ()
+    collection = "buffers"
+
+
+class OptState(Variable):
+    """A state of an optimizer, such as a moment."""
+
+    __slots__ = ()
+    collection = "opt_state"
+
+
+class MetricState(Variable):
+    """A running total of a metric."""
+
+    __slots__ = ()
+    collection = "metrics"
+
+
+class RngState(Variable):
+    """A random stream: its value is a dict of the stream's ``key`` and the ``count`` of draws so far."""
+
+    __slots__ = ()
+    collection = "rngs"
+
+    def draw(self) -> jax.Array:
+        """A fresh key; the stream advances by one."""
+        stream = self.get()
+        self.set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
+        return jax.random.fold_in(stream["key"], stream["count"])
+
+
+def stream_value(key: jax.Array) -> dict[str, Any]:
+    """The value of a stream that starts at `key`."""
+    return {"key": key, "count": jnp.zeros((), jnp.uint32)}
