@@ -45,7 +45,7 @@ class Layout:
 class Split:
     """A binding's cells divided for one variant of its program."""
 
-    __slots__ = ("donates", "donating_at", "read", "variant", "written")
+    __slots__ = ("donating_at", "read", "variant", "written")
 
     def __init__(self, cells: list[Variable], variant: Variant) -> None:
         self.variant = variant
@@ -53,7 +53,6 @@ class Split:
         taken = set(variant.written)
         self.read = [cell for i, cell in enumerate(cells) if i not in taken]
         self.donating_at = [i if i in variant.donated else None for i in variant.written]
-        self.donates = bool(variant.donated)
 
 
 class Binding:
@@ -75,7 +74,6 @@ class Binding:
         "program",
         "references",
         "split",
-        "splits",
     )
 
     def __init__(self, label: str, layout: Layout, extras: list[Variable]) -> None:
@@ -88,8 +86,7 @@ class Binding:
         self.program: Program
         self.objects: list[Any] = []
         self.references: list[Any] = []
-        self.split: Split | None = None  # how to call, if that does not depend on the shapes
-        self.splits: dict[Variant, Split] = {}
+        self.split: Split | None = None  # how to call; None before the first call
 
     def make_scope(self, nodes: list[tuple[str, Any]], captures: Captures) -> Scope:
         """Walk over arguments and captures."""
@@ -134,7 +131,7 @@ class Request:
         self.functions = functions  # those whose captures count
         self.args = args
         self.kwargs = kwargs
-        self.fast = False  # whether the call must not trace
+        self.fast = False  # whether the call holds a lease and should not trace
         self.traced = False  # whether the function was run
         self.outer = _compat.current_trace()
         self.binding: Binding

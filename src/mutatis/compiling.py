@@ -5,7 +5,7 @@ a structure, found by a key without identities (`programs`), and in it a **recor
 
 The first call for new shapes traces through an undonated twin (`jax.jit(pure).trace`). JAX's trace cache is shared by every
 `jax.jit` of one function object, so the call that follows, with exactly the written buffers donated, traces nothing again.
-Should the compiled call meet shapes it does not know, `pure` itself notices and sends the call back to tracing.
+A binding is for given types of arguments too, so each call knows its trace.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ import numpy as np
 from mutatis import _compat, transactions
 from mutatis.bindings import Binding, Layout, Request, Split
 from mutatis.captures import Slot, search
-from mutatis.cells import Cell, expose, give_back, my_lease, structure_lock, take
+from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock, take
 from mutatis.errors import CapturedStateWarning
 from mutatis.lifting import Packed, Site, function_name, raw_value
 from mutatis.modules import is_node
-from mutatis.programs import FoundStates, NeedsTraceError, Options, Program, Variant, calls, replay, types_of
-from mutatis.state import State
+from mutatis.programs import FoundStates, NeedsTraceError, Options, Program, calls, replay
 from mutatis.statics import Identity, Static
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable
 
 _ARRAY = type(jnp.zeros(()))
-_LEAVES = frozenset({_ARRAY, np.ndarray, State, bool, int, float, complex, type(None)})
+_NUMBERS = frozenset({bool, int, float, complex})
 _set_value = Cell.__dict__["_value"].__set__  # the slot's own setter, written in C
 
 
@@ -55,6 +54,13 @@ def _copy(values: list[Any]) -> Any:
 def _copy_shards(array: Any) -> Any:
     shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
+
+
+def _type_of(leaf: Any) -> Any:
+    """What of a leaf decides which trace it needs."""
+    if isinstance(leaf, jax.Array):
+        return leaf.aval
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray | np.generic) else type(leaf)
 
 
 def _donation_is_safe() -> bool:
@@ -144,19 +150,18 @@ class Compiler:
     @staticmethod
     def _place(value: Any, flat: list[Any], key: list[Hashable]) -> None:
         kind = type(value)
-        if kind in _LEAVES:
+        if kind is _ARRAY:
             flat.append(value)
-            key.append(0)
+            key.append(value.aval)
         elif is_node(value):
             key.append(id(value))
+        elif kind in _NUMBERS:
+            flat.append(value)
+            key.append(kind.__name__)
         else:
             packed = Packed(value)
-            if packed.nodes:
-                flat.append(packed.leaves)
-                key.append((packed.structure, *map(id, packed.nodes)))
-            else:
-                flat.append(value)
-                key.append(0)
+            flat.append(packed.leaves if packed.nodes else value)
+            key.append((packed.structure, *map(id, packed.nodes), *map(_type_of, packed.leaves)))
 
     def _layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
         positions: list[Any] = []
@@ -260,39 +265,27 @@ class Compiler:
 
     # -- calling ---------------------------------------------------------------------------------------------
 
-    def _prepare(self, request: Request, values: list[Any]) -> Split:
-        """Trace for new shapes, and learn from the record how to call."""
+    @staticmethod
+    def _prepare(request: Request, flat: list[Any]) -> Split:
+        """Trace, unless JAX has the trace, and learn from the record how to call."""
         binding, program = request.binding, request.program
         request.fast = False
-        traced = program.plain.trace(*values)
+        traced = program.plain.trace(*[cell._value for cell in binding.cells], *flat)
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
-        return self._split(binding, program.variant_for(record, types_of(values)))
-
-    @staticmethod
-    def _split(binding: Binding, variant: Variant) -> Split:
-        split = binding.splits.get(variant)
-        if split is None:
-            split = binding.splits[variant] = Split(binding.cells, variant)
-        binding.split = split if binding.program.only is variant else None
-        return split
+        binding.split = Split(binding.cells, program.variant_for(record))
+        return binding.split
 
     def _dispatch(self, request: Request, flat: list[Any]) -> Any:
         """The call of a compiled program from ordinary Python: donates, and commits to the cells."""
         binding, program = request.binding, request.program
+        split = binding.split or self._prepare(request, flat)
         request.fast = True
-        split = binding.split if program.by_types is None else None
-        if split is None:
-            values = [cell._value for cell in binding.cells] + flat
-            variant = program.only if program.by_types is None else program.by_types.get(types_of(values))
-            split = self._prepare(request, values) if variant is None else self._split(binding, variant)
-        while True:
-            try:
-                number, made, leaves = self._launch(binding.cells, split, program, flat)
-                break
-            except NeedsTraceError:
-                split = self._prepare(request, [cell._value for cell in binding.cells] + flat)
+        try:
+            number, made, leaves = self._launch(binding.cells, split, program, flat)
+        except NeedsTraceError:
+            number, made, leaves = self._launch(binding.cells, self._prepare(request, flat), program, flat)
         record = program.records[number]
         if record.plain:
             return record.structure[0].unflatten(leaves)
@@ -305,8 +298,8 @@ class Compiler:
         """Take the buffers, run, commit."""
         variant = split.variant
         written = split.written
-        donating = split.donates and _donation_is_safe()
-        jitted = variant.jitted if donating == split.donates else program.plain
+        donating = bool(variant.donated) and _donation_is_safe()
+        jitted = variant.jitted if donating or not variant.donated else program.plain
         box: list[Any] = []
         lease = my_lease()
         exposed: list[int] = []
@@ -337,6 +330,8 @@ class Compiler:
                 expose([written[i] for i in exposed])
             raise
         finally:
+            if variant.retypes:
+                structure.epoch += 1
             give_back(lease)
 
     def _inline(self, request: Request, flat: list[Any]) -> Any:

@@ -30,7 +30,7 @@ from mutatis.variables import Variable
 
 
 class NeedsTraceError(Exception):
-    """The compiled call met shapes for which there is no record."""
+    """The compiled call would trace, though its shapes are known: JAX's settings changed, or its caches were cleared."""
 
 
 class FoundStates(BaseException):
@@ -43,7 +43,7 @@ class FoundStates(BaseException):
 class Tracing(Protocol):
     """What a program knows of the call that it is traced for."""
 
-    fast: bool  # the call must not trace: it goes back for a record first
+    fast: bool  # the call holds a lease and should not trace: it goes back for a record first
     traced: bool  # the user's function has been run
     outer: Any  # the trace at which the call was made
     program: Any
@@ -160,20 +160,17 @@ class Record:
         self.plain = not (made or nodes or changes)
         self.waits = False  # it calls back into Python, so it may fail at run time
 
-    @property
-    def variant(self) -> Hashable:
-        """What decides how the program may be called."""
-        return self.written, self.same_type, self.waits
-
 
 class Variant:
     """One way to call a program: with these cells written and these buffers donated."""
 
-    __slots__ = ("donated", "jitted", "waits", "written")
+    __slots__ = ("donated", "jitted", "retypes", "waits", "written")
 
-    def __init__(self, program: Program, record: Record, donate: str | bool) -> None:
+    def __init__(self, program: Program, record: Record) -> None:
         self.written = record.written
+        self.retypes = len(record.same_type) < len(record.written)  # some cell holds another type afterwards
         self.waits = record.waits
+        donate = program.options.donate
         donates = donate is True or (donate == "auto" and not record.waits)
         self.donated = frozenset(record.same_type) if donates else frozenset()
         self.jitted = program.make_jit(tuple(sorted(self.donated)))
@@ -190,9 +187,7 @@ class Program:
         self.placements = placements
         self.records: dict[int, Record] = {}
         self._numbers = itertools.count()
-        self.variants: dict[Hashable, Variant] = {}
-        self.by_types: dict[Hashable, Variant] | None = None  # only if its traces differ in what they write
-        self.only: Variant | None = None
+        self._variants: dict[Hashable, Variant] = {}  # more than one if its traces differ in what they write
         me = weakref.ref(self)
 
         def pure(*flat: Any) -> dict[int, Any]:
@@ -296,19 +291,12 @@ class Program:
             return value
         return jax.tree.unflatten(treedef, [_constrain(x, s) for x, s in zip(leaves, shardings, strict=True)])
 
-    def variant_for(self, record: Record, types: Hashable) -> Variant:
+    def variant_for(self, record: Record) -> Variant:
         """How to call the program for the shapes of a record."""
-        variant = self.variants.get(record.variant)
-        if variant is None:
-            variant = self.variants[record.variant] = Variant(self, record, self.options.donate)
-        if self.only is None and self.by_types is None:
-            self.only = variant
-        elif self.only is not variant and self.by_types is None:
-            self.by_types = {}  # from now on every call looks at its shapes first
-            self.only = None
-        if self.by_types is not None:
-            self.by_types[types] = variant
-        return variant
+        key = (record.written, record.same_type, record.waits)
+        if key not in self._variants:
+            self._variants[key] = Variant(self, record)
+        return self._variants[key]
 
 
 def _constrain(value: Any, sharding: Any) -> Any:
@@ -367,9 +355,3 @@ def _refill(container: Any, items: Any, decoder: Decoder) -> None:
         entries = {key.value: decoder.decode(item) for key, item in items}
         container.clear()
         container.update(entries)
-
-
-def types_of(values: list[Any]) -> Hashable:
-    """The types of values, hashable."""
-    leaves, treedef = jax.tree.flatten(values)
-    return treedef, tuple(jax.typeof(leaf) for leaf in leaves)

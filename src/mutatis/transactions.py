@@ -59,6 +59,7 @@ class Transaction:
 
     __slots__ = (
         "_lent",
+        "_through",
         "born",
         "compiled",
         "journal",
@@ -88,6 +89,7 @@ class Transaction:
         self.trace: Any = None
         self.values: dict[Cell, Any] = {}
         self.written: dict[Cell, None] = {}
+        self._through: set[Cell] = set()  # cells whose values come from further out
         self._lent: dict[Cell, list[Any]] = {}  # the leaves that containers held when they were read
         self.born: dict[Cell, None] = {}
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
@@ -122,16 +124,22 @@ class Transaction:
             if value is _MISSING:
                 value = self._miss(cell)
             if _compat.is_staging(trace):
-                if _is_concrete(value):
+                if not self.compiled and _is_concrete(value):
                     _check_stale(cell, trace)
-                else:
-                    self.pinned.add(cell)
+                self._pin(cell)
             return value
         return self._miss(cell) if value is _MISSING else value
 
     def _miss(self, cell: Cell) -> Any:
         self.fill({cell: _fresh(self.fetch(cell))})
+        self._through.add(cell)
         return self.values[cell]
+
+    def _pin(self, cell: Cell) -> None:
+        """Forbid further writes, here and in every level that this one read the value through."""
+        self.pinned.add(cell)
+        if cell in self._through and self.parent is not None:
+            self.parent._pin(cell)
 
     def fill(self, values: Mapping[Any, Any]) -> None:
         """Put values into the overlay that count as read, not written, unless they are changed in place."""
@@ -162,6 +170,7 @@ class Transaction:
             )
         self.values[cell] = value
         self.written[cell] = None
+        self._through.discard(cell)
 
     def adopt(self, cell: Cell, value: Any) -> None:
         """Take in a cell that was made just now."""
@@ -290,7 +299,7 @@ def _read_committed(cell: Cell, trace: Any) -> Any:
 def _write_committed(cell: Cell, value: Any, trace: Any) -> None:
     if trace is not _compat.EVAL_TRACE and not _is_local(cell, trace):
         raise _write_refused(cell, trace)
-    if _placement(value) != _placement(cell._value):
+    if not _same_kind(cell._value, value):
         structure.epoch += 1
     poke(cell, value)
 
@@ -309,6 +318,16 @@ def _fresh(value: Any) -> Any:
     if type(value) in _CONTAINERS:
         return jax.tree.map(lambda leaf: leaf, value)
     return value
+
+
+def _same_kind(old: Any, new: Any) -> bool:
+    """Whether a program that was compiled for one value fits the other: type and placement are the same."""
+    before, tree = jax.tree.flatten(old)
+    after, other = jax.tree.flatten(new)
+    return tree == other and all(
+        isinstance(a, jax.Array) and isinstance(b, jax.Array) and a.aval == b.aval and a.sharding == b.sharding
+        for a, b in zip(before, after, strict=True)
+    )
 
 
 def _placement(value: Any) -> Any:
