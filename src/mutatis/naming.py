@@ -1,4 +1,4 @@
-"""Where a cell is, for messages: found by asking the garbage collector who refers to it.
+"""Where a cell is, for messages: found among all live modules, by asking the garbage collector for them.
 
 Only errors come here, and only when no open transform knows the cell's path.
 """
@@ -10,49 +10,40 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def path_by_referrers(cell: Any, depth: int = 8) -> str | None:
-    """Climb from the cell through attributes and containers to the outermost object, by asking the collector."""
-    parts: list[str] = []
-    target: Any = cell
+def path_by_search(cell: Any) -> str | None:
+    """The path of a cell from the outermost module that leads to it: ``Net.blocks[0].mean``."""
+    holders: dict[int, tuple[Any, str]] = {}
+    for obj in gc.get_objects():
+        if _has_attributes(obj):
+            for child, path in _children(obj):
+                holders.setdefault(id(child), (obj, path))
+    path = ""
+    target = cell
     seen = {id(cell)}
-    root: str | None = None
-    for _ in range(depth):
-        step = next(_holders(target, seen), None)
-        if step is None:
-            break
-        target, part = step
-        seen.add(id(target))
-        parts.append(part)
-        if not isinstance(target, list | tuple | dict):
-            root = type(target).__name__
-    return root + "".join(reversed(parts)) if root is not None else None
-
-
-def _holders(target: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
-    for holder in _referrers(target):
+    while id(target) in holders:
+        holder, part = holders[id(target)]
         if id(holder) in seen:
-            continue
-        if isinstance(holder, list | tuple):
-            for index, item in enumerate(holder):
-                if item is target:
-                    yield holder, f"[{index}]"
-        elif isinstance(holder, dict) and "__builtins__" not in holder:
-            owner = next((o for o in gc.get_referrers(holder) if getattr(o, "__dict__", None) is holder), None)
-            for key, item in list(holder.items()):
-                if item is target and isinstance(key, str):
-                    if owner is None:
-                        yield holder, f"[{key!r}]"
-                    elif _is_node(owner):
-                        yield owner, f".{key}"
-        elif _is_node(holder):
-            for key, item in list(holder.__dict__.items()):
-                if item is target:
-                    yield holder, f".{key}"
+            break
+        seen.add(id(holder))
+        path = part + path
+        target = holder
+    return None if target is cell else type(target).__name__ + path
 
 
-def _referrers(target: Any) -> list[Any]:
-    return [r for r in gc.get_referrers(target) if isinstance(r, list | tuple | dict) or _is_node(r)]
+def _has_attributes(obj: Any) -> bool:
+    kind = type(obj)
+    return getattr(kind, "_mutatis_node_", False) is True and isinstance(getattr(obj, "__dict__", None), dict)
 
 
-def _is_node(obj: Any) -> bool:
-    return getattr(type(obj), "_mutatis_node_", False) is True
+def _children(obj: Any) -> Iterator[tuple[Any, str]]:
+    """The nodes that an object's attributes hold, directly or in containers, with the way to them."""
+    pending: list[tuple[Any, str]] = [(value, f".{name}") for name, value in list(vars(obj).items())]
+    seen: set[int] = set()
+    while pending:
+        value, path = pending.pop()
+        if getattr(type(value), "_mutatis_node_", False) is True:
+            yield value, path
+        elif isinstance(value, list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending.extend((item, f"{path}[{key!r}]") for key, item in items)

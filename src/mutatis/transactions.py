@@ -28,7 +28,7 @@ import jax
 from mutatis import _compat
 from mutatis.cells import UNSET, Cell, peek, poke, structure
 from mutatis.errors import TraceLevelError
-from mutatis.naming import path_by_referrers
+from mutatis.naming import path_by_search
 
 _MISSING = object()
 _CONTAINERS = (dict, list, tuple)
@@ -188,6 +188,7 @@ class Transaction:
         for cell, before in self._lent.items():
             after = jax.tree.leaves(self.values[cell])
             if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+                self.values[cell] = cell.admit(self.values[cell])
                 self.written[cell] = None
 
     # -- structure -------------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def _read_committed(cell: Cell, trace: Any) -> Any:
 def _write_committed(cell: Cell, value: Any, trace: Any) -> None:
     if trace is not _compat.EVAL_TRACE and not _is_local(cell, trace):
         raise _write_refused(cell, trace)
-    if not _same_kind(cell._value, value):
+    if cell._birth is None and not _same_kind(cell._value, value):
         structure.epoch += 1
     poke(cell, value)
 
@@ -376,13 +377,13 @@ def _write_refused(cell: Cell, trace: Any) -> TraceLevelError:
 
 
 def path_of(cell: Cell) -> str | None:
-    """The path of a cell in what the open transforms were given, else in the objects that refer to it."""
+    """The path of a cell in what the open transforms were given, else in the live modules."""
     tx = _open.top
     while tx is not None:
         if tx.locate is not None and (path := tx.locate(cell)) is not None:
             return path
         tx = tx.parent
-    return path_by_referrers(cell)
+    return path_by_search(cell)
 
 
 def describe(cell: Cell) -> str:

@@ -116,6 +116,14 @@ class Variable(Cell):
             check_same_type(self, new, "may not change (fixed=True)")
         transactions.write(self, new)
 
+    def admit(self, value: Any) -> Any:
+        """A value as the state stores it: a pytree of strongly typed arrays.
+
+        Raises:
+          StateTypeError: a leaf is not an array or a number.
+        """
+        return as_value(value, self)
+
     value = property(get, set, doc="The value, read and written through the current transaction.")
 
     def _create(self) -> Any:
