@@ -253,6 +253,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     start = time.perf_counter()
+    args.out.mkdir(parents=True, exist_ok=True)
     data = load_data(args.images_per_digit)
     steps = steps_per_epoch(data, args)
     run, other = (Training(args.epochs, steps, args.learning_rate, args.seed) for _ in range(2))

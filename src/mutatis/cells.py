@@ -17,6 +17,7 @@ once or not at all, so waiting cannot deadlock.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -177,10 +178,15 @@ def expose(cells: Sequence[Cell]) -> None:
 class _Structure:
     """A count of the changes to what compiled programs took for granted: attributes, frozen marks, placements."""
 
-    __slots__ = ("epoch",)
+    __slots__ = ("_numbers", "epoch")
 
     def __init__(self) -> None:
+        self._numbers = itertools.count(1)
         self.epoch = 0
+
+    def changed(self) -> None:
+        """Begin another epoch. Call it after a change: who looks in between sees the change and looks again."""
+        self.epoch = next(self._numbers)  # numbers are drawn atomically, so two threads cannot begin the same epoch
 
 
 structure = _Structure()

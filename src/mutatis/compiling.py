@@ -331,7 +331,7 @@ class Compiler:
             raise
         finally:
             if variant.retypes:
-                structure.epoch += 1
+                structure.changed()
             give_back(lease)
 
     def _inline(self, request: Request, flat: list[Any]) -> Any:

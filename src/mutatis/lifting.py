@@ -38,7 +38,6 @@ from mutatis.modules import Module, Wrapped, is_node
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable
 
-
 _compat.hide_frames(os.path.dirname(os.path.abspath(__file__)))  # users' tracebacks show users' code
 
 

@@ -93,20 +93,16 @@ class Module:
     def __delattr__(self, name: str) -> None:
         if name not in self.__dict__:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        self._note(name, self.__dict__[name])
-        del self.__dict__[name]
+        self._set_structure(name, transactions.ABSENT)
 
     def _set_structure(self, name: str, value: Any) -> None:
-        """Set an attribute that is not a write to a state."""
-        self._note(name, self.__dict__.get(name, transactions.ABSENT))
-        self.__dict__[name] = value
-
-    def _note(self, name: str, old: Any) -> None:
+        """Set an attribute, or remove it, in a way that is not a write to a state."""
         tx = transactions.current()
         if tx is not None:
-            tx.note(self, name, old)
+            tx.note(self, name, self.__dict__.get(name, transactions.ABSENT))
+        transactions.put_back(self, name, value)
         if self._watched:
-            structure.epoch += 1
+            structure.changed()
 
     def _admit(self, name: str, value: Any, old: Any) -> Any:
         """What is stored for a value; refuses what cannot be part of a model."""
@@ -178,11 +174,7 @@ class Module:
                 cure="The attribute `mode` says how layers behave; give yours another name.",
             )
         if mode != self.mode:
-            if mode == "eval":
-                self._set_structure("_mode", "eval")
-            else:
-                self._note("_mode", self.__dict__["_mode"])
-                del self.__dict__["_mode"]
+            self._set_structure("_mode", "eval" if mode == "eval" else transactions.ABSENT)
 
     def train(self: M) -> M:
         """Set the mode of this module and all its submodules to ``"train"``."""

@@ -421,7 +421,7 @@ class Snapshot:
                         if obj.__dict__.get(name, transactions.ABSENT) is not value:
                             obj._set_structure(name, value)
                 else:
-                    transactions.restore_entry(obj, "", saved)
+                    transactions.put_back(obj, "", saved)
         for cell, value in self._values.items():
             transactions.write(cell, value)
 

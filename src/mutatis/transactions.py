@@ -208,14 +208,14 @@ ABSENT = object()
 
 def undo(journal: list[tuple[Any, str, Any]]) -> None:
     """Put back what journal entries say, the latest first."""
-    if journal:
-        structure.epoch += 1
     for obj, name, old in reversed(journal):
-        restore_entry(obj, name, old)
+        put_back(obj, name, old)
+    if journal:
+        structure.changed()
 
 
-def restore_entry(obj: Any, name: str, old: Any) -> None:
-    """Undo one journal entry: an attribute of an object, or the whole contents of a list or dict."""
+def put_back(obj: Any, name: str, old: Any) -> None:
+    """Set what a journal entry says: an attribute of an object (or its absence), or all that a list or dict holds."""
     if isinstance(obj, list):
         obj[:] = old
     elif isinstance(obj, dict):
@@ -300,9 +300,10 @@ def _read_committed(cell: Cell, trace: Any) -> Any:
 def _write_committed(cell: Cell, value: Any, trace: Any) -> None:
     if trace is not _compat.EVAL_TRACE and not _is_local(cell, trace):
         raise _write_refused(cell, trace)
-    if cell._birth is None and not _same_kind(cell._value, value):
-        structure.epoch += 1
+    same = cell._birth is not None or _same_kind(cell._value, value)
     poke(cell, value)
+    if not same:
+        structure.changed()
 
 
 def _is_local(cell: Cell, trace: Any) -> bool:

@@ -475,7 +475,7 @@ def set_frozen(variable: Variable, mark: str | None) -> None:
     """Mark a state as frozen or live; compiled programs take notice."""
     if variable._frozen != mark:
         variable._frozen = mark
-        structure.epoch += 1
+        structure.changed()
 
 
 def _caller() -> tuple[str, int, str]:
