@@ -13,7 +13,8 @@ from typing import Any
 from mutatis import _compat
 from mutatis.captures import Captures, search
 from mutatis.cells import structure
-from mutatis.lifting import Contents, Packed, Scope, argument_names, fill, named_nodes
+from mutatis.containers import Contents
+from mutatis.lifting import Packed, Scope, argument_names, fill, named_nodes
 from mutatis.modules import Module
 from mutatis.programs import Program, Variant
 from mutatis.variables import Variable

@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from mutatis.containers import Contents
 from mutatis.modules import Module, Wrapped, is_node
 from mutatis.statics import Identity, static_key
 
@@ -43,8 +44,10 @@ class Captures:
     __slots__ = (
         "_attributes",
         "_cells",
+        "_container_slots",
+        "_containers",
+        "_contents",
         "_inside",
-        "_items",
         "_keep",
         "_names",
         "_seen",
@@ -62,7 +65,9 @@ class Captures:
         self._inside: Hashable = None  # the code of the function that is looked into
         self._cells: list[tuple[Any, int, Slot]] = []
         self._names: list[tuple[dict[str, Any], str, int, Slot]] = []
-        self._items: list[tuple[Any, Hashable, Slot]] = []  # small containers of static values
+        self._containers: list[Any] = []  # small lists and dicts of static values
+        self._container_slots: list[Slot] = []
+        self._contents: Contents
         self._keep: list[Any] = []  # keeps the identities of guarded values from being used again
         self._seen: set[int] = set()
         self._attributes: dict[str, None] = {}  # the attribute names that the functions load
@@ -79,14 +84,20 @@ class Captures:
         for names, key, identity, _ in self._names:
             if id(names.get(key, _EMPTY)) != identity:
                 return False
-        return not self._items or all(static_key(item) == key for item, key, _ in self._items)
+        return self._contents.unchanged()
 
     def changed(self) -> frozenset[Slot]:
         """The names that are bound to something else now."""
         cells = {slot for cell, identity, slot in self._cells if id(_contents(cell)) != identity}
         names = {slot for names, key, identity, slot in self._names if id(names.get(key, _EMPTY)) != identity}
-        items = {slot for item, key, slot in self._items if static_key(item) != key}
+        before = zip(self._containers, self._contents.copies, self._container_slots, strict=True)
+        items = {slot for now, then, slot in before if static_key(now) != static_key(then)}
         return frozenset(cells | names | items)
+
+    def settle(self) -> None:
+        """End the search."""
+        self._contents = Contents(self._containers, copies=True)
+        self._seen.clear()
 
     # -- the search ------------------------------------------------------------------------------------------
 
@@ -174,13 +185,13 @@ class Captures:
                 if not is_node(item):
                     self.visit(f"{name}[{index}]", item)
         elif len(items) <= _SMALL and (self._inside, name) not in self.ignored:
-            if all(item is None or isinstance(item, bool | int | float | complex | str | bytes) for item in items):
-                key = static_key(value)
-                self.token.append(key)
-                self._items.append((value, key, (self._inside, name)))
-            else:
-                for index, item in enumerate(items):
-                    self.visit(f"{name}[{index}]", item)
+            keys = tuple(value) if isinstance(value, dict) else len(items)
+            self.token.append((type(value).__name__, static_key(keys)))
+            if not isinstance(value, tuple):
+                self._containers.append(value)
+                self._container_slots.append((self._inside, name))
+            for index, item in enumerate(items):
+                self.visit(f"{name}[{index}]", item)
 
     def _object(self, name: str, value: Any) -> None:
         """An object of a user's class: its attributes that are nodes, and those that the functions load."""
@@ -208,7 +219,7 @@ def search(*functions: Any, ignored: frozenset[Slot] = frozenset()) -> Captures:
             found.roots.append(("model", function))
         else:
             found.visit(getattr(function, "__name__", "f"), function)
-    found._seen.clear()
+    found.settle()
     return found
 
 

@@ -21,9 +21,10 @@ import jax
 
 from mutatis import _compat, transactions
 from mutatis.cells import UNSET, Cell, structure_lock
+from mutatis.containers import Contents
 from mutatis.errors import MutatisError
 from mutatis.graph import Decoder, Encoder, Spec, cell_spec, make_cell
-from mutatis.lifting import Contents, Packed, Scope, fill
+from mutatis.lifting import Packed, Scope, fill
 from mutatis.modules import Module
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable

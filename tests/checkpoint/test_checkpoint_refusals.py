@@ -140,9 +140,7 @@ def test_wide_dtypes_are_not_narrowed_in_silence(path: Path) -> None:
 )
 def test_states_without_a_value_are_not_saved(make: Any, path: Path) -> None:
     model = {"w": mu.Param(1.0), "a": make(), "b": make()}
-    with pytest.raises(
-        DeferredStateError, match="2 states cannot be saved: they have no value yet\n  a\n  b\nCall the"
-    ):
+    with pytest.raises(DeferredStateError, match="states without a value cannot be saved\n  a\n  b\nCall the"):
         checkpoint.save(path, model)
     assert not path.exists()
     checkpoint.save(path, model, mu.Param)

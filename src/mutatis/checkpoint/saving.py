@@ -128,7 +128,7 @@ def _collect(cells: Mapping[Path, Variable]) -> tuple[tuple[Entry, ...], dict[in
     values = {path: raw_value(cell) for path, cell in by_key(cells).values()}
     if missing := [show_path(path) for path, value in values.items() if not _has_arrays(value)]:
         raise DeferredStateError(
-            f"{len(missing)} states cannot be saved: they have no value yet",
+            "states without a value cannot be saved",
             path=missing[0],
             differences=missing,
             cure="Call the model once, which creates them, or leave them out: `save(path, model, mu.Param)`.",
