@@ -104,9 +104,9 @@ def evaluate(model: ConvNet, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     """Turn, zoom and shift each image a little."""
-    size = images.shape[1]
-    center = (size - 1) / 2
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij")) - center
+    center = (images.shape[1] - 1) / 2
+    offsets = jnp.linspace(-center, center, images.shape[1])
+    grid = jnp.stack(jnp.meshgrid(offsets, offsets, indexing="ij"))
 
     def warp(key: jax.Array, image: jax.Array) -> jax.Array:
         turn, zoom, shift_y, shift_x = jax.random.uniform(key, (4,), minval=-1.0)

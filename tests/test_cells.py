@@ -63,7 +63,9 @@ def keep_from_grad(model: Holder) -> Any:
 
 
 @pytest.mark.parametrize(
-    "keep", [keep_value, keep_state, keep_snapshot, keep_pytree, keep_iterated, keep_from_grad], ids=lambda f: f.__name__
+    "keep",
+    [keep_value, keep_state, keep_snapshot, keep_pytree, keep_iterated, keep_from_grad],
+    ids=lambda f: f.__name__,
 )
 def test_what_was_handed_out_is_copied(keep: Any) -> None:
     model = settled()
@@ -84,7 +86,9 @@ def test_a_copy_is_made_once() -> None:
     assert inside.is_deleted(), "after the copy the state is the program's own again"
 
 
-@pytest.mark.parametrize("alias", [np.asarray, lambda x: jax.device_put(x, x.sharding), lambda x: x.addressable_data(0)])
+@pytest.mark.parametrize(
+    "alias", [np.asarray, lambda x: jax.device_put(x, x.sharding), lambda x: x.addressable_data(0)]
+)
 def test_aliases_stay_intact(alias: Any) -> None:
     model = settled()
     other = alias(model.v.value)

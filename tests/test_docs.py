@@ -27,9 +27,7 @@ SOURCE = ROOT / "src" / "mutatis"
 MODULES = sorted(SOURCE.rglob("*.py"))
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
 
-FENCE = re.compile(
-    r"^(?P<indent> *)(?P<ticks>`{3,})python\b[^\n]*\n(?P<code>.*?)^ *(?P=ticks) *$", re.M | re.S
-)
+FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})python\b[^\n]*\n(?P<code>.*?)^ *(?P=ticks) *$", re.M | re.S)
 SKIP = re.compile(r"<!--\s*skip:\s*(?P<reason>\S.*?)\s*-->\s*\Z", re.S)
 
 

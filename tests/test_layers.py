@@ -147,9 +147,7 @@ def below_root(name: str) -> str:
 
 @functools.cache
 def imports_of(module: str) -> list[Import]:
-    return read_imports(
-        module, sources()[module], lambda name: is_ours(name) and below_root(name) in sources()
-    )
+    return read_imports(module, sources()[module], lambda name: is_ours(name) and below_root(name) in sources())
 
 
 def our_imports(module: str) -> Iterator[tuple[Import, str]]:
@@ -213,8 +211,7 @@ def test_nobody_imports_the_root() -> None:
             if not target and (module, "") not in SIBLINGS:
                 what = f"takes {', '.join(found.names)} from" if found.names else "imports"
                 problems.append(
-                    f"{place(module, found)}: {show(module)} {what} the package root; "
-                    "import the module that defines it"
+                    f"{place(module, found)}: {show(module)} {what} the package root; import the module that defines it"
                 )
     report(problems)
 

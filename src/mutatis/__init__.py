@@ -11,7 +11,7 @@ from mutatis.axes import StateAxes as StateAxes
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
 from mutatis.filters import All as All
-from mutatis.filters import AnyOf as Any  # noqa: F401 (in __all__, which is computed)
+from mutatis.filters import AnyOf as Any
 from mutatis.filters import Everything as Everything
 from mutatis.filters import Filter as Filter
 from mutatis.filters import Not as Not
@@ -66,4 +66,70 @@ from mutatis.transforms.mapping import map as map
 from mutatis.transforms.rematerialize import remat as remat
 from mutatis.variables import Variable as Variable
 
-__all__ = [name for name in dir() if not name.startswith("_")]
+__all__ = [
+    "All",
+    "Any",
+    "BatchStat",
+    "Buffer",
+    "Cache",
+    "CapturedStateWarning",
+    "Carry",
+    "Everything",
+    "Filter",
+    "GraphDef",
+    "Hidden",
+    "Intermediate",
+    "MetricState",
+    "Module",
+    "MutatisError",
+    "Not",
+    "Nothing",
+    "OfType",
+    "OptState",
+    "Optimizer",
+    "Param",
+    "PathContains",
+    "Perturbation",
+    "RngState",
+    "Rngs",
+    "Shared",
+    "State",
+    "StateAxes",
+    "Variable",
+    "WithTag",
+    "checkpoint",
+    "clone",
+    "cond",
+    "errors",
+    "eval_shape",
+    "for_loop",
+    "fori_loop",
+    "freeze",
+    "functionalize",
+    "grad",
+    "graphdef",
+    "inspect",
+    "jit",
+    "make_jaxpr",
+    "map",
+    "merge",
+    "metrics",
+    "nn",
+    "pop",
+    "remat",
+    "reseed",
+    "reset",
+    "scan",
+    "snapshot",
+    "split",
+    "state",
+    "static",
+    "switch",
+    "thaw",
+    "update",
+    "value_and_grad",
+    "variables",
+    "view",
+    "vmap",
+    "while_loop",
+]
