@@ -53,6 +53,7 @@ def test_augmented_images_stay_digits(mnist: ModuleType, data: Any) -> None:
     assert 0.4 < correlation < 0.95
 
 
+@jax.numpy_dtype_promotion("standard")  # optax promotes
 def test_stopped_run_goes_on_to_the_same_bits(mnist: ModuleType, data: Any, tmp_path: Path) -> None:
     def train(name: str, *words: str, resume: str | None = None) -> Any:
         args = mnist.parse_args([f"--out={tmp_path / name}", "--epochs=2", "--batch-size=20", *words])

@@ -7,7 +7,7 @@ attributes, the elements of plain containers, the names that the function uses. 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mutatis import _compat
@@ -75,6 +75,7 @@ class Binding:
         "program",
         "references",
         "split",
+        "structural",
     )
 
     def __init__(self, label: str, layout: Layout, extras: list[Variable]) -> None:
@@ -85,6 +86,7 @@ class Binding:
         self.captures: Captures
         self.contents: Contents
         self.program: Program
+        self.structural: Hashable  # the key of the program, but for what the function captured
         self.objects: list[Any] = []
         self.references: list[Any] = []
         self.split: Split | None = None  # how to call; None before the first call

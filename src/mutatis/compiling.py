@@ -25,7 +25,7 @@ import numpy as np
 
 from mutatis import _compat, transactions
 from mutatis.bindings import Binding, Layout, Request, Split
-from mutatis.captures import Slot, search
+from mutatis.captures import Captures, Slot, search
 from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock, take
 from mutatis.errors import CapturedStateWarning
 from mutatis.lifting import Packed, Site, function_name, raw_value
@@ -117,9 +117,8 @@ class Compiler:
                     if _compat.jit_disabled():
                         return self._run(request)
                     result = self._dispatch(request, flat) if eager else self._inline(request, flat)
-                    if request.traced and (changed := binding.captures.changed()):
-                        self.ignored |= changed
-                        self._bind(request, key, binding.extras, binding.program)
+                    if request.traced:
+                        self._bind_again(request, key, binding)
                     return result
                 except FoundStates as found:
                     self._warn(found.cells, binding)
@@ -196,25 +195,37 @@ class Compiler:
             scope = binding.make_scope(nodes, captures)
             binding.settle(scope, captures)
         placements = [transactions.placement(cell) for cell in scope.cells]
-        structural = (
+        binding.structural = (
             self._static_parts(request, layout),
             layout.positions,
             tuple(layout.mixed.items()),
             scope.specs,
             scope.tail,
-            tuple(captures.token),
             tuple(placements),
             tuple(map(Identity, extras)),
         )
         if program is None:
-            program = self.programs.get(structural)
+            program = self.programs.get((binding.structural, tuple(captures.token)))
         if program is None:
             program = Program(self.options, label, len(scope.cells), layout.positions, placements)
-        if not captures.ephemeral:
-            self.programs[structural] = program
+        self._remember(binding.structural, captures, program)
         binding.program = program
         self._keep(binding, key, nodes, request.functions)
         return binding
+
+    def _remember(self, structural: Hashable, captures: Captures, program: Program) -> None:
+        """Keep a program under the key of a structure and of what the function captured."""
+        if not captures.ephemeral:
+            self.programs[structural, tuple(captures.token)] = program
+
+    def _bind_again(self, request: Request, key: tuple[Hashable, ...], old: Binding) -> None:
+        """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
+        if changed := old.captures.changed():
+            self.ignored |= changed
+            self._remember(old.structural, search(*request.functions, ignored=self.ignored), old.program)
+        if old.epoch == structure.epoch and old.contents.unchanged():
+            new = self._bind(request, key, old.extras, old.program)
+            new.split = old.split
 
     @staticmethod
     def _static_parts(request: Request, layout: Layout) -> Hashable:

@@ -110,7 +110,8 @@ class Optimizer(Module):
         names, shapes, treedef = _named_leaves(jax.eval_shape(self.tx.init, values))
         if set(names) != set(self.state):
             fresh = jax.tree.leaves(self.tx.init(values))
-            self.state = {n: self.state.get(n) or OptState(leaf) for n, leaf in zip(names, fresh, strict=True)}
+            old = self.state
+            self.state = {n: old[n] if n in old else OptState(leaf) for n, leaf in zip(names, fresh, strict=True)}
         for name, shape in zip(names, shapes, strict=True):
             if self.state[name].shape != shape.shape:
                 raise OptimizerError(

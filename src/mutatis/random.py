@@ -62,7 +62,7 @@ class Rngs(Module):
         Raises:
           RandomStreamError: there is no default stream either.
         """
-        found = self.streams.get(name) or self.streams.get("default")
+        found = self.streams.get(name, self.streams.get("default"))
         if found is None:
             raise RandomStreamError(
                 f"there is no random stream `{name}`, and no default stream",

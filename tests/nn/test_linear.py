@@ -74,7 +74,7 @@ def test_conv(transform: Callable[..., Any], options: Any, strides: Any, pads: A
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0,)])
 def test_conv_takes_any_batch_axes(batch: tuple[int, ...]) -> None:
-    layer = nn.Conv(2, 3, kernel_size=3, input_dilation=2, rngs=mu.Rngs(0))
+    layer = nn.Conv(2, 3, kernel_size=3, input_dilation=2, padding=1, rngs=mu.Rngs(0))
     x = waves(*batch, 4, 2)
     y = layer(x)
     assert y.shape == (*batch, 7, 3)
@@ -235,6 +235,7 @@ def test_inputs_that_do_not_fit(make: Callable[[], Any], shape: tuple[int, ...],
         ({"strides": (1, 1, 1)}, "2 spatial axes, and `strides` is for 3"),
         ({"padding": [1]}, "2 spatial axes, and `padding` is for 1"),
         ({"padding": "same"}, "padding 'same'"),
+        ({"padding": "SAME", "input_dilation": 2}, "padding 'SAME' of a dilated input"),
         ({"feature_group_count": 3}, "into 3 groups"),
     ],
 )
@@ -245,6 +246,6 @@ def test_settings_that_do_not_fit(options: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize("rngs", [None, 0, jax.random.key(0), mu.Rngs(dropout=0)], ids=["None", "int", "key", "other"])
 def test_streams_that_do_not_fit(rngs: Any) -> None:
-    with pytest.raises(RandomStreamError, match="params") as caught:
+    with pytest.raises(RandomStreamError, match="param") as caught:
         nn.Linear(4, 3, rngs=rngs)
     assert "mu.Rngs(" in str(caught.value)

@@ -36,9 +36,9 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
     """
     if not isinstance(rngs, Rngs):
         raise RandomStreamError(
-            f"`nn.{layer}` cannot draw its parameters from `rngs={rngs!r:.40}`",
+            f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
             path="params",
-            expected="random streams, `mu.Rngs`",
+            expected="Rngs",
             got=type(rngs).__name__,
             cure=f"`nn.{layer}(..., rngs=mu.Rngs(0))`",
         )
@@ -50,9 +50,9 @@ def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dty
     return Param(Deferred(key) if shape is None else init(key, shape, dtype))
 
 
-def materialize(cell: Variable | None, init: Initializer, shape: Shape, dtype: DTypeLike) -> None:
-    """Create the value of a state that waits for its shape."""
-    if cell is not None and type(placeholder := raw_value(cell)) is Deferred:
+def materialize(cell: Variable | None, init: Initializer | None, shape: Shape, dtype: DTypeLike) -> None:
+    """Create the value of a state that waits for its shape; without `init` there is none."""
+    if cell is not None and init is not None and type(placeholder := raw_value(cell)) is Deferred:
         cell.value = init(placeholder.key, shape, dtype)
 
 
@@ -90,6 +90,12 @@ def promote(dtype: DTypeLike | None, *arrays: jax.Array | None) -> list[Any]:
     if dtype is None:
         dtype = jnp.result_type(*(array for array in arrays if array is not None))
     return [None if array is None else jnp.asarray(array, dtype) for array in arrays]
+
+
+def widen(dtype: DTypeLike) -> Any:
+    """The dtype for sums over many elements: float32, or the given one if it is wider."""
+    with jax.numpy_dtype_promotion("standard"):  # it is asked for here, so the strict mode need not refuse it
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def stretch(vector: jax.Array, axis: int, ndim: int) -> jax.Array:

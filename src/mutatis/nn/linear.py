@@ -19,7 +19,10 @@ from mutatis.random import Rngs
 
 Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
 
-default_kernel_init = lecun_normal()
+
+def default_kernel_init(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """LeCun's initializer, normal with variance 1 / fan_in: a function by name, which pickles."""
+    return lecun_normal()(key, shape, dtype)
 
 
 class Linear(Module):
@@ -71,7 +74,7 @@ class Linear(Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.kernel_init = kernel_init
+        self.kernel_init = kernel_init if in_features is None else None
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Map the last axis.
@@ -146,14 +149,14 @@ class Conv(Module):
         self.kernel_size = as_tuple("Conv", "kernel_size", kernel_size)
         rank = len(self.kernel_size)
         self.strides = as_tuple("Conv", "strides", strides, rank)
-        self.padding = _lax_padding(padding, rank)
         self.input_dilation = as_tuple("Conv", "input_dilation", input_dilation, rank)
+        self.padding = _lax_padding(padding, self.input_dilation)
         self.kernel_dilation = as_tuple("Conv", "kernel_dilation", kernel_dilation, rank)
         self.feature_group_count = feature_group_count
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.kernel_init = kernel_init
+        self.kernel_init = kernel_init if in_features is None else None
         shape = None if in_features is None else self._kernel_shape(in_features)
         self.kernel = parameter(kernel_init, param_key("Conv", rngs), shape, param_dtype)
         self.bias = parameter(bias_init, param_key("Conv", rngs), (out_features,), param_dtype) if use_bias else None
@@ -209,18 +212,20 @@ def _channels_last(ndim: int) -> lax.ConvDimensionNumbers:
     return lax.ConvDimensionNumbers(data, (ndim - 1, ndim - 2, *range(ndim - 2)), data)
 
 
-def _lax_padding(padding: Padding, rank: int) -> Any:
+def _lax_padding(padding: Padding, input_dilation: tuple[int, ...]) -> Any:
     """Padding as `jax.lax` wants it: a name, or (low, high) for each spatial axis."""
     if isinstance(padding, str):
-        if padding not in ("SAME", "SAME_LOWER", "VALID"):
+        known = ("SAME", "SAME_LOWER", "VALID") if set(input_dilation) == {1} else ()
+        if padding not in known:
             raise StructureError(
-                f"`nn.Conv` does not know the padding {padding!r}",
+                f"`nn.Conv` does not know the padding {padding!r}{'' if known else ' of a dilated input'}",
                 path="padding",
-                expected='"SAME", "SAME_LOWER", "VALID", or numbers',
+                expected=", ".join([*map(repr, known), "an int", "(low, high) for each spatial axis"]),
                 got=repr(padding),
-                cure="Pad the input before, e.g. `jnp.pad(x, widths, mode='wrap')`, and use `padding=\"VALID\"`.",
+                cure=f"Say how much: `padding={((0, 0),) * len(input_dilation)}`. For other values than 0, pad the input "
+                "before, `jnp.pad(x, widths, mode='wrap')`.",
             )
         return padding
-    widths = (padding,) * rank if isinstance(padding, int) else tuple(padding)
-    as_tuple("Conv", "padding", [0] * len(widths), rank)
+    widths = (padding,) * len(input_dilation) if isinstance(padding, int) else tuple(padding)
+    as_tuple("Conv", "padding", [0] * len(widths), len(input_dilation))
     return tuple((width, width) if isinstance(width, int) else tuple(width) for width in widths)

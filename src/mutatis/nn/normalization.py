@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from mutatis.cells import Deferred
 from mutatis.kinds import BatchStat, Param
 from mutatis.modules import Module
-from mutatis.nn.layers import check_input, first_said, materialize, param_key, parameter, promote, stretch
+from mutatis.nn.layers import check_input, first_said, materialize, param_key, parameter, promote, stretch, widen
 from mutatis.random import Rngs
 
 
@@ -87,12 +87,12 @@ class BatchNorm(Module):
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
-        self.bias_init = bias_init
-        self.scale_init = scale_init
+        self.bias_init = bias_init if num_features is None else None
+        self.scale_init = scale_init if num_features is None else None
         self.axis = axis
         self.axis_name = axis_name
-        self.mean = _statistic(zeros, num_features, self._stat_dtype)
-        self.var = _statistic(ones, num_features, self._stat_dtype)
+        self.mean = _statistic(zeros, num_features, widen(param_dtype))
+        self.var = _statistic(ones, num_features, widen(param_dtype))
         self.scale = self._parameter(scale_init, rngs) if use_scale else None
         self.bias = self._parameter(bias_init, rngs) if use_bias else None
 
@@ -121,22 +121,22 @@ class BatchNorm(Module):
         scale = None if self.scale is None else self.scale.value
         bias = None if self.bias is None else self.bias.value
         result, _, _ = promote(self.dtype, x, scale, bias)
-        wide = jnp.promote_types(result.dtype, mean.dtype)
+        wide = widen(result.dtype)
 
-        def widen(vector: jax.Array) -> jax.Array:
+        def place(vector: jax.Array) -> jax.Array:
             return stretch(vector.astype(wide), self.axis, x.ndim)
 
-        factor = lax.rsqrt(widen(var) + self.epsilon)
+        factor = lax.rsqrt(place(var) + self.epsilon)
         if scale is not None:
-            factor *= widen(scale)
-        y = (x.astype(wide) - widen(mean)) * factor
+            factor *= place(scale)
+        y = (x.astype(wide) - place(mean)) * factor
         if bias is not None:
-            y += widen(bias)
+            y += place(bias)
         return y.astype(result.dtype)
 
     def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The mean and variance of a batch; in two passes, which does not cancel where the mean is large."""
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(widen(x.dtype))
         others = [axis for axis in range(x.ndim) if axis != self.axis % x.ndim]
 
         def average(values: jax.Array) -> jax.Array:
@@ -150,18 +150,14 @@ class BatchNorm(Module):
         new = lax.stop_gradient(new).astype(running.dtype)
         running.value = self.momentum * running.value + (1 - self.momentum) * new
 
-    @property
-    def _stat_dtype(self) -> DTypeLike:
-        return jnp.promote_types(self.param_dtype, jnp.float32)
-
     def _parameter(self, init: Initializer, rngs: Rngs | None) -> Param:
         key = None if rngs is None and init in (zeros, ones) else param_key("BatchNorm", rngs)
         return parameter(init, key, None if self.num_features is None else (self.num_features,), self.param_dtype)
 
     def _materialize(self, features: int) -> None:
         shape = (features,)
-        materialize(self.mean, zeros, shape, self._stat_dtype)
-        materialize(self.var, ones, shape, self._stat_dtype)
+        materialize(self.mean, zeros, shape, widen(self.param_dtype))
+        materialize(self.var, ones, shape, widen(self.param_dtype))
         materialize(self.scale, self.scale_init, shape, self.param_dtype)
         materialize(self.bias, self.bias_init, shape, self.param_dtype)
 
