@@ -245,6 +245,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         args.epochs, args.images_per_digit = 2, 40
     if args.epochs < 2:
         parser.error("--epochs: at least 2, so that there is a middle to stop in")
+    if args.stop_after is not None and not 1 <= args.stop_after <= args.epochs:
+        parser.error("--stop-after: from 1 to the number of epochs")
     if not (1 <= args.images_per_digit <= 400 and 1 <= args.batch_size <= 10 * args.images_per_digit):
         parser.error("--images-per-digit: 1 to 400; --batch-size: 1 to the number of training images")
     return args
@@ -256,7 +258,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     data = load_data(args.images_per_digit)
     steps = steps_per_epoch(data, args)
-    run, other = (Training(args.epochs, steps, args.learning_rate, args.seed) for _ in range(2))
+    run, for_proof = (Training(args.epochs, steps, args.learning_rate, args.seed) for _ in range(2))
     if args.resume:
         mu.checkpoint.restore(args.resume, run)
     else:
@@ -268,7 +270,7 @@ def main() -> int:
     draw(curve, args.out / "curve.png")
     console.print(f"[bold]{curve[-1, 2]:.1%}[/] of {len(data.test_images)} held-out images are right.", end=" ")
     console.print(f"The learning curve and a checkpoint of each epoch are in {args.out}.")
-    proven = True if args.resume or args.stop_after else prove(run, other, args)
+    proven = True if args.resume or args.stop_after else prove(run, for_proof, args)
     console.print(f"{time.perf_counter() - start:.0f} s")
     return 0 if proven else 1
 

@@ -78,7 +78,9 @@ def test_differing_sees_each_bit(mnist: ModuleType) -> None:
     assert [re.sub(r"\W", "", path) for path in mnist.differing(*runs)] == ["modelheadbias", "rngsstreamsdefaultcount"]
 
 
-@pytest.mark.parametrize("words", [["--epochs=1"], ["--batch-size=0"], ["--quick", "--batch-size=401"]])
+@pytest.mark.parametrize(
+    "words", [["--epochs=1"], ["--stop-after=0"], ["--batch-size=0"], ["--quick", "--batch-size=401"]]
+)
 def test_options_that_do_not_fit(mnist: ModuleType, words: list[str]) -> None:
     with pytest.raises(SystemExit):
         mnist.parse_args(words)

@@ -79,6 +79,13 @@ def test_lanes_average_their_statistics() -> None:
     np.testing.assert_allclose(lanes.var, whole.var, rtol=1e-6)
 
 
+def test_lanes_that_do_not_exist() -> None:
+    norm = nn.BatchNorm(4, axis_name="lanes")
+    with pytest.raises(StructureError, match=r"(?s)mean.*axis `lanes` that does not exist.*axis_name='lanes'\)"):
+        norm(noise(3, 4))
+    assert norm(noise(3, 4), use_running_average=True).shape == (3, 4)
+
+
 # Flax 0.12.8 on JAX 0.10.2: nnx.BatchNorm(2, momentum=0.9), train and then eval.
 def test_numbers_of_flax() -> None:
     norm = nn.BatchNorm(2, momentum=0.9)

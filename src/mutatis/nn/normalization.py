@@ -10,7 +10,9 @@ from jax import lax
 from jax.nn.initializers import Initializer, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
+from mutatis import transactions
 from mutatis.cells import Deferred
+from mutatis.errors import StructureError
 from mutatis.kinds import BatchStat, Param
 from mutatis.modules import Module
 from mutatis.nn.layers import check_input, first_said, materialize, param_key, parameter, promote, stretch, widen
@@ -107,7 +109,7 @@ class BatchNorm(Module):
           An array of the same shape.
 
         Raises:
-          StructureError: the input has another number of features.
+          StructureError: the input has another number of features, or there is no axis `axis_name`.
           FrozenStateError: the running statistics would be updated, and are frozen.
         """
         x = jnp.asarray(x)
@@ -140,11 +142,25 @@ class BatchNorm(Module):
         others = [axis for axis in range(x.ndim) if axis != self.axis % x.ndim]
 
         def average(values: jax.Array) -> jax.Array:
-            mean = jnp.mean(values, others)
-            return mean if self.axis_name is None else lax.pmean(mean, self.axis_name)
+            return self._over_lanes(jnp.mean(values, others))
 
         mean = average(x)
         return mean, average(jnp.square(x - stretch(mean, self.axis, x.ndim)))
+
+    def _over_lanes(self, mean: jax.Array) -> jax.Array:
+        if self.axis_name is None:
+            return mean
+        try:
+            return lax.pmean(mean, self.axis_name)
+        except NameError:
+            raise StructureError(
+                f"state {transactions.describe(self.mean)} is averaged over an axis `{self.axis_name}` that does not exist",
+                path=transactions.path_of(self.mean),
+                where=transactions.where(),
+                expected=f"a transform around the call with axis_name={self.axis_name!r}",
+                made_at=self.mean.made_at,
+                cure=f"`mu.vmap(model, axis_name={self.axis_name!r})(batch)`; to use the running statistics, `model.eval()`.",
+            ) from None
 
     def _move(self, running: BatchStat, new: jax.Array) -> None:
         new = lax.stop_gradient(new).astype(running.dtype)
