@@ -11,8 +11,8 @@ from mutatis import transactions
 from mutatis.errors import AxisError
 from mutatis.filters import Filter, FilterLike, Path, as_filter
 from mutatis.graph import variables
-from mutatis.lifting import Site, raw_value
-from mutatis.variables import Variable
+from mutatis.lifting import Site
+from mutatis.variables import Variable, raw_value
 
 
 class _Mark:

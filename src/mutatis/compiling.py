@@ -28,12 +28,12 @@ from mutatis.bindings import Binding, Layout, Request, Split
 from mutatis.captures import Captures, Slot, search
 from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock, take
 from mutatis.errors import CapturedStateWarning
-from mutatis.lifting import Packed, Site, function_name, raw_value
+from mutatis.lifting import Packed, Site, function_name
 from mutatis.modules import is_node
 from mutatis.programs import FoundStates, NeedsTraceError, Options, Program, calls, replay
 from mutatis.statics import Identity, Static
 from mutatis.transactions import Transaction
-from mutatis.variables import Variable
+from mutatis.variables import Variable, raw_value
 
 _ARRAY = type(jnp.zeros(()))
 _NUMBERS = frozenset({bool, int, float, complex})
@@ -187,7 +187,7 @@ class Compiler:
     ) -> Binding:
         """Walk over the objects of a call and find the program for their structure, unless it is given."""
         layout = self._layout(request.args, request.kwargs)
-        label = f"{self.name}({', '.join(map(function_name, request.functions))})"
+        label = f"{self.name}({self._title(request)})"
         binding = Binding(label, layout, extras)
         with structure_lock:
             captures = search(*request.functions, ignored=self.ignored)
@@ -207,11 +207,15 @@ class Compiler:
         if program is None:
             program = self.programs.get((binding.structural, tuple(captures.token)))
         if program is None:
-            program = Program(self.options, label, len(scope.cells), layout.positions, placements)
+            program = Program(self.options, self._title(request), len(scope.cells), layout.positions, placements)
         self._remember(binding.structural, captures, program)
         binding.program = program
         self._keep(binding, key, nodes, request.functions)
         return binding
+
+    @staticmethod
+    def _title(request: Request) -> str:
+        return ", ".join(map(function_name, request.functions))
 
     def _remember(self, structural: Hashable, captures: Captures, program: Program) -> None:
         """Keep a program under the key of a structure and of what the function captured."""

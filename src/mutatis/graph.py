@@ -24,12 +24,12 @@ from typing import Any, TypeAlias
 import jax
 
 from mutatis import transactions
-from mutatis.cells import UNSET, Cell, structure_lock
+from mutatis.cells import structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
 from mutatis.modules import Module, Wrapped, is_node, on_new_class
 from mutatis.statics import Static, StaticObject
-from mutatis.variables import Variable, detached
+from mutatis.variables import Variable, detached, raw_value
 
 Spec: TypeAlias = tuple[Any, ...]
 
@@ -338,7 +338,7 @@ def _any(filters: tuple[Any, ...]) -> Filter | None:
 def _register(cls: type[Module]) -> None:
     def flatten(module: Module) -> tuple[list[Any], GraphDef]:
         definition, cells = describe_graph(module)
-        return [_raw(cell) for cell in cells], definition
+        return [raw_value(cell) for cell in cells], definition
 
     def flatten_with_keys(module: Module) -> tuple[list[tuple[Any, Any]], GraphDef]:
         children, definition = flatten(module)
@@ -346,10 +346,6 @@ def _register(cls: type[Module]) -> None:
         return list(zip(keys, children, strict=True)), definition
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, _unflatten, flatten)
-
-
-def _raw(cell: Cell) -> Any:
-    return transactions.read(cell) if transactions.holds_value(cell) else UNSET
 
 
 def _unflatten(definition: GraphDef, children: Sequence[Any]) -> Any:

@@ -29,13 +29,13 @@ import jax
 
 from mutatis import _compat, transactions
 from mutatis.captures import Captures, search
-from mutatis.cells import UNSET, Cell, Deferred, structure_lock
+from mutatis.cells import Cell, Deferred, structure_lock
 from mutatis.containers import Contents
 from mutatis.errors import StructureError
 from mutatis.graph import Encoder, show_path
 from mutatis.modules import Module, Wrapped, is_node
 from mutatis.transactions import Transaction
-from mutatis.variables import Variable
+from mutatis.variables import Variable, raw_value
 
 _compat.hide_frames(os.path.dirname(os.path.abspath(__file__)))  # users' tracebacks show users' code
 
@@ -347,11 +347,6 @@ class Transformed(Wrapped):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({function_name(self.__wrapped__)})"
-
-
-def raw_value(cell: Variable) -> Any:
-    """The value of a cell or its placeholder, for the code that runs now."""
-    return transactions.read(cell) if transactions.holds_value(cell) else UNSET
 
 
 def write_back(end: End, values: Sequence[Any]) -> None:

@@ -14,9 +14,9 @@ import jax
 
 from mutatis import transactions
 from mutatis.errors import StateTypeError, StructureError
-from mutatis.lifting import End, Site, raw_value
+from mutatis.lifting import End, Site
 from mutatis.values import same_type, show_type
-from mutatis.variables import Variable
+from mutatis.variables import Variable, raw_value
 
 
 class Staged:

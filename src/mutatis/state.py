@@ -25,7 +25,7 @@ from mutatis.graph import (
 )
 from mutatis.modules import Module
 from mutatis.values import as_value, same_type, show_type
-from mutatis.variables import Variable, initial, set_frozen
+from mutatis.variables import Variable, initial, raw_value, set_frozen
 
 T = TypeVar("T")
 
@@ -161,11 +161,6 @@ jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _
 
 
 # -- taking values out ----------------------------------------------------------------------------------------------
-
-
-def raw_value(cell: Variable) -> Any:
-    """The value of a cell, or its placeholder if it is deferred; reading it does not create it."""
-    return transactions.read(cell) if transactions.holds_value(cell) else UNSET
 
 
 def state(node: Any, *filters: FilterLike) -> Any:

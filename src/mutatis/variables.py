@@ -430,6 +430,11 @@ def duplicate(variable: V) -> V:
 _register(Variable)
 
 
+def raw_value(variable: Variable) -> Any:
+    """The value of a state for the code that runs now, or its placeholder if it is deferred: reading creates nothing."""
+    return transactions.read(variable) if transactions.holds_value(variable) else UNSET
+
+
 def initial(variable: Variable) -> Any:
     """The value that a state with `init` starts with."""
     return variable._init() if callable(variable._init) else variable._init

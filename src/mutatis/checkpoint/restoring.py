@@ -19,8 +19,7 @@ from mutatis.checkpoint.saving import by_key, check_call
 from mutatis.errors import CheckpointError
 from mutatis.filters import Filter, FilterLike, as_filter
 from mutatis.graph import show_path, variables
-from mutatis.state import raw_value
-from mutatis.variables import Variable
+from mutatis.variables import Variable, raw_value
 
 
 def restore(path: str | os.PathLike[str], node: Any, *filters: FilterLike, cast: bool = False) -> None:

@@ -25,8 +25,7 @@ from mutatis.checkpoint.manifest import (
 from mutatis.errors import CheckpointError, DeferredStateError
 from mutatis.filters import FilterLike, Path
 from mutatis.graph import show_path, variables
-from mutatis.state import raw_value
-from mutatis.variables import Variable
+from mutatis.variables import Variable, raw_value
 
 
 def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:

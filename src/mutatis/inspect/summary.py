@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mutatis.graph import variables
-from mutatis.state import raw_value
+from mutatis.variables import raw_value
 
 
 @dataclasses.dataclass(frozen=True)

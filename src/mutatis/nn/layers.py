@@ -22,8 +22,7 @@ from mutatis.cells import Deferred
 from mutatis.errors import RandomStreamError, StructureError
 from mutatis.kinds import Param
 from mutatis.random import Rngs
-from mutatis.state import raw_value
-from mutatis.variables import Variable
+from mutatis.variables import Variable, raw_value
 
 Shape = tuple[int, ...]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from mutatis.lifting import Packed, Site, Transformed, raw_value
+from mutatis.lifting import Packed, Site, Transformed
 from mutatis.transactions import place
+from mutatis.variables import raw_value
 
 
 def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,9 +18,9 @@ from mutatis.errors import DeferredStateError, FilterError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import show_path, variables
 from mutatis.kinds import Param
-from mutatis.lifting import Packed, Site, Transformed, raw_value, write_back
+from mutatis.lifting import Packed, Site, Transformed, write_back
 from mutatis.state import State
-from mutatis.variables import Variable
+from mutatis.variables import Variable, raw_value
 
 
 class _Unsaid(int):
