@@ -377,7 +377,9 @@ def test_an_evaluation_by_a_raw_loop_is_refused_not_stale() -> None:
     def body(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
         return carry + jnp.sum(x[None] @ model.w), None
 
-    with pytest.raises(mu.errors.TraceLevelError, match=r"`Regression\.w` \(Param\) was read inside a raw JAX transform"):
+    with pytest.raises(
+        mu.errors.TraceLevelError, match=r"`Regression\.w` \(Param\) was read inside a raw JAX transform"
+    ):
         jax.lax.scan(body, jnp.float32(0), X)
     for _ in range(3):
         total, _ = mu.scan(body, jnp.float32(0), X)
