@@ -183,7 +183,15 @@ class Variable(Cell):
             self.set(new)
             return
         old = self.get()
-        if jnp.result_type(old, item) != old.dtype:
+        if isinstance(old, dict | list):
+            new = old.copy()
+            new[index] = as_value(item, self)
+            check_same_type(self, new, "was given another type by item assignment")
+            self.set(new)
+            return
+        with jax.numpy_dtype_promotion("standard"):  # to compare, not to promote
+            fits = jnp.result_type(old, item) == old.dtype
+        if not fits:
             raise StateTypeError(
                 f"state {transactions.describe(self)} was given another dtype by item assignment",
                 path=transactions.path_of(self),
