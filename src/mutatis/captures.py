@@ -101,6 +101,11 @@ class Captures:
 
     # -- the search ------------------------------------------------------------------------------------------
 
+    def enter(self, name: str, function: Any) -> None:
+        """Look into a function without keeping it alive: whoever calls it does."""
+        self._seen.add(id(function))
+        self._look_into(name, function)
+
     def visit(self, name: str, value: Any) -> None:
         """Look into one value that goes by a name."""
         if isinstance(value, _SKIPPED):
@@ -218,7 +223,7 @@ def search(*functions: Any, ignored: frozenset[Slot] = frozenset()) -> Captures:
         if isinstance(function, Module):
             found.roots.append(("model", function))
         else:
-            found.visit(getattr(function, "__name__", "f"), function)
+            found.enter(getattr(function, "__name__", "f"), function)
     found.settle()
     return found
 

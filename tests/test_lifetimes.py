@@ -1,0 +1,117 @@
+"""No cache keeps a model alive, and a loop over fresh models neither compiles again nor grows."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import mutatis as mu
+
+
+class Net(mu.Module):
+    def __init__(self) -> None:
+        self.layers = [mu.Param(jnp.ones(3)) for _ in range(2)]
+
+
+class Cyclic(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Net()
+        self.child.parent = self
+        self.all = [self, self.child]
+
+
+def step(model: Net) -> None:
+    for layer in model.layers:
+        layer.value = layer + 1
+
+
+compiled = mu.jit(step)
+
+
+def by_argument(model: Net) -> None:
+    compiled(model)
+    compiled(model)
+
+
+def in_a_dict(model: Net) -> None:
+    mu.jit(lambda d: step(d["model"]))({"model": model})
+
+
+def by_closure(model: Net) -> None:
+    mu.jit(lambda: step(model))()
+
+
+def by_eager_loop(model: Net) -> None:
+    mu.for_loop(lambda x: step(model), jnp.arange(2))
+
+
+def by_gradient(model: Net) -> None:
+    mu.grad(lambda m: jnp.sum(m.layers[0].value))(model)
+
+
+def by_optimizer(model: Net) -> None:
+    optimizer = mu.Optimizer(model, optax.sgd(0.1))
+    train = mu.jit(lambda m, o: o.update(mu.grad(lambda m: jnp.sum(m.layers[0] * m.layers[1].value))(m)))
+    train(model, optimizer)
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    "use", [by_argument, in_a_dict, by_closure, by_eager_loop, by_gradient, by_optimizer], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("kind", [Net, Cyclic])
+def test_a_dropped_model_is_freed(use: Callable[[Net], None], kind: type[Net]) -> None:
+    model = kind()
+    use(model)
+    module, cell, array = weakref.ref(model), weakref.ref(model.layers[0]), weakref.ref(model.layers[0].value)
+    del model
+    gc.collect()
+    assert module() is None
+    assert cell() is None
+    assert array() is None
+
+
+def test_without_cycles_no_collector_is_needed() -> None:
+    model = Net()
+    by_argument(model)
+    cell = weakref.ref(model.layers[0])
+    gc.disable()
+    try:
+        del model
+        assert cell() is None
+    finally:
+        gc.enable()
+
+
+def test_fresh_models_share_a_program_and_leave_nothing(traces: Any) -> None:
+    train = mu.jit(traces.count(lambda model: step(model)))
+    for _ in range(50):
+        train(Net())
+    gc.collect()
+    assert traces.total == 1
+    compiler = train._compiler
+    assert len(compiler.programs) == 1
+    assert not compiler.bindings
+
+
+def test_a_fresh_optimizer_of_the_same_settings_compiles_nothing(traces: Any) -> None:
+    @mu.jit
+    @traces.count
+    def train(model: Net, optimizer: mu.Optimizer) -> None:
+        optimizer.update(mu.grad(lambda m: jnp.sum(m.layers[0] * m.layers[1].value))(model))
+
+    for _ in range(3):
+        model = Net()
+        train(model, mu.Optimizer(model, optax.sgd(0.1, momentum=0.9)))
+    assert traces.total == 1
+    model = Net()
+    train(model, mu.Optimizer(model, optax.sgd(0.2, momentum=0.9)))
+    assert traces.total == 2, "another learning rate is another program"
+    assert float(model.layers[0].value[0]) == pytest.approx(0.8)
