@@ -118,9 +118,9 @@ class Transaction:
     def read(self, cell: Cell, trace: Any) -> Any:
         """The value of a cell for code that runs at `trace`."""
         value = self.values.get(cell, _MISSING)
+        if value is _MISSING and cell._birth is not None:
+            return _read_local(self.parent, cell)
         if trace is not self.trace:
-            if _is_local(cell, trace):
-                return cell._value
             if value is _MISSING:
                 value = self._miss(cell)
             if _compat.is_staging(trace):
@@ -309,6 +309,15 @@ def _write_committed(cell: Cell, value: Any, trace: Any) -> None:
 def _is_local(cell: Cell, trace: Any) -> bool:
     """Whether a cell was made under the raw transform that is tracing, and so lives and dies with it."""
     return cell._birth is not None and cell._birth() is trace
+
+
+def _read_local(tx: Transaction | None, cell: Cell) -> Any:
+    """The value of a cell that was made under a raw transform: it is in the cell, unless a transaction overlays it."""
+    while tx is not None:
+        if cell in tx.values:
+            return tx.values[cell]
+        tx = tx.parent
+    return cell._value
 
 
 def _is_concrete(value: Any) -> bool:

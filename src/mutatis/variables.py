@@ -402,7 +402,7 @@ def _register(kind: type[Variable]) -> None:
 
     def unflatten(_aux: None, children: tuple[Any]) -> Variable:
         variable: Variable = detached(kind)
-        variable._value = children[0]
+        transactions.place(variable, children[0])
         return variable
 
     def flatten_with_keys(variable: Variable) -> tuple[tuple[tuple[Any, Any]], Any]:
