@@ -121,7 +121,7 @@ def test_filters_are_readable(filter: Any, text: str) -> None:
         lambda: mu.OfType(mu.Param),
         lambda: mu.All(mu.Param, "big"),
         lambda: mu.Any(mu.Param, is_first),
-        lambda: mu.Not([mu.Param, 'x']),
+        lambda: mu.Not([mu.Param, "x"]),
         mu.Everything,
         mu.Nothing,
         lambda: mu.PathContains(("a", 1)),

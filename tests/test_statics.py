@@ -91,7 +91,7 @@ GOOD = [
 ]
 
 
-@pytest.mark.parametrize("value", GOOD, ids=lambda v: f"{v!r:.30}")
+@pytest.mark.parametrize("value", GOOD, ids=lambda v: type(v).__name__)
 def test_what_may_be_static(value: Any) -> None:
     module = holder(value)
     assert module.value is value or module.value == value
@@ -104,7 +104,7 @@ def test_what_may_be_static(value: Any) -> None:
 BAD = [{1, 2}, bytearray(b"x"), Loose(), Plain(), [Plain()], {"a": (1, {2})}, (Loose(),), iter([])]
 
 
-@pytest.mark.parametrize("value", BAD, ids=lambda v: f"{v!r:.20}")
+@pytest.mark.parametrize("value", BAD, ids=lambda v: type(v).__name__)
 def test_what_may_not_be_static(value: Any) -> None:
     module = mu.Module()
     with pytest.raises(errors.StaticAttributeError, match=r"`Module\.value` cannot be static") as caught:
@@ -115,7 +115,7 @@ def test_what_may_not_be_static(value: Any) -> None:
     assert caught.value.path == "Module.value"
 
 
-@pytest.mark.parametrize("value", BAD, ids=lambda v: f"{v!r:.20}")
+@pytest.mark.parametrize("value", BAD, ids=lambda v: type(v).__name__)
 def test_any_object_may_be_static_by_identity(value: Any) -> None:
     module = holder(mu.static(value))
     assert module.value is value
@@ -164,7 +164,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("a", "b"), EQUAL, ids=lambda v: f"{v!r:.20}")
+@pytest.mark.parametrize(("a", "b"), EQUAL, ids=lambda v: type(v).__name__)
 def test_equal_statics_share_a_program(a: Any, b: Any, traces: Any) -> None:
     assert mu.graphdef(holder(a)) == mu.graphdef(holder(b))
     assert hash(mu.graphdef(holder(a))) == hash(mu.graphdef(holder(b)))
@@ -174,16 +174,15 @@ def test_equal_statics_share_a_program(a: Any, b: Any, traces: Any) -> None:
     assert traces.total == 1
 
 
-@pytest.mark.parametrize(("a", "b"), DIFFERENT, ids=lambda v: f"{v!r:.20}")
+@pytest.mark.parametrize(("a", "b"), DIFFERENT, ids=lambda v: type(v).__name__)
 def test_other_statics_have_a_program_of_their_own(a: Any, b: Any, traces: Any) -> None:
-    assert mu.graphdef(holder(a)) != mu.graphdef(holder(b)) or a == {"a": 1, "b": 2}
+    assert mu.graphdef(holder(a)) != mu.graphdef(holder(b))
     module = holder(a)
     step = mu.jit(traces.count(lambda m: jnp.zeros(())))
     for value in (a, b, a, b):
-        module.__dict__["value"] = module.value  # by attribute, as users do:
         module.value = value
         step(module)
-    assert traces.total == (1 if a == {"a": 1, "b": 2} else 2)
+    assert traces.total == 2
 
 
 def test_recursive_functions_and_containers_have_keys() -> None:

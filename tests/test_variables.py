@@ -368,7 +368,7 @@ def test_metadata_are_attributes() -> None:
     assert (v.name, v.sharding, v.tag, v.unit) == ("w", ("in", None), "big", "mV")
     assert repr(v) == "Param(1, int32, name='w', tag='big', unit='mV')"
     with pytest.raises(AttributeError, match="no attribute 'units'"):
-        v.units  # noqa: B018
+        v.units
     assert not hasattr(v, "tags")
 
 
@@ -443,7 +443,7 @@ def test_a_deferred_state_in_a_loop_is_refused() -> None:
 def test_a_failing_start_leaves_the_state_deferred() -> None:
     v = mu.Param(init=lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        v.value  # noqa: B018
+        v.value
     with pytest.raises(ZeroDivisionError):
         mu.jit(lambda: v.value)()
     assert v.deferred
@@ -479,9 +479,7 @@ def test_copies(copied: Callable[[Any], Any]) -> None:
     assert (other.name, other.sharding, other.fixed, other.tag) == ("w", ("x",), True, "t")
     assert other.made_at == v.made_at
     np.testing.assert_array_equal(other.value["a"], v.value["a"])
-    np.testing.assert_array_equal(
-        jax.random.key_data(other.value["key"]), jax.random.key_data(v.value["key"])
-    )
+    np.testing.assert_array_equal(jax.random.key_data(other.value["key"]), jax.random.key_data(v.value["key"]))
     other.value = {"a": jnp.zeros(3), "key": jax.random.key(0)}
     assert float(v.value["a"].sum()) == 3
 

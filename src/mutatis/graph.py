@@ -5,7 +5,8 @@ builds it again around given cells. That one description serves as the `GraphDef
 of a module as a pytree, the key under which compiled programs are kept, and the note of what a traced function built.
 
 Modules, lists and dicts are numbered at their first visit, and so are cells; a later visit is a reference to the
-number. So sharing and cycles are part of the description. Attributes are visited in the order of their names.
+number. So sharing and cycles are part of the description. Attributes are visited in the order of their names, the entries
+of a dict in their own order, which a program may depend on.
 
 A specification is a tuple that starts with a letter::
 
@@ -147,8 +148,7 @@ class Encoder:
         return tuple(self.encode(item, (*path, index)) for index, item in enumerate(items))
 
     def _entries(self, items: dict[Any, Any], path: Path) -> Spec:
-        keys = sorted(items) if all(type(key) is str for key in items) else list(items)
-        return tuple((Static(key), self.encode(items[key], (*path, key))) for key in keys)
+        return tuple((Static(key), self.encode(item, (*path, key))) for key, item in items.items())
 
 
 def cell_spec(cell: Variable) -> Spec:

@@ -183,7 +183,7 @@ def check_static(value: Any, owner: str, name: str) -> None:
             getattr(kind, "__hash__", None) is not object.__hash__
             or kind.__module__.partition(".")[0] in _TRUSTED
             or type(value) is object
-        ):
+        ) and not hasattr(value, "__next__"):
             return
     except TypeError:
         problem = "is not hashable"
