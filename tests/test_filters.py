@@ -90,7 +90,6 @@ def selected(*filters: Any) -> set[str]:
         (~mu.OfType(mu.Param), ALL - PARAMS),
         (mu.Not((mu.Param, mu.RngState)), {"mean", "cache[0]"}),
     ],
-    ids=repr,
 )
 def test_what_is_selected(filter: Any, expected: set[str]) -> None:
     assert selected(filter) == expected

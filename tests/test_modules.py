@@ -148,7 +148,9 @@ def test_an_array_appended_to_a_container_is_refused_when_it_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "transform", [lambda f: f, mu.jit, mu.grad, lambda f: lambda x: mu.vmap(f)(x[None])], ids=["eager", "jit", "grad", "vmap"]
+    "transform",
+    [lambda f: f, mu.jit, mu.grad, lambda f: lambda x: mu.vmap(f)(x[None])],
+    ids=["eager", "jit", "grad", "vmap"],
 )
 def test_a_tracer_put_into_a_container_is_refused(transform: Any) -> None:
     module = mu.Module()

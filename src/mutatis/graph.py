@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 
 from mutatis import transactions
 from mutatis.cells import structure_lock
@@ -95,6 +96,8 @@ class Encoder:
             return ("l", self._items(value, path)) if kind is list else ("d", self._entries(value, path))
         if isinstance(value, tuple):
             return ("t", kind, self._items(value, path))
+        if isinstance(value, jax.Array | np.ndarray):
+            raise _bare_array(value, path)
         return ("s", Static(value))
 
     def finish(self) -> tuple[Spec, ...]:
@@ -149,6 +152,17 @@ class Encoder:
 
     def _entries(self, items: dict[Any, Any], path: Path) -> Spec:
         return tuple((Static(key), self.encode(item, (*path, key))) for key, item in items.items())
+
+
+def _bare_array(value: Any, path: Path) -> StructureError:
+    place = show_path(path)
+    return StructureError(
+        f"`{place}` is a bare array in a container: it would be no state",
+        path=place,
+        expected="Variables, Modules, static values, or containers of these",
+        got=type(value).__name__,
+        cure="Say what kind of state it is: put `mu.Variable(x)` (or `mu.Param(x)`, ...) into the container.",
+    )
 
 
 def cell_spec(cell: Variable) -> Spec:

@@ -170,7 +170,8 @@ class Site:
       function: the user's function; what it names becomes an implicit argument.
       args: the positional arguments.
       kwargs: the keyword arguments.
-      others: further nodes, by name (``of=model``), or further functions to search.
+      others: further values that hold nodes, by name (``of=model``).
+      functions: further functions to search.
     """
 
     def __init__(
@@ -190,7 +191,8 @@ class Site:
         self.captures: Captures = search(function, *functions)
         values = [*self.args, *self.kwargs.values()]
         nodes = named_nodes(argument_names(function, self.args, self.kwargs), values)
-        self.scope = Scope([*nodes, *others, *self.captures.roots])
+        further = named_nodes([name for name, _ in others], [value for _, value in others])
+        self.scope = Scope([*nodes, *further, *self.captures.roots])
         self.outer = _compat.current_trace()
         self.end: End
         self._contents = Contents(self.scope.containers, copies=True)
@@ -203,10 +205,17 @@ class Site:
         tx = transactions.current()
         if kind is not None:
             self.undo()
-        elif tx is not None:
-            changes = [(container, "", then) for container, then in self._contents.changed()]
-            for entry in self._journal + changes:
-                tx.note(*entry)
+        elif self._journal or tx is not None or not self._contents.unchanged():
+            changes = self._contents.changed()
+            try:
+                for container, _ in changes:
+                    Encoder().encode(container, (self.label,))  # what was put in is no array, and so no tracer
+            except StructureError:
+                self.undo()
+                raise
+            if tx is not None:
+                for entry in self._journal + [(container, "", then) for container, then in changes]:
+                    tx.note(*entry)
 
     def run(
         self,

@@ -324,11 +324,15 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         return repr(value)
     if isinstance(value, Wrapped):
         return f"{type(value).__name__}({_show(value.__wrapped__, indent, seen)})"
+    if isinstance(value, list | dict) and id(value) in seen:
+        return "[...]" if isinstance(value, list) else "{...}"
     if isinstance(value, list | tuple) and any(is_node(item) for item in value):
+        seen.add(id(value))
         inner = "".join(f"{indent}  {_show(item, indent + '  ', seen)},\n" for item in value)
         left, right = ("[", "]") if isinstance(value, list) else ("(", ")")
         return f"{left}\n{inner}{indent}{right}"
     if isinstance(value, dict) and any(is_node(item) for item in value.values()):
+        seen.add(id(value))
         inner = "".join(f"{indent}  {key!r}: {_show(item, indent + '  ', seen)},\n" for key, item in value.items())
         return f"{{\n{inner}{indent}}}"
     return getattr(value, "__name__", None) or repr(value)

@@ -37,13 +37,14 @@ def _has_attributes(obj: Any) -> bool:
 
 def _children(obj: Any) -> Iterator[tuple[Any, str]]:
     """The nodes that an object's attributes hold, directly or in containers, with the way to them."""
-    pending: list[tuple[Any, str]] = [(value, f".{name}") for name, value in list(vars(obj).items())]
+    attributes = vars(obj)
+    pending: list[tuple[Any, str]] = [(attributes[name], f".{name}") for name in sorted(attributes)]
     seen: set[int] = set()
     while pending:
-        value, path = pending.pop()
+        value, path = pending.pop(0)
         if getattr(type(value), "_mutatis_node_", False) is True:
             yield value, path
         elif isinstance(value, list | tuple | dict) and id(value) not in seen:
             seen.add(id(value))
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            pending.extend((item, f"{path}[{key!r}]") for key, item in items)
+            pending[:0] = [(item, f"{path}[{key!r}]") for key, item in items]
