@@ -211,7 +211,7 @@ def test_what_a_function_names_is_threaded(make: Callable[[Counter], Any], trans
         assert [int(mu.cond(True, function, lambda: jnp.int32(0))) for _ in range(4)] == [1, 2, 3, 4]
     else:
         for _ in range(4):
-            mu.grad(lambda x: function() * 0.0 + x if False else (function(), x)[1])(1.0)
+            mu.grad(lambda x: (function(), x)[1])(1.0)
     assert int(counter.n) == 4
 
 
@@ -255,6 +255,21 @@ def test_rebinding_an_attribute_of_a_plain_object_is_noticed() -> None:
     assert int(step()) == 11
     plain.scale = 2
     assert int(step()) == 24
+
+
+def test_attributes_that_another_function_loads_are_noticed() -> None:
+    plain = Plain(Counter())
+    plain.shift = 0.0
+
+    def shifted(x: Any) -> Any:
+        return x + plain.shift
+
+    step = mu.jit(lambda x: shifted(x * plain.scale))
+    assert float(step(1.0)) == 1
+    plain.shift = 5.0
+    assert float(step(1.0)) == 6
+    plain.scale = 3.0
+    assert float(step(1.0)) == 8
 
 
 def test_replacing_an_item_of_a_captured_container_is_noticed() -> None:

@@ -10,7 +10,7 @@ of a dict in their own order, which a program may depend on.
 
 A specification is a tuple that starts with a letter::
 
-    ("m", class, ((name, spec), ...))   a module            ("v", number, cell spec)   a cell, first visit
+    ("m", class, attributes, order)     a module            ("v", number, cell spec)   a cell, first visit
     ("l" | "d", items)                  a list, a dict      ("c", number)              a cell, later visit
     ("t", class, items)                 a tuple             ("r", number)              a numbered object, later visit
     ("w", static, child)                a transformed node  ("s", static)              a static value
@@ -98,6 +98,14 @@ class Encoder:
             return ("t", kind, self._items(value, path))
         if isinstance(value, jax.Array | np.ndarray):
             raise _bare_array(value, path)
+        if isinstance(value, list | dict):
+            raise StructureError(
+                f"`{show_path(path)}` is a {kind.__name__}, whose states would not be seen",
+                path=show_path(path),
+                expected="a plain list, tuple or dict",
+                got=kind.__name__,
+                cure="Use the plain container, or `mu.static(...)` for one without states.",
+            )
         return ("s", Static(value))
 
     def finish(self) -> tuple[Spec, ...]:
@@ -136,7 +144,7 @@ class Encoder:
                 self._later.append((number, name, value, (*path, name)))
             else:
                 entries.append((name, self.encode(value, (*path, name))))
-        return ("m", type(module), tuple(entries))
+        return ("m", type(module), tuple(entries), tuple(name for name in attributes if name not in references))
 
     def _cell(self, cell: Variable, path: Path) -> Spec:
         number = self.cells.get(cell)
@@ -157,7 +165,7 @@ class Encoder:
 def _bare_array(value: Any, path: Path) -> StructureError:
     place = show_path(path)
     return StructureError(
-        f"`{place}` is a bare array in a container: it would be no state",
+        f"`{place}` is one of the bare arrays in a container, which are no states",
         path=place,
         expected="Variables, Modules, static values, or containers of these",
         got=type(value).__name__,
@@ -227,7 +235,8 @@ class Decoder:
         if letter == "m":
             module = spec[1].__new__(spec[1])
             self.objects.append(module)
-            module.__setstate__({name: self.decode(inner) for name, inner in spec[2]})
+            values = {name: self.decode(inner) for name, inner in spec[2]}
+            module.__setstate__({name: values[name] for name in spec[3]})
             return module
         if letter == "l":
             items: list[Any] = []
@@ -257,12 +266,15 @@ class GraphDef:
     Hashable, holds no arrays, and equal for models of equal structure.
     """
 
-    __slots__ = ("_hash", "paths", "spec", "tail")
+    __slots__ = ("_hash", "paths", "spec", "tail", "types")
 
-    def __init__(self, spec: Spec, tail: tuple[Spec, ...], paths: tuple[Path, ...]) -> None:
+    def __init__(
+        self, spec: Spec, tail: tuple[Spec, ...], paths: tuple[Path, ...], types: tuple[Any, ...] | None = None
+    ) -> None:
         self.spec = spec
         self.tail = tail
         self.paths = paths
+        self.types = types  # shapes and dtypes that the cells had; not part of what makes two definitions equal
         self._hash = hash((spec, tail))
 
     def __eq__(self, other: object) -> bool:
@@ -291,7 +303,12 @@ def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
     with structure_lock:
         spec = encoder.encode(check_node(node))
         tail = encoder.finish()
-    return GraphDef(spec, tail, tuple(encoder.paths)), list(encoder.cells)
+    cells = list(encoder.cells)
+    return GraphDef(spec, tail, tuple(encoder.paths), tuple(_type(raw_value(cell)) for cell in cells)), cells
+
+
+def _type(value: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), value)
 
 
 def check_node(node: Any) -> Any:

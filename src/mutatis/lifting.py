@@ -209,7 +209,9 @@ class Site:
             changes = self._contents.changed()
             try:
                 for container, _ in changes:
-                    Encoder().encode(container, (self.label,))  # what was put in is no array, and so no tracer
+                    number = self.scope.encoder.known(container)
+                    path = () if number is None else self.scope.encoder.object_paths[number]
+                    Encoder().encode(container, path)  # what was put in is no array, and so no tracer
             except StructureError:
                 self.undo()
                 raise

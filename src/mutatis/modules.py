@@ -140,6 +140,14 @@ class Module:
             )
 
     def _check_container(self, name: str, value: Any) -> None:
+        if type(value) not in (list, tuple, dict) and not hasattr(value, "_fields"):
+            raise StructureError(
+                f"`{type(self).__name__}.{name}` is a {type(value).__name__}, whose states would not be seen",
+                path=f"{type(self).__name__}.{name}",
+                expected="a plain list, tuple or dict",
+                got=type(value).__name__,
+                cure=f"Use the plain container, or `self.{name} = mu.static(...)` for one without states.",
+            )
         for item in value.values() if isinstance(value, dict) else value:
             if isinstance(item, jax.Array | np.ndarray):
                 owner = type(self).__name__

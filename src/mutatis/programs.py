@@ -27,7 +27,7 @@ from mutatis.graph import Decoder, Encoder, Spec, cell_spec, make_cell
 from mutatis.lifting import Packed, Scope, fill
 from mutatis.modules import Module
 from mutatis.transactions import Transaction
-from mutatis.variables import Variable
+from mutatis.variables import Variable, set_frozen
 
 
 class NeedsTraceError(Exception):
@@ -139,9 +139,10 @@ class Record:
       made: the specifications of the cells that were made.
       out: the structure of the user's result, with the specifications of the nodes in it.
       changes: what became of attributes and containers.
+      marks: the cells that were frozen or thawed, by number, with their new marks.
     """
 
-    __slots__ = ("changes", "donated", "made", "nodes", "plain", "same_type", "structure", "waits", "written")
+    __slots__ = ("changes", "made", "marks", "nodes", "plain", "same_type", "structure", "waits", "written")
 
     def __init__(
         self,
@@ -151,6 +152,7 @@ class Record:
         structure: Any,
         nodes: tuple[Spec, ...],
         changes: list[tuple[int, str | None, Spec | None]],
+        marks: list[tuple[int, str | None]],
     ) -> None:
         self.written = tuple(written)
         self.same_type = tuple(same_type)
@@ -158,7 +160,8 @@ class Record:
         self.structure = structure
         self.nodes = nodes
         self.changes = changes
-        self.plain = not (made or nodes or changes)
+        self.marks = marks
+        self.plain = not (made or nodes or changes or marks)
         self.waits = False  # it calls back into Python, so it may fail at run time
 
 
@@ -256,6 +259,8 @@ class Program:
         encoder = Encoder(thread=True)
         encoder.know(known)
         changes: list[tuple[int, str | None, Spec | None]] = []
+        marked = {obj: None for obj, _, _ in tx.journal if isinstance(obj, Variable) and obj in known.cells}
+        marks = [(known.cells[cell], cell._frozen) for cell in marked]
         for obj, name in {(id(o), n): (o, n) for o, n, _ in tx.journal}.values():
             number = known.known(obj)
             if number is not None and isinstance(obj, Module):
@@ -281,7 +286,7 @@ class Program:
                 tx.found[cell] = None
         made = [tx.values.get(cell, UNSET) for cell in made_cells]
         specs = [(encoder.cells[cell], cell_spec(cell)) for cell in made_cells]
-        return Record(numbers, same, specs, packed.structure, nodes, changes), new, made
+        return Record(numbers, same, specs, packed.structure, nodes, changes, marks), new, made
 
     def _keep_placement(self, number: int, value: Any) -> Any:
         shardings = self.placements[number]
@@ -339,9 +344,11 @@ def replay(record: Record, cells: list[Any], objects: list[Any], made: list[Any]
             if name is None:
                 _refill(target, spec, decoder)
             elif spec is None:
-                delattr(target, name)
+                target._set_structure(name, transactions.ABSENT)
             else:
                 target._set_structure(name, decoder.decode(spec))
+        for number, mark in record.marks:
+            set_frozen(cells[number], mark)
         nodes = [decoder.decode(spec) for spec in record.nodes]
     return fill(record.structure, leaves, nodes)
 

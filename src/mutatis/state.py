@@ -250,6 +250,18 @@ def merge(definition: GraphDef, *states: Any) -> Any:
             cure="Merge with every State that `mu.split` gave, and no other.",
         )
 
+    wrong = [
+        f"{show_path(path)}: expected {show_type(kept)}, got {show_type(values[path])}"
+        for path, kept in zip(definition.paths, definition.types or (), strict=True)
+        if not _fits(kept, values[path])
+    ]
+    if wrong:
+        raise StateTypeError(
+            "the states do not have the types that the graph definition was made with",
+            differences=wrong,
+            cure="Convert the values, or take the definition from a model of these types: `mu.graphdef(model)`.",
+        )
+
     def make(number: int, spec: Spec) -> Variable:
         cell = make_cell(spec)
         value = values[definition.paths[number]]
@@ -257,6 +269,18 @@ def merge(definition: GraphDef, *states: Any) -> Any:
         return cell
 
     return definition.build([None] * len(definition.paths), make)
+
+
+def _fits(kept: Any, value: Any) -> bool:
+    """Whether a value may stand for a state of a type. A tracer may have another shape: it may be one lane of it."""
+    if kept is UNSET or value is UNSET or type(kept) is Deferred or type(value) is Deferred:
+        return True
+    before, tree = jax.tree.flatten(kept)
+    after, other = jax.tree.flatten(as_value(value))
+    return tree == other and all(
+        a.dtype == b.dtype and (a.shape == b.shape or isinstance(b, jax.core.Tracer))
+        for a, b in zip(before, after, strict=True)
+    )
 
 
 def clone(node: T) -> T:

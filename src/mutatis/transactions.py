@@ -221,6 +221,8 @@ def put_back(obj: Any, name: str, old: Any) -> None:
     elif isinstance(obj, dict):
         obj.clear()
         obj.update(old)
+    elif isinstance(obj, Cell):
+        setattr(obj, name, old)  # a mark
     elif old is ABSENT:
         obj.__dict__.pop(name, None)
     else:

@@ -469,7 +469,7 @@ def check_same_type(variable: Variable, new: Any, what: str) -> None:
 def frozen_error(variable: Variable) -> FrozenStateError:
     """The error for a write to a frozen state."""
     if variable._frozen == "detached":
-        problem = f"a detached {type(variable).__name__} was written: it belongs to a copy that raw JAX made"
+        problem = f"state {transactions.describe(variable)} was written in a detached copy, which raw JAX made"
         cure = (
             "The write would be lost. Use `mu.jit` (or another `mu` transform) in place of `jax.jit`, make a pure "
             "function with `mu.functionalize`, or make the copy a model of its own: `mu.thaw(copy)`."
@@ -487,6 +487,9 @@ def frozen_error(variable: Variable) -> FrozenStateError:
 def set_frozen(variable: Variable, mark: str | None) -> None:
     """Mark a state as frozen or live; compiled programs take notice."""
     if variable._frozen != mark:
+        tx = transactions.current()
+        if tx is not None:
+            tx.note(variable, "_frozen", variable._frozen)
         variable._frozen = mark
         structure.changed()
 
