@@ -122,7 +122,7 @@ def test_a_state_without_such_an_axis_is_told() -> None:
     with pytest.raises(errors.AxisError, match=r"state `p\.n` \(Cache\) has no axis 0") as caught:
         mu.vmap(lambda p: p.w.value)(pair)
     text = str(caught.value)
-    assert "expected: at least 1 axes" in text
+    assert "expected: at least 1 ax" in text
     assert "got:      shape ()" in text
     assert "made at:  test_axes.py" in text
 

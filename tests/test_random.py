@@ -167,9 +167,7 @@ TRANSFORMS: dict[str, Callable[[Any], Any]] = {
         lambda x: (mu.cond(x > 0, lambda: r(), lambda: jax.random.key(99)), r())[1]
     )(jnp.arange(4)),
     "remat": lambda r: jnp.stack([mu.remat(lambda: r())() for _ in range(4)]),
-    "grad": lambda r: jnp.stack(
-        [mu.grad(lambda x: (x, r()), has_aux=True)(1.0)[1] for _ in range(4)]
-    ),
+    "grad": lambda r: jnp.stack([mu.grad(lambda x: (x, r()), has_aux=True)(1.0)[1] for _ in range(4)]),
     "while_loop": lambda r: mu.while_loop(
         lambda c: c[0] < 4, lambda c: (c[0] + 1, c[1].at[c[0]].set(r())), (0, jax.random.split(jax.random.key(5), 4))
     )[1],

@@ -50,6 +50,7 @@ class Captures:
         "_inside",
         "_keep",
         "_names",
+        "_objects",
         "_seen",
         "ephemeral",
         "ignored",
@@ -69,6 +70,7 @@ class Captures:
         self._container_slots: list[Slot] = []
         self._contents: Contents
         self._keep: list[Any] = []  # keeps the identities of guarded values from being used again
+        self._objects: list[tuple[str, Any, set[str]]] = []  # plain objects, with the attributes that were looked at
         self._seen: set[int] = set()
         self._attributes: dict[str, None] = {}  # the attribute names that the functions load
 
@@ -95,7 +97,9 @@ class Captures:
         return frozenset(cells | names | items)
 
     def settle(self) -> None:
-        """End the search."""
+        """End the search: with all functions known, look at the attributes that they load of plain objects."""
+        while any(self._object(*entry) for entry in self._objects):
+            pass
         self._contents = Contents(self._containers, copies=True)
         self._seen.clear()
 
@@ -145,7 +149,8 @@ class Captures:
             self.token.append(Identity(value))
             self.visit(name, value.__wrapped__)
         elif _is_plain(value):
-            self._object(name, value)
+            self.token.append(static_key(type(value)))
+            self._objects.append((name, value, set()))
         else:
             self.token.append(static_key(value))
 
@@ -198,22 +203,18 @@ class Captures:
             for index, item in enumerate(items):
                 self.visit(f"{name}[{index}]", item)
 
-    def _object(self, name: str, value: Any) -> None:
-        """An object of a user's class: its attributes that are nodes, and those that the functions load."""
-        self.token.append(static_key(type(value)))
+    def _object(self, name: str, value: Any, done: set[str]) -> bool:
+        """Look at the attributes of a user's object that are nodes or that the functions load, but for those done."""
         attributes = vars(value)
-        done: set[str] = set()
-        for key, item in list(attributes.items()):
-            if is_node(item) or (_is_container(item) and _holds_nodes(item)):
-                done.add(key)
-                self._named(attributes, key, f"{name}.{key}", item)
-        while rest := [key for key in self._attributes if key not in done]:
-            done.update(rest)
-            for key in rest:
-                if key in attributes:
-                    self._named(attributes, key, f"{name}.{key}", attributes[key])
-                elif isinstance(method := getattr(type(value), key, None), types.FunctionType):
-                    self.visit(key, method)
+        nodes = [k for k, v in attributes.items() if is_node(v) or (_is_container(v) and _holds_nodes(v))]
+        rest = [key for key in dict.fromkeys([*nodes, *self._attributes]) if key not in done]
+        done.update(rest)
+        for key in rest:
+            if key in attributes:
+                self._named(attributes, key, f"{name}.{key}", attributes[key])
+            elif isinstance(method := getattr(type(value), key, None), types.FunctionType):
+                self.visit(key, method)
+        return bool(rest)
 
 
 def search(*functions: Any, ignored: frozenset[Slot] = frozenset()) -> Captures:
@@ -290,6 +291,8 @@ def _is_library_function(value: Any) -> bool:
 def _is_plain(value: Any) -> bool:
     """Whether an object is of a user's own class, so that its attributes may hold models."""
     kind = type(value)
+    if isinstance(value, types.SimpleNamespace):
+        return True
     if not hasattr(value, "__dict__"):
         return False
     module = sys.modules.get(kind.__module__)

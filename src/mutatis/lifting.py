@@ -192,7 +192,7 @@ class Site:
         values = [*self.args, *self.kwargs.values()]
         nodes = named_nodes(argument_names(function, self.args, self.kwargs), values)
         further = named_nodes([name for name, _ in others], [value for _, value in others])
-        self.scope = Scope([*nodes, *further, *self.captures.roots])
+        self.scope = Scope([*nodes, *self.captures.roots, *further])
         self.outer = _compat.current_trace()
         self.end: End
         self._contents = Contents(self.scope.containers, copies=True)

@@ -139,6 +139,7 @@ def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
       RandomStreamError: no stream has one of the names.
     """
     keys = {name: as_key(seed, name) for name, seed in seeds.items()}
+    new: dict[RngState, Any] = {}
     used: set[str] = set()
     for path, cell in variables(node, *filters).items():
         if not isinstance(cell, RngState):
@@ -148,10 +149,12 @@ def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
         if name in keys:
             used.add(name)
             place = zlib.crc32(repr(path).encode())
-            cell.set(stream_value(jax.random.fold_in(keys[name], np.uint32(place))))
+            new[cell] = stream_value(jax.random.fold_in(keys[name], np.uint32(place)))
     if unknown := set(keys) - used:
         raise RandomStreamError(
             f"the model has no random stream `{sorted(unknown)[0]}`",
             path=sorted(unknown)[0],
             cure="`mu.variables(model, mu.RngState)` lists the streams.",
         )
+    for cell, value in new.items():
+        cell.set(value)

@@ -89,8 +89,8 @@ def test_every_difference_is_listed(path: Path) -> None:
         "missing:    kernl (the checkpoint has kernel)\n"
         "missing:    x\n"
         "unexpected: kernel\n"
-        "mean: expected float32[3], got float32[2]\n"
-        "n: expected float32[], got int32[]"
+        "n: expected float32[], got int32[]\n"
+        "mean: expected float32[3], got float32[2]"
     )
 
 

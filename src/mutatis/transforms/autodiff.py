@@ -120,17 +120,20 @@ class _Target:
         self.packed = Packed(value)
         self.paths: list[dict[Path, Variable]] = []  # by node
         selects = as_filter(wrt)
+        elsewhere = False
         for node in self.packed.nodes:
             chosen = {}
             for path, cell in variables(node).items():
-                if cell in seen or cell.frozen or not selects(path, cell):
+                if cell.frozen or not selects(path, cell):
                     continue
-                if _differentiable(name, path, cell):
+                if cell in seen:
+                    elsewhere = True  # its gradient is at its first place
+                elif _differentiable(name, path, cell):
                     seen.add(cell)
                     chosen[path] = cell
             self.paths.append(chosen)
         self.cells = [cell for chosen in self.paths for cell in chosen.values()]
-        if self.packed.nodes and not self.cells and not self.packed.leaves:
+        if self.packed.nodes and not self.cells and not self.packed.leaves and not elsewhere:
             raise FilterError(
                 f"there is nothing to differentiate in `{name}`",
                 path=name,
