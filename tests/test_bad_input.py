@@ -195,9 +195,9 @@ def test_a_result_that_jax_refuses() -> None:
         change_values(net, x)
         return "text"
 
-    for transform in (mu.jit, mu.grad, mu.vmap):
+    for transform in (mu.jit, mu.grad, lambda f: mu.vmap(f, axis_size=2, in_axes=None)):
         with pytest.raises(TypeError):
-            transform(odd)(XS)
+            transform(odd)(X)
     with pytest.raises(TypeError):
         mu.grad(lambda x: (change_values(net, x), x)[1])(XS)  # not a scalar
     everything.check()
@@ -252,7 +252,9 @@ MESSAGES: list[tuple[Any, type[errors.MutatisError], Any, str, Any, Any]] = [
         "int32[3]",
     ),
     (
-        lambda net: mu.scan(lambda c, x: (net.blocks[0].count.set(net.blocks[0].count + jnp.ones(2, jnp.int32)), x), None, XS),
+        lambda net: mu.scan(
+            lambda c, x: (net.blocks[0].count.set(net.blocks[0].count + jnp.ones(2, jnp.int32)), x), None, XS
+        ),
         errors.StateTypeError,
         "net.blocks[0].count",
         "state `net.blocks[0].count` (Variable) changes its type",
@@ -332,7 +334,9 @@ MESSAGES: list[tuple[Any, type[errors.MutatisError], Any, str, Any, Any]] = [
         None,
     ),
     (
-        lambda net: mu.jit(lambda: (jax.lax.fori_loop(0, 2, lambda i, c: c + net.w.value[0], 0.0), net.w.set(net.w * 2)))(),
+        lambda net: mu.jit(
+            lambda: (jax.lax.fori_loop(0, 2, lambda i, c: c + net.w.value[0], 0.0), net.w.set(net.w * 2))
+        )(),
         errors.TraceLevelError,
         "net.w",
         "state `net.w` (Param) was written after a raw JAX transform had read it",

@@ -477,10 +477,7 @@ def test_24_two_differentiated_modules_share_a_weight(style: str) -> None:
     assert (int(a.n), int(b.n)) == (1, 1)
 
 
-_refused = pytest.mark.xfail(strict=True, reason="an argument with no parameters but shared ones is refused")
-
-
-@pytest.mark.parametrize("style", [pytest.param("argument", marks=_refused), "closure"])
+@pytest.mark.parametrize("style", ["argument", "closure"])
 def test_24_the_second_module_has_only_the_shared_weight(style: str) -> None:
     a, b = Net(), Net()
     b.w = a.w

@@ -12,7 +12,7 @@ from mutatis.errors import AxisError
 from mutatis.filters import Filter, FilterLike, Path, as_filter
 from mutatis.graph import variables
 from mutatis.lifting import Site
-from mutatis.variables import Variable, raw_value
+from mutatis.variables import Variable, raw_value, spelled
 
 
 class _Mark:
@@ -126,15 +126,16 @@ def check_axis(site: Site, cell: Variable, axis: int) -> Any:
     """
     value = raw_value(cell)
     for leaf in jax.tree.leaves(value):
-        if not -leaf.ndim <= axis < leaf.ndim:
+        count = axis + 1 if axis >= 0 else -axis  # that it takes to have this axis
+        if leaf.ndim < count:
             raise AxisError(
                 f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) has no axis {axis}",
                 path=site.scope.locate(cell),
                 where=site.label,
-                expected=f"at least {axis + 1 if axis >= 0 else -axis} axes",
+                expected=f"at least {count} {'axis' if count == 1 else 'axes'}",
                 got=f"shape {leaf.shape}",
                 made_at=transactions.made_at(cell),
-                cure="Share it, `mu.StateAxes({mu.Variable: None, ...: 0})` (use its kind as the filter), or stack the "
-                "models: `mu.vmap(make)(keys)`.",
+                cure=f"Share it, `mu.StateAxes({{{spelled(type(cell))}: None, ...: 0}})`, or stack the models: "
+                "`mu.vmap(make)(keys)`.",
             )
     return value

@@ -199,7 +199,8 @@ def assign(
     rest = [path for path, at in places.items() if at is None]
     if rest and not leftovers:
         raise FilterError(
-            f"{len(rest)} states match none of the filters {', '.join(map(repr, predicates))}",
+            f"{len(rest)} {'state matches' if len(rest) == 1 else 'states match'} none of the filters "
+            f"{', '.join(map(repr, predicates))}",
             differences=[show_path(path) for path in rest],
             cure="Add `...` as the last filter: it takes the rest.",
         )

@@ -84,7 +84,7 @@ class Variable(Cell):
             raise StateTypeError(
                 f"a {type(self).__name__} needs a value",
                 made_at=self.made_at,
-                cure=f"Give a value, `mu.{type(self).__name__}(jnp.zeros(3))`, or say how it starts: `init=lambda: ...`.",
+                cure=f"Give a value, `{spelled(type(self))}(jnp.zeros(3))`, or say how it starts: `init=lambda: ...`.",
             )
         transactions.create(self, value if value is UNSET else as_value(value, self))
 
@@ -438,6 +438,11 @@ def duplicate(variable: V) -> V:
 _register(Variable)
 
 
+def spelled(kind: type) -> str:
+    """A kind as a user writes it: ours are in `mu`."""
+    return f"mu.{kind.__name__}" if kind.__module__.partition(".")[0] == "mutatis" else kind.__name__
+
+
 def raw_value(variable: Variable) -> Any:
     """The value of a state for the code that runs now, or its placeholder if it is deferred: reading creates nothing."""
     return transactions.read(variable) if transactions.holds_value(variable) else UNSET
@@ -462,7 +467,7 @@ def check_same_type(variable: Variable, new: Any, what: str) -> None:
             got=show_type(new),
             made_at=variable.made_at,
             cure="Convert the value, `x.astype(v.dtype)`, or put another cell in its place: "
-            f"`model.w = mu.{type(variable).__name__}(x)`.",
+            f"`model.w = {spelled(type(variable))}(x)`.",
         )
 
 

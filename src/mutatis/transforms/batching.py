@@ -22,7 +22,7 @@ from mutatis.kinds import RngState
 from mutatis.lifting import End, Site, Transformed
 from mutatis.modules import is_node
 from mutatis.transactions import Transaction
-from mutatis.variables import Variable
+from mutatis.variables import Variable, spelled
 
 
 def vmap(
@@ -199,7 +199,7 @@ def _sort_by_axis(
                 got="a value per lane",
                 made_at=transactions.made_at(cell),
                 cure="Reduce it, `jax.lax.pmean(x, axis_name)`, or give the state an axis: "
-                f"`states=mu.StateAxes({{mu.{type(cell).__name__}: 0, ...: None}})`.",
+                f"`states=mu.StateAxes({{{spelled(type(cell))}: 0, ...: None}})`.",
             )
         else:
             shared.append(value)
