@@ -314,6 +314,17 @@ def test_donated_arguments(options: Any) -> None:
     assert not y.is_deleted()
 
 
+def test_donated_names_hold_by_position() -> None:
+    f = lambda net, x: net(1.0) + x  # noqa: E731
+    x, y = jnp.zeros(8), jnp.zeros(8)
+    mu.jit(f, donate_argnames="x")(Net(), x)
+    mu.jit(f, donate_argnums=1)(Net(), x=y)
+    raw_x, raw_y = jnp.zeros(8), jnp.zeros(8)
+    jax.jit(lambda a, x: a + x, donate_argnames="x")(1.0, raw_x)
+    jax.jit(lambda a, x: a + x, donate_argnums=1)(1.0, x=raw_y)
+    assert (x.is_deleted(), y.is_deleted()) == (raw_x.is_deleted(), raw_y.is_deleted())
+
+
 @pytest.fixture
 def sharding() -> Any:
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])

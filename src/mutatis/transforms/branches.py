@@ -62,6 +62,10 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
       >>> int(n)
       3
     """
+    if not branches:
+        raise StructureError(
+            "`switch` has no branches", expected="at least one function", cure="Give a list of functions."
+        )
     if operand is not _NONE:
         operands = (operand,)
     if runs_eagerly():
@@ -75,10 +79,6 @@ def _choose_compiled(functions: Sequence[Any], options: dict[str, Any], operands
 
 
 def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
-    if not functions:
-        raise StructureError(
-            "`switch` has no branches", expected="at least one function", cure="Give a list of functions."
-        )
     with Site(name, functions[-1], operands, functions=functions[:-1]) as site:
         packed = Packed(operands)
         cells = site.scope.cells
