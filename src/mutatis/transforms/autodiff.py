@@ -18,7 +18,7 @@ from mutatis.errors import DeferredStateError, FilterError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import show_path, variables
 from mutatis.kinds import Param
-from mutatis.lifting import Packed, Site, Transformed, write_back
+from mutatis.lifting import Packed, Site, Transformed, function_name, write_back
 from mutatis.state import State
 from mutatis.variables import Variable, raw_value
 
@@ -163,6 +163,18 @@ def _differentiable(name: str, path: Path, cell: Variable) -> bool:
     return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(value))
 
 
+def _position(name: str, function: Any, number: int, count: int) -> int:
+    if not -count <= number < count:
+        raise FilterError(
+            f"`{name}` cannot differentiate argument {number}: the call has {count} positional arguments",
+            where=f"{name}({function_name(function)})",
+            expected=f"a position below {count}",
+            got=number,
+            cure="Say which, `argnums=0`, or differentiate what the function names: `of=model`.",
+        )
+    return number % count
+
+
 def _differentiate(
     name: str,
     function: Any,
@@ -181,7 +193,7 @@ def _differentiate(
     by_argument = of is None or argnums is not _UNSAID
     several = not isinstance(argnums, int)
     wanted = [argnums] if isinstance(argnums, int) else [*argnums]
-    numbers = [n % len(args) for n in wanted] if by_argument and args else []
+    numbers = [_position(name, function, n, len(args)) for n in wanted] if by_argument else []
     filters = list(wrt) if several and isinstance(wrt, tuple) and len(wrt) == len(numbers) else [wrt] * len(numbers)
     with Site(name, function, args, kwargs, others=[] if of is None else [("of", of)]) as site:
         seen: set[Variable] = set()

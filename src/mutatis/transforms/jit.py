@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ class Jitted(Transformed):
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         super().__init__(function, functools.partial(jit, **options))
-        self._compiler = Compiler("jit", _options(options))
+        self._compiler = Compiler("jit", _options(function, options))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiler(self.__wrapped__, args, kwargs)
@@ -77,15 +78,16 @@ def jit(
 _DEFAULTS = dict(jit.__kwdefaults__ or {})
 
 
-def _options(options: dict[str, Any]) -> Options:
+def _options(function: Any, options: dict[str, Any]) -> Options:
     given = {**_DEFAULTS, **options}
+    static_numbers, static_names = _both(function, given["static_argnums"], given["static_argnames"])
+    donated_numbers, donated_names = _both(function, given["donate_argnums"], given["donate_argnames"])
     where = {key: given[key] for key in ("device", "backend") if given[key] is not None}
-    donated = frozenset([*_numbers(given["donate_argnums"]), *_names(given["donate_argnames"])])
     return Options(
         donate=given["donate"],
-        static_argnums=_numbers(given["static_argnums"]),
-        static_argnames=_names(given["static_argnames"]),
-        donate_args=donated,
+        static_argnums=static_numbers,
+        static_argnames=static_names,
+        donate_args=frozenset([*donated_numbers, *donated_names]),
         in_shardings=given["in_shardings"],
         out_shardings=given["out_shardings"],
         keep_unused=given["keep_unused"],
@@ -93,6 +95,23 @@ def _options(options: dict[str, Any]) -> Options:
         compiler_options=given["compiler_options"],
         where=where,
     )
+
+
+def _both(
+    function: Any, numbers: int | Sequence[int] | None, names: str | Iterable[str] | None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and names of arguments; where only one was said, the signature tells the other, as in `jax.jit`."""
+    if numbers is not None and names is not None:
+        return _numbers(numbers), _names(names)
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return _numbers(numbers), _names(names)
+    either = [p.name if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None for p in parameters]
+    if numbers is not None:
+        inside = [n for n in _numbers(numbers) if -len(either) <= n < len(either)]
+        return _numbers(numbers), tuple(name for n in inside if (name := either[n]) is not None)
+    return tuple(either.index(name) for name in _names(names) if name in either), _names(names)
 
 
 def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
