@@ -89,8 +89,10 @@ def test_shared_weights_and_split_statistics(how: str) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_value_per_lane_in_a_shared_state_is_refused(form: str, compiled: bool) -> None:
     net = Net()
-    f: Any = (lambda: mu.vmap(lambda m, x: m(x), in_axes=(None, 0))(net, XS)) if form == "argument" else (
-        lambda: mu.vmap(lambda x: net(x))(XS)
+    f: Any = (
+        (lambda: mu.vmap(lambda m, x: m(x), in_axes=(None, 0))(net, XS))
+        if form == "argument"
+        else (lambda: mu.vmap(lambda x: net(x))(XS))
     )
     before = mu.state(net)
     with pytest.raises(errors.LaneError) as caught:

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from mutatis.cells import UNSET, Deferred
-from mutatis.errors import DeferredStateError, FilterError
+from mutatis.errors import DeferredStateError, FilterError, StructureError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import show_path, variables
 from mutatis.kinds import Param
 from mutatis.lifting import Packed, Site, Transformed, function_name, write_back
+from mutatis.modules import is_node
 from mutatis.state import State
 from mutatis.variables import Variable, raw_value
 
@@ -163,6 +164,21 @@ def _differentiable(name: str, path: Path, cell: Variable) -> bool:
     return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(value))
 
 
+def _check_result(site: Site, result: Any, has_aux: bool) -> Any:
+    """The value to differentiate, the first leaf of a result; JAX itself checks its shape and dtype."""
+    fits = not has_aux or (isinstance(result, tuple) and len(result) == 2)
+    value = result[0] if fits and has_aux else result
+    if fits and not is_node(value) and jax.tree.structure(value) == jax.tree.structure(0):
+        return value
+    raise StructureError(
+        f"the function of `{site.label}` does not return what is differentiated",
+        where=site.label,
+        expected="a pair of a scalar array and anything (has_aux=True)" if has_aux else "one scalar array",
+        got=f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, tuple | list) else ""),
+        cure="Return `loss`; with more, return `loss, rest` and say `has_aux=True`; of a Variable, return its `.value`.",
+    )
+
+
 def _position(name: str, function: Any, number: int, count: int) -> int:
     if not -count <= number < count:
         raise FilterError(
@@ -208,9 +224,7 @@ def _differentiate(
                 new_args[number] = target.packed.fill(new)
             overlay = dict(zip(cells, values, strict=True))
             site.end, out, written = site.run(overlay, call=lambda: function(*new_args, **kwargs))
-            if not out:
-                return site.end.fill(out), (out, written)
-            return out[0], (out[1:], written)
+            return _check_result(site, site.end.fill(out), has_aux), (out[1:], written)
 
         inputs = (site.values(cells), [target.packed.leaves for target in targets[len(targets) - len(numbers) :]])
         transform = jax.value_and_grad(
