@@ -32,7 +32,8 @@ class Staged:
     def __init__(self, cells: list[Variable], end: End, closed: Any, shapes: Any) -> None:
         self.cells = cells
         self.end = end
-        self.leaves, values = shapes
+        leaves, values = shapes
+        self.leaves = list(closed.out_avals[: len(leaves)])  # with their weak types, unlike `shapes`
         self.values = dict(zip(end.cells, values, strict=True))  # shapes of what is written, by cell
         self._closed = closed
         self._treedef = jax.tree.structure(shapes)

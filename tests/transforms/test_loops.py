@@ -55,7 +55,9 @@ compiled_or_not = pytest.mark.parametrize("compiled", [False, True])
 
 @compiled_or_not
 @pytest.mark.parametrize(
-    "options", [{}, {"reverse": True}, {"unroll": 2}, {"unroll": True}, {"length": 5}, {"_split_transpose": True}], ids=str
+    "options",
+    [{}, {"reverse": True}, {"unroll": 2}, {"unroll": True}, {"length": 5}, {"_split_transpose": True}],
+    ids=str,
 )
 def test_scan(options: Any, compiled: bool) -> None:
     cell, state = Cell(), start()
@@ -247,7 +249,9 @@ def test_python_numbers_in_the_carry_are_promoted_as_in_jax() -> None:
     np.testing.assert_allclose(mine[0][1], theirs[0][1])
     f = lambda c, x: (c * x, c)  # noqa: E731
     mine, theirs = mu.scan(f, 1.0, XS), jax.lax.scan(f, 1.0, XS)
-    assert jax.tree.map(lambda x: (x.dtype, x.weak_type), mine) == jax.tree.map(lambda x: (x.dtype, x.weak_type), theirs)
+    assert jax.tree.map(lambda x: (x.dtype, x.weak_type), mine) == jax.tree.map(
+        lambda x: (x.dtype, x.weak_type), theirs
+    )
 
 
 def test_keys_in_the_carry() -> None:
@@ -282,7 +286,8 @@ def test_for_loop_without_arguments() -> None:
 def test_while_loop(compiled: bool) -> None:
     cell = Cell()
     run = around(
-        lambda x: mu.while_loop(lambda c: (cell.n < 4) & (c < 10), lambda c: c + jnp.abs(cell(x)), jnp.float32(0)), compiled
+        lambda x: mu.while_loop(lambda c: (cell.n < 4) & (c < 10), lambda c: c + jnp.abs(cell(x)), jnp.float32(0)),
+        compiled,
     )
 
     def body(c: Any) -> Any:
@@ -333,7 +338,9 @@ def test_a_condition_that_draws_writes() -> None:
 )
 def test_fori_loop(lower: Any, upper: Any, compiled: bool) -> None:
     cell = Cell()
-    run = around(lambda: mu.fori_loop(lower, upper, lambda i, c: c + cell(i.astype(jnp.float32)), jnp.float32(0)), compiled)
+    run = around(
+        lambda: mu.fori_loop(lower, upper, lambda i, c: c + cell(i.astype(jnp.float32)), jnp.float32(0)), compiled
+    )
 
     def body(i: Any, c: Any) -> Any:
         s, y = hand(c[1], i.astype(jnp.float32))
@@ -472,7 +479,7 @@ def test_eager_loops_see_new_captured_values() -> None:
     array = jnp.ones(3)
     for factor in (1.0, 2.0):
         array = jnp.full(3, factor)
-        out = mu.for_loop(lambda x: x * array.sum(), jnp.ones(2))
+        out = mu.for_loop(lambda x: x * array.sum(), jnp.ones(2))  # noqa: B023 (called at once)
         np.testing.assert_array_equal(out, [3 * factor] * 2)
 
 

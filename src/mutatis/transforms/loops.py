@@ -195,7 +195,14 @@ def _slice_type(stack: Any) -> jax.ShapeDtypeStruct:
 
 
 def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
-    sizes = {jnp.shape(leaf)[0] for leaf in leaves if jnp.ndim(leaf)}
+    if scalars := [leaf for leaf in leaves if not jnp.ndim(leaf)]:
+        raise StructureError(
+            f"`{name}` was given a scalar to loop over",
+            expected="arrays with a leading axis",
+            got=f"{scalars[0]!r:.40}",
+            cure="Say how often with `length=n`, and let the function name what stays the same.",
+        )
+    sizes = {jnp.shape(leaf)[0] for leaf in leaves}
     sizes |= {leaf.shape[0] for stack in stacks.values() for leaf in jax.tree.leaves(stack)}
     if length is not None:
         sizes.add(operator.index(length))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mutatis.control import compiled, runs_eagerly
 from mutatis.errors import StructureError
@@ -55,10 +56,19 @@ def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
             cure="Leave out `batch_size`, or vectorize over the module: `mu.vmap(f)(modules)`.",
         )
 
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
+    if len(counts) != 1 or () in counts or batch_size < 1:
+        raise StructureError(
+            "`map` cannot divide its items into batches",
+            expected="arrays with leading axes of one size, and a positive `batch_size`",
+            got=f"leading axes {sorted(counts)}, batch_size={batch_size}",
+            cure="`mu.map(f, xs, batch_size=8)` with `xs` of one length.",
+        )
+    ((count,),) = counts
+
     def batch(x: Any) -> Any:
         return vectorize(f, (x,), {}, name="map", writes=False)
 
-    count = jax.tree.leaves(xs)[0].shape[0]
     whole = count // batch_size * batch_size
     parts = []
     if whole:
