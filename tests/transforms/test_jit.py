@@ -387,18 +387,6 @@ def test_a_written_state_keeps_its_placement(sharding: Any, traces: Any) -> None
     assert traces.total == 1
 
 
-def test_keep_unused_and_inline() -> None:
-    net = Net()
-    for options in ({"keep_unused": True}, {"inline": True}, {"keep_unused": True, "inline": True}):
-        compiled = mu.jit(step, **options)
-        assert float(compiled(net, 1.0)) == 3
-    inlined = mu.make_jaxpr(lambda x: mu.jit(lambda x: x * 2, inline=True)(x))(1.0)
-    called = mu.make_jaxpr(lambda x: mu.jit(lambda x: x * 2)(x))(1.0)
-    assert len(called.eqns) == 1
-    assert "jit" in str(called.eqns[0].primitive) or "pjit" in str(called.eqns[0].primitive)
-    assert [str(e.primitive) for e in inlined.eqns] == ["mul"]
-
-
 def test_compiler_options() -> None:
     net = Net()
     compiled = mu.jit(step, compiler_options={"xla_embed_ir_in_executable": True})
