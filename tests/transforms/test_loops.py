@@ -458,13 +458,13 @@ def test_eager_loops_see_new_captured_values() -> None:
     array = jnp.ones(3)
     for factor in (1.0, 2.0):
         array = jnp.full(3, factor)
-        out = mu.for_loop(lambda x: x * array.sum(), jnp.ones(2))  # noqa: B023 (called at once)
+        out = mu.for_loop(lambda x: x * array.sum(), jnp.ones(2))
         np.testing.assert_array_equal(out, [3 * factor] * 2)
 
 
 def test_eager_loops_of_other_modules_of_the_same_code() -> None:
     for w in (0.5, 0.7):
         cell = Cell(w)
-        ys = mu.for_loop(lambda x: cell(x), XS)  # noqa: B023
+        ys = mu.for_loop(lambda x: cell(x), XS)
         _, expected = jax.lax.scan(hand, start(w), XS)
         np.testing.assert_allclose(ys, expected, rtol=1e-5)
