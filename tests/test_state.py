@@ -403,18 +403,6 @@ def test_pop_under_jit_is_a_change_of_structure() -> None:
         assert not hasattr(net, "seen")
 
 
-def test_pop_from_a_tuple() -> None:
-    net = mu.Module()
-    net.pair = (mu.Param(1.0), mu.Cache(2.0))
-    try:
-        mu.pop(net, mu.Param)
-    except errors.MutatisError as error:
-        assert "pair[0]" in str(error)  # noqa: PT017
-        assert len(mu.state(net)) == 2
-    else:
-        assert [type(cell) for cell in net.pair] == [mu.Cache]
-
-
 def test_pop_needs_a_filter() -> None:
     with pytest.raises(errors.FilterError, match="needs a filter") as caught:
         mu.pop(Net())
