@@ -175,6 +175,14 @@ def no_axis_cured(net: Net, _: Path) -> None:
     mu.vmap(make)(keys)
 
 
+def bad_option(net: Net, _: Path) -> None:
+    mu.jit(Block.__init__, donate="sometimes")
+
+
+def bad_option_cured(net: Net, _: Path) -> None:
+    mu.jit(lambda x: x, donate="auto")(1)
+
+
 def bad_gradients(net: Net, _: Path) -> None:
     mu.Optimizer(net, optax.sgd(0.1)).update(mu.State({("v",): jnp.zeros(3)}))
 
@@ -313,6 +321,18 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         no_axis_cured,
         ValueError,
         "model.scale",
+    ),
+    errors.OptionError: Row(
+        bad_option,
+        """
+        `donate` cannot be 'sometimes' inside `jit(Block.__init__)`
+          expected: "auto", True or False
+          got:      'sometimes'
+        `mu.jit(f, donate="auto")`
+        """,
+        bad_option_cured,
+        ValueError,
+        None,
     ),
     errors.OptimizerError: Row(
         bad_gradients,

@@ -449,6 +449,19 @@ def test_copies(copied: Callable[[Any], Any]) -> None:
     np.testing.assert_array_equal(mu.jit(lambda m, x: m(x))(other, 2.0), [14, 14])
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, mu.clone], ids=["deepcopy", "pickle", "clone"])
+@pytest.mark.parametrize("function", [jax.nn.relu, jax.nn.gelu, jnp.tanh, jnp.matmul], ids=lambda f: f.__name__)
+def test_functions_of_jax_survive_copies(function: Any, copied: Callable[[Any], Any]) -> None:
+    module = mu.Module()
+    module.act = function
+    module.layers = [function, {"a": (function, mu.Param(1.0))}]
+    other = copied(module)
+    assert other.act is function
+    assert other.layers[0] is function
+    assert other.layers[1]["a"][0] is function
+    assert mu.graphdef(other) == mu.graphdef(module)
+
+
 def test_a_shallow_copy_shares_the_states() -> None:
     net = Net()
     other = copy.copy(net)

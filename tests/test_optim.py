@@ -276,6 +276,24 @@ def test_gradients_of_a_tuple_of_models() -> None:
     check(models[1]["b"], by_hand(optax.sgd(0.1), 1))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_model_is_not_ignored(compiled: bool) -> None:
+    mine, other = Net(), Net()
+    optimizer = mu.Optimizer(mine, optax.sgd(0.1))
+    update = mu.jit(lambda m, g: optimizer.update(m, g)) if compiled else optimizer.update
+    grads = mu.grad(loss)(other)
+    before = np.asarray(mine.w)
+    try:
+        update(other, grads)
+    except errors.OptimizerError:
+        np.testing.assert_array_equal(other.w, before)
+    else:
+        assert not np.array_equal(other.w, before)
+    np.testing.assert_array_equal(mine.w, before)
+    update(mu.view(mine, mode="eval"), grads)
+    assert not np.array_equal(mine.w, before)
+
+
 def test_deferred_parameters_are_refused() -> None:
     model = mu.Module()
     model.w = mu.Param(init=lambda: jnp.zeros(2))

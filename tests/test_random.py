@@ -73,6 +73,12 @@ def test_streams_of_other_names_and_seeds_differ() -> None:
     assert not hasattr(a, "__wrapped__")
 
 
+@pytest.mark.parametrize("name", ["fork", "split", "stream", "streams", "mode", "train", "eval"])
+def test_names_that_streams_cannot_have(name: str) -> None:
+    with pytest.raises(errors.RandomStreamError, match=name):
+        mu.Rngs(0, **{name: 1})
+
+
 def test_fork_and_split() -> None:
     rngs = mu.Rngs(0, dropout=1)
     fork = rngs.fork()

@@ -230,6 +230,14 @@ def test_merge_checks_types(value: Any) -> None:
         mu.merge(definition, mu.State(flat, state.kinds()))
 
 
+@pytest.mark.parametrize("bad", [Net, lambda: mu.state(Net()), lambda: 3, lambda: None])
+def test_merge_needs_a_definition(bad: Any) -> None:
+    with pytest.raises(errors.StructureError, match=r"mu\.split"):
+        mu.merge(bad(), mu.state(Net()))
+    with pytest.raises(TypeError):
+        mu.state(Net()) | {"w": 1}
+
+
 def test_merge_under_raw_jit() -> None:
     net = Net()
     definition, state = mu.split(net)
@@ -401,6 +409,18 @@ def test_pop_under_jit_is_a_change_of_structure() -> None:
     for _ in range(2):
         assert float(step(net)["seen"]) == 1
         assert not hasattr(net, "seen")
+
+
+def test_pop_from_a_tuple() -> None:
+    net = mu.Module()
+    net.pair = (mu.Param(1.0), mu.Cache(2.0))
+    try:
+        mu.pop(net, mu.Param)
+    except errors.MutatisError as error:
+        assert "pair[0]" in str(error)  # noqa: PT017
+        assert len(mu.state(net)) == 2
+    else:
+        assert [type(cell) for cell in net.pair] == [mu.Cache]
 
 
 def test_pop_needs_a_filter() -> None:
@@ -657,6 +677,17 @@ def test_a_view_with_other_statics() -> None:
     assert [float(run(m, 1.0)) for m in (net, other, net, other)] == [1, 2, 1, 2]
     with pytest.raises(errors.StructureError, match="no module of Net has an attribute `flg`"):
         mu.view(net, flg=True)
+
+
+def test_a_view_does_not_write_states() -> None:
+    net = Net()
+    for change in ({"w": 3.0}, {"n": 5}, {"w": jnp.ones(2)}, {"blocks": []}):
+        with pytest.raises(errors.StructureError) as caught:
+            mu.view(net, **change)
+        assert next(iter(change)) in str(caught.value)
+    np.testing.assert_array_equal(net.w, [0, 1])
+    assert int(net.n) == 0
+    assert len(net.blocks) == 2
 
 
 def test_a_view_and_its_original_in_one_call() -> None:

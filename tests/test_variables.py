@@ -372,6 +372,21 @@ def test_metadata_are_attributes() -> None:
     assert not hasattr(v, "tags")
 
 
+@pytest.mark.parametrize("name", ["mean", "at", "reshape"])
+def test_attributes_of_the_array_are_told(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"value\.{name}"):
+        getattr(mu.Param(jnp.ones(2)), name)
+
+
+@pytest.mark.parametrize("kind", [mu.Variable, Spikes])
+def test_metadata_are_for_good(kind: Any) -> None:
+    v = kind(1, tag="a")
+    for name in ("tag", "other"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(v, name, "b")
+    assert v.tag == "a"
+
+
 def test_a_variable_knows_where_it_was_made() -> None:
     assert mu.Param(1).made_at.startswith("test_variables.py:")
     assert mu.Param(1).made_at.endswith("in test_a_variable_knows_where_it_was_made")

@@ -92,6 +92,10 @@ class StaticAttributeError(MutatisError, TypeError):
     """A static attribute holds something that cannot be static, or changes inside a compiled transform."""
 
 
+class OptionError(MutatisError, ValueError):
+    """An option of a transform is none of those there are."""
+
+
 class FilterError(MutatisError, ValueError):
     """A filter is not one, selects nothing, or leaves states over."""
 

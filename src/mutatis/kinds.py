@@ -14,70 +14,60 @@ from mutatis.variables import Variable
 class Param(Variable):
     """A trainable parameter."""
 
-    __slots__ = ()
     collection = "params"
 
 
 class BatchStat(Variable):
     """A running statistic of the data."""
 
-    __slots__ = ()
     collection = "batch_stats"
 
 
 class Cache(Variable):
     """What was computed before and is kept, such as keys and values of attention."""
 
-    __slots__ = ()
     collection = "cache"
 
 
 class Hidden(Variable):
     """Recurrent or membrane state."""
 
-    __slots__ = ()
     collection = "hidden"
 
 
 class Intermediate(Variable):
     """A value kept from inside a computation."""
 
-    __slots__ = ()
     collection = "intermediates"
 
 
 class Perturbation(Variable):
     """A zero added to an intermediate value, to take gradients with respect to it."""
 
-    __slots__ = ()
     collection = "perturbations"
 
 
 class Buffer(Variable):
     """A plain array that belongs to a model."""
 
-    __slots__ = ()
     collection = "buffers"
 
 
 class OptState(Variable):
     """A state of an optimizer, such as a moment."""
 
-    __slots__ = ()
     collection = "opt_state"
 
 
 class MetricState(Variable):
     """A running total of a metric."""
 
-    __slots__ = ()
     collection = "metrics"
 
 
 class RngState(Variable):
     """A random stream: its value is a dict of the stream's ``key`` and the ``count`` of draws so far."""
 
-    __slots__ = ()
     collection = "rngs"
 
     def draw(self) -> jax.Array:

@@ -139,7 +139,7 @@ class Module:
                 f"`self.{name} = mu.Variable({old!r})`, which `self.{name} += 1` then writes.",
             )
 
-    def _check_container(self, name: str, value: Any) -> None:
+    def _check_container(self, name: str, value: Any, above: tuple[int, ...] = ()) -> None:
         if type(value) not in (list, tuple, dict) and not hasattr(value, "_fields"):
             raise StructureError(
                 f"`{type(self).__name__}.{name}` is a {type(value).__name__}, whose states would not be seen",
@@ -148,6 +148,7 @@ class Module:
                 got=type(value).__name__,
                 cure=f"Use the plain container, or `self.{name} = mu.static(...)` for one without states.",
             )
+        inside = (*above, id(value))
         for item in value.values() if isinstance(value, dict) else value:
             if isinstance(item, jax.Array | np.ndarray):
                 owner = type(self).__name__
@@ -160,7 +161,8 @@ class Module:
                     f"or hold them in one state: `self.{name} = mu.Variable(arrays)`.",
                 )
             if isinstance(item, list | tuple | dict):
-                self._check_container(name, item)
+                if id(item) not in inside:  # else it holds itself
+                    self._check_container(name, item, inside)
             elif not isinstance(item, Variable | Module | Wrapped | StaticObject):
                 check_static(item, type(self).__name__, name)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from mutatis import transactions
 from mutatis.errors import DeferredStateError, OptimizerError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import check_node, show_path, variables
@@ -64,13 +65,16 @@ class Optimizer(Module):
           **extra: further arguments of the transformation, such as ``value=loss``.
 
         Raises:
-          OptimizerError: the gradients do not fit the parameters, or a parameter has another shape than its moments.
+          OptimizerError: the gradients do not fit the parameters, the model is not the optimizer's, or a parameter has
+            another shape than its moments.
         """
         import optax
 
         if len(args) not in (1, 2):
             raise OptimizerError("`update` takes gradients, or a model and gradients", cure="`optimizer.update(grads)`")
         params = self._params()
+        if len(args) == 2:
+            self._check_model(args[0], params)
         values = self._values(params)
         grads = _check_gradients(args[-1], values)
         tx = optax.with_extra_args_support(self.tx)
@@ -98,6 +102,19 @@ class Optimizer(Module):
             if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(cell.get())):
                 chosen[path] = cell
         return chosen
+
+    def _check_model(self, model: Any, params: dict[Path, Variable]) -> None:
+        given = {path: cell for path, cell in variables(model, self.wrt).items() if not cell.frozen}
+        strange = [path for path, cell in params.items() if given.get(path) is not cell]
+        if model is not self._model and strange:
+            raise OptimizerError(
+                "the optimizer was made with another model than the one to update",
+                path=show_path(strange[0]),
+                where=transactions.where(),
+                expected="the node that it was made with, or a `mu.view` of it",
+                got=f"a {type(model).__name__} with other states",
+                cure="Make an optimizer for each model, `mu.Optimizer(model, tx)`, and pass that model or the gradients only.",
+            )
 
     @staticmethod
     def _values(params: dict[Path, Variable]) -> State:

@@ -28,7 +28,7 @@ class Rngs(Module):
       **streams: seeds or keys of named streams.
 
     Raises:
-      RandomStreamError: a seed is neither an integer nor a random key.
+      RandomStreamError: a seed is neither an integer nor a random key, or a stream has the name of a method.
 
     Example:
       >>> import mutatis as mu
@@ -41,6 +41,15 @@ class Rngs(Module):
     def __init__(self, default: Any = None, **streams: Any) -> None:
         if default is not None:
             streams["default"] = default
+        for name in streams:
+            if name == "streams" or hasattr(Rngs, name):
+                raise RandomStreamError(
+                    f"a random stream cannot be named `{name}`: `rngs.{name}` is something else",
+                    path=name,
+                    expected="a name that is no attribute of `mu.Rngs`",
+                    got=name,
+                    cure=f"`mu.Rngs({name}_=0)`",
+                )
         self.streams = {name: RngState(stream_value(as_key(seed, name)), tag=name) for name, seed in streams.items()}
 
     def __call__(self) -> jax.Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import is_
 from typing import Any, TypeVar
 
 import jax
@@ -23,7 +25,7 @@ from mutatis.graph import (
     submodules,
     variables,
 )
-from mutatis.modules import Module
+from mutatis.modules import Module, is_node
 from mutatis.values import as_value, same_type, show_type
 from mutatis.variables import Variable, initial, raw_value, set_frozen
 
@@ -86,6 +88,8 @@ class State(Mapping[Any, Any]):
         return any(p[: len(path)] == path for p in self._flat)
 
     def __or__(self, other: State) -> State:
+        if not isinstance(other, State):
+            return NotImplemented
         return State({**self._flat, **other._flat}, {**self._kinds, **other._kinds})
 
     def __eq__(self, other: object) -> bool:
@@ -239,6 +243,13 @@ def merge(definition: GraphDef, *states: Any) -> Any:
     Raises:
       StructureError: a value is missing, or one belongs to no path.
     """
+    if not isinstance(definition, GraphDef):
+        raise StructureError(
+            f"{type(definition).__name__} is not a graph definition",
+            expected="a GraphDef, and then States",
+            got=f"{definition!r:.60}",
+            cure="`definition, state = mu.split(model)`; `mu.merge(definition, state)`.",
+        )
     values: dict[Path, Any] = {}
     for part in states:
         values.update(_flat_for(part, definition.paths))
@@ -312,9 +323,13 @@ def update(node: Any, *states: Any, cast: bool = False) -> None:
     problems = []
     for path, value in writes.items():
         if path not in cells:
-            problems.append(f"unexpected: {show_path(path)}")
+            problems.append(f"unexpected: {show_path(path)}{_nearest(path, cells)}")
             continue
-        new = as_value(value, cells[path])
+        try:
+            new = as_value(value, cells[path])
+        except StateTypeError as error:
+            problems.append(f"{show_path(path)}: expected {error.expected}, got {error.got}")
+            continue
         old = raw_value(cells[path])
         if old is not UNSET and type(old) is not Deferred:
             if cast and jax.tree.structure(new) == jax.tree.structure(old):
@@ -326,12 +341,19 @@ def update(node: Any, *states: Any, cast: bool = False) -> None:
         raise StateTypeError(
             "the values do not fit the states; nothing was written",
             differences=problems,
-            cure="`cast=True` converts dtypes; another shape needs another cell: `model.w = mu.Param(x)`.",
+            cure="`mu.variables(model)` lists the states by path."
+            if all(problem.startswith("unexpected") for problem in problems)
+            else "`cast=True` converts dtypes; another shape needs another cell: `model.w = mu.Param(x)`.",
         )
     with transactions.Transaction("update") as tx:
         for path, value in writes.items():
             cells[path].set(value)
         tx.commit()
+
+
+def _nearest(path: Path, paths: Iterable[Path]) -> str:
+    near = difflib.get_close_matches(show_path(path), map(show_path, paths), 1, 0.0)
+    return f" (nearest: {near[0]})" if near else ""
 
 
 def _flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
@@ -361,7 +383,8 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     """Take states out of a node: their values are returned and their attributes removed.
 
     Raises:
-      FilterError: no filter was given, or one selects nothing.
+      FilterError: no filter was given.
+      StructureError: a state cannot be taken from where it is: it is the node itself, or in a tuple that is.
     """
     if not filters:
         raise FilterError("`mu.pop` needs a filter", cure="Say what to take out: `mu.pop(model, mu.Intermediate)`.")
@@ -372,24 +395,60 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     gone = {cell for part in taken for cell in part.values()}
     encoder = Encoder()
     encoder.encode(node)
-    for obj in encoder.objects:
-        if isinstance(obj, Module):
-            for name in [n for n, v in obj.__dict__.items() if isinstance(v, Variable) and v in gone]:
-                delattr(obj, name)
-        else:
-            _remove(obj, gone)
+    if _without(node, gone, ()) is not node:
+        raise _held_fast((), node)
+    changes = []
+    for obj, path in zip(encoder.objects, encoder.object_paths, strict=True):
+        entries = enumerate(obj) if isinstance(obj, list) else (vars(obj) if isinstance(obj, Module) else obj).items()
+        changes.append([(key, item, _without(item, gone, (*path, key))) for key, item in entries])
+    for obj, entries in zip(encoder.objects, changes, strict=True):
+        if any(item is not kept for _, item, kept in entries):
+            _leave(obj, [(key, kept) for key, _, kept in entries])
     return states[0] if len(filters) == 1 else states
 
 
-def _remove(container: Any, gone: set[Variable]) -> None:
+_GONE = object()
+
+
+def _without(item: Any, gone: set[Variable], path: Path) -> Any:
+    """What is left of an attribute or entry: `_GONE`, a shorter tuple, or the thing itself."""
+    if isinstance(item, Variable):
+        return _GONE if item in gone else item
+    if not isinstance(item, tuple):
+        return item
+    left = [_without(inner, gone, (*path, index)) for index, inner in enumerate(item)]
+    if all(map(is_, left, item)):
+        return item
+    if hasattr(item, "_fields"):
+        raise _held_fast(path, item)
+    return tuple(inner for inner in left if inner is not _GONE)
+
+
+def _leave(obj: Any, entries: list[tuple[Any, Any]]) -> None:
+    """Give an object the entries that are left."""
+    if isinstance(obj, Module):
+        for name, kept in entries:
+            if kept is _GONE:
+                delattr(obj, name)
+            else:
+                setattr(obj, name, kept)
+        return
     tx = transactions.current()
     if tx is not None:
-        tx.note(container, "", container.copy())
-    if isinstance(container, list):
-        container[:] = [item for item in container if not (isinstance(item, Variable) and item in gone)]
-    else:
-        for key in [k for k, item in container.items() if isinstance(item, Variable) and item in gone]:
-            del container[key]
+        tx.note(obj, "", obj.copy())
+    left = [(key, kept) for key, kept in entries if kept is not _GONE]
+    transactions.put_back(obj, "", [kept for _, kept in left] if isinstance(obj, list) else dict(left))
+
+
+def _held_fast(path: Path, holder: Any) -> StructureError:
+    return StructureError(
+        f"`{show_path(path) or type(holder).__name__}` cannot be popped: nothing can be taken out of a "
+        f"{type(holder).__name__}",
+        path=show_path(path),
+        expected="states that are attributes of modules, or in lists, dicts or tuples below them",
+        got=type(holder).__name__,
+        cure="Pop from each module that holds states: `mu.pop(model, mu.Cache)`.",
+    )
 
 
 def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) -> None:
@@ -507,7 +566,7 @@ def view(module: Module, **statics: Any) -> Any:
     Each attribute is set on every submodule that has it; `mode` on all.
 
     Raises:
-      StructureError: no submodule has the attribute.
+      StructureError: no submodule has the attribute, or it holds states: those are the original's too.
     """
     definition, cells = describe_graph(module)
     other = definition.build(list(cells))
@@ -521,5 +580,14 @@ def view(module: Module, **statics: Any) -> Any:
                 cure="`mu.view` changes static attributes that exist; `mode` is one of every module.",
             )
         for part in having:
+            held = part.__dict__.get(name)
+            if is_node(held) or (isinstance(held, list | tuple | dict) and variables(held)):
+                raise StructureError(
+                    f"`{name}` holds states, which a view shares with its original",
+                    path=name,
+                    expected="a static attribute",
+                    got=type(held).__name__,
+                    cure="Write to the model itself, or change a copy: `mu.clone(model)`.",
+                )
             setattr(part, name, value)
     return other

@@ -7,13 +7,16 @@ captured are; and `static(obj)` is equal only to itself.
 
 from __future__ import annotations
 
+import copyreg
 import enum
 import functools
+import sys
 import types
 from collections.abc import Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mutatis.errors import StaticAttributeError
@@ -148,6 +151,18 @@ def _array_key(array: Any) -> Hashable:
     return ("array", type(array).__name__, str(array.dtype), array.shape, np.asarray(array).tobytes())
 
 
+def _reduce_function(function: Any) -> Any:
+    """A function object of JAX as its name, as Python pickles and copies plain functions, where that leads to it."""
+    name = getattr(function, "__qualname__", function.__name__)
+    found: Any = sys.modules.get(function.__module__)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return name if found is function else function.__reduce_ex__(4)
+
+
+for _kind in (type(jax.jit(repr)), jax.custom_jvp, jax.custom_vjp, jnp.ufunc):
+    copyreg.pickle(_kind, _reduce_function)
+
 _BY_IDENTITY = (
     type,
     types.FunctionType,
@@ -166,14 +181,6 @@ def check_static(value: Any, owner: str, name: str) -> None:
       StaticAttributeError: it is unhashable, or an object whose changes would not be seen.
     """
     if value is None or isinstance(value, _BY_IDENTITY):
-        return
-    if isinstance(value, list | tuple):
-        for item in value:
-            check_static(item, owner, name)
-        return
-    if type(value) is dict:
-        for item in value.values():
-            check_static(item, owner, name)
         return
     kind = type(value)
     try:

@@ -35,12 +35,15 @@ def _as_leaf(leaf: Any, owner: Any) -> Any:
         return jnp.array(leaf, dtype=jax.dtypes.canonicalize_dtype(np.result_type(type(leaf))))
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object and leaf.dtype.kind not in "USMm":
         return jnp.array(leaf)
-    kind = "a state" if owner is None else f"a {type(owner).__name__}"
+    path = None if owner is None else transactions.path_of(owner)
+    kind = "state" if owner is None else type(owner).__name__
     raise StateTypeError(
-        f"{kind} cannot hold {leaf!r:.80}",
+        f"{f'state `{path}` ({kind})' if path else f'a {kind}'} cannot hold {leaf!r:.80}",
+        path=path,
+        where=transactions.where(),
         expected="an array, a number, or a pytree of these",
         got=type(leaf).__name__,
-        made_at=None if owner is None else owner.made_at,
+        made_at=transactions.made_at(owner),
         cure="Keep strings, functions and configuration as plain attributes of the module: they are static.",
     )
 

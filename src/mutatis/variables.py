@@ -26,7 +26,14 @@ V = TypeVar("V", bound="Variable")
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
-class Variable(Cell):
+class _Kind(type):
+    """Gives kinds no instance dictionary: what is set there would be lost in copies, and is no metadata."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+        return super().__new__(mcs, name, bases, {"__slots__": (), **namespace}, **options)
+
+
+class Variable(Cell, metaclass=_Kind):
     """A mutable cell that holds an array or a pytree of arrays.
 
     Numbers become strongly typed arrays and NumPy arrays are copied in. Eagerly and under `jit`, `grad` and
@@ -39,7 +46,7 @@ class Variable(Cell):
       name: an explicit name, which does not change when the state moves in a model.
       sharding: logical axis names or a `jax.sharding.PartitionSpec`.
       fixed: whether every change of structure, shape or dtype is refused.
-      **metadata: anything hashable; readable as attributes.
+      **metadata: anything hashable; readable as attributes, which are for good.
 
     Raises:
       StateTypeError: a leaf of the value is not an array or a number.
@@ -168,6 +175,8 @@ class Variable(Cell):
                 return self.metadata[name]
             except KeyError:
                 pass
+        if hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; the array has: `v.value.{name}`")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its metadata are {[*self.metadata]}")
 
     # -- as an array -----------------------------------------------------------------------------------------

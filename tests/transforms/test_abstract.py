@@ -157,3 +157,21 @@ def test_a_state_written_in_a_raw_jaxpr_is_refused() -> None:
     with pytest.raises(errors.TraceLevelError):
         jax.make_jaxpr(net)(jnp.ones((2, 3)))
     assert int(net.n) == 0
+
+
+def test_calling_a_module_of_shapes() -> None:
+    net = mu.eval_shape(lambda: Net(HUGE))
+    out = mu.eval_shape(net, jax.ShapeDtypeStruct((8, HUGE), jnp.float32))
+    assert out == jax.ShapeDtypeStruct((8, HUGE), jnp.float32)
+
+
+def test_eval_shape_of_transforms() -> None:
+    net = Net()
+    assert mu.eval_shape(lambda: mu.jit(net)(jnp.ones((2, 3)))).shape == (2, 3)
+    grads = mu.eval_shape(lambda: mu.grad(lambda m: m(jnp.ones((2, 3))).sum())(net))
+    assert isinstance(grads, mu.State)
+    assert jax.tree.leaves(grads)[0].shape == (3, 3)
+    layers = mu.eval_shape(lambda: mu.vmap(lambda _: Net())(jnp.arange(4)))
+    assert layers.w.shape == (4, 3, 3)
+    assert mu.eval_shape(lambda: mu.for_loop(lambda x: net(x), jnp.ones((5, 2, 3)))).shape == (5, 2, 3)
+    assert int(net.n) == 0

@@ -194,6 +194,15 @@ def test_of_something_the_function_does_not_use() -> None:
     assert int(other.calls) == 0
 
 
+@pytest.mark.parametrize("of", [lambda m: mu.state(m), lambda m: m.w.value, lambda m: [], lambda m: {}, lambda m: 3])
+def test_of_what_is_no_node(of: Any) -> None:
+    net = Net()
+    with pytest.raises(errors.MutatisError) as caught:
+        mu.grad(lambda x: net(x), of=of(net))(0.7)
+    assert caught.value.cure
+    assert int(net.calls) == 0
+
+
 def test_of_and_argument_are_the_same_object() -> None:
     net = Net()
     of, by_argument = mu.grad(lambda m: m(0.7), argnums=0, of=net)(net)

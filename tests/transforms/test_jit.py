@@ -299,6 +299,26 @@ def test_static_arguments_of_other_types_are_told_apart() -> None:
     assert int(compiled(True)) == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"static_argnames": "nothing"}, {"static_argnums": 4}, {"donate_argnames": "nothing"}, {"donate_argnums": 4}],
+)
+def test_options_are_checked(options: Any) -> None:
+    def f(net: Any, x: Any) -> Any:
+        return x
+
+    with pytest.raises(ValueError, match="arg"):
+        jax.jit(f, **options)(1, 2)
+    with pytest.raises(ValueError, match="arg"):
+        mu.jit(f, **options)(Net(), 2)
+
+
+@pytest.mark.parametrize("bad", ["maybe", None, 3])
+def test_the_option_donate_is_checked(bad: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="donate"):
+        mu.jit(step, donate=bad)(Net(), 1.0)
+
+
 @pytest.mark.parametrize("options", [{"donate_argnums": 1}, {"donate_argnums": (1,)}, {"donate_argnames": "x"}])
 def test_donated_arguments(options: Any) -> None:
     net = Net()
@@ -619,3 +639,15 @@ def test_settings_of_jax_are_part_of_a_program() -> None:
         assert compiled(net, 1.0).dtype == jnp.float64
     assert compiled(net, 1.0).dtype == jnp.float32
     assert int(net.n) == 3
+
+
+def test_keep_unused_and_inline() -> None:
+    net = Net()
+    for options in ({"keep_unused": True}, {"inline": True}, {"keep_unused": True, "inline": True}):
+        compiled = mu.jit(step, **options)
+        assert float(compiled(net, 1.0)) == 3
+    inlined = mu.make_jaxpr(lambda x: mu.jit(lambda x: x * 2, inline=True)(x))(1.0)
+    called = mu.make_jaxpr(lambda x: mu.jit(lambda x: x * 2)(x))(1.0)
+    assert len(called.eqns) == 1
+    assert "jit" in str(called.eqns[0].primitive) or "pjit" in str(called.eqns[0].primitive)
+    assert [str(e.primitive) for e in inlined.eqns] == ["mul"]

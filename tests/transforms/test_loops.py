@@ -468,3 +468,22 @@ def test_eager_loops_of_other_modules_of_the_same_code() -> None:
         ys = mu.for_loop(lambda x: cell(x), XS)
         _, expected = jax.lax.scan(hand, start(w), XS)
         np.testing.assert_allclose(ys, expected, rtol=1e-5)
+
+
+def test_what_is_only_read_is_a_constant_of_the_loop() -> None:
+    cell = Cell()
+    jaxpr = mu.make_jaxpr(lambda c: mu.for_loop(lambda x: c(x), XS))(cell)
+    (scan,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    assert scan.params["num_carry"] == 2, "h and n"
+    assert scan.params["num_consts"] == 1, "w; the cache is not used"
+    assert len(jaxpr.out_avals) == 3
+
+
+def test_python_numbers_in_the_carry_are_promoted_as_in_jax() -> None:
+    f = lambda c, x: ((c[0] + 1, c[1] * x), c[0])  # noqa: E731
+    mine, theirs = mu.scan(f, (0, 1.0), XS), jax.lax.scan(f, (0, 1.0), XS)
+    assert jax.tree.map(jnp.result_type, mine) == jax.tree.map(jnp.result_type, theirs)
+    np.testing.assert_allclose(mine[0][1], theirs[0][1])
+    f = lambda c, x: (c * x, c)  # noqa: E731
+    mine, theirs = mu.scan(f, 1.0, XS), jax.lax.scan(f, 1.0, XS)
+    assert jax.tree.map(lambda x: x.dtype, mine) == jax.tree.map(lambda x: x.dtype, theirs)

@@ -9,7 +9,6 @@ import jax
 
 from mutatis.lifting import Packed, Site, Transformed
 from mutatis.transactions import place
-from mutatis.variables import raw_value
 
 
 def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -19,7 +18,7 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Args:
       f: the function.
-      *args: its arguments; `jax.ShapeDtypeStruct` will do for arrays.
+      *args: its arguments; `jax.ShapeDtypeStruct` will do for arrays, and a module of shapes for a module.
       **kwargs: its keyword arguments.
 
     Example:
@@ -31,12 +30,13 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
       ShapeDtypeStruct(shape=(100000, 100000), dtype=float32)
     """
     with Site("eval_shape", f, args, kwargs) as site:
+        cells = site.scope.cells
 
-        def pure(leaves: list[Any]) -> Any:
-            site.end, out, written = site.run({}, leaves)
+        def pure(values: list[Any], leaves: list[Any]) -> Any:
+            site.end, out, written = site.run(dict(zip(cells, values, strict=True)), leaves)
             return out, written
 
-        out, written = jax.eval_shape(pure, site.packed.leaves)
+        out, written = jax.eval_shape(pure, site.values(cells), site.packed.leaves)
         site.undo(keep=site.end.nodes)
         for cell, shape in zip(site.end.cells, written, strict=True):
             if cell in site.end.born:
@@ -81,8 +81,8 @@ def make_jaxpr(
                 site.end, out, written = site.run(overlay, call=lambda: function(*all_args, **new_kwargs))
                 return out, written
 
-            values = [raw_value(cell) for cell in cells]
-            jaxpr, shapes = jax.make_jaxpr(pure, axis_env=axis_env, return_shape=True)(values, packed.leaves)
+            trace = jax.make_jaxpr(pure, axis_env=axis_env, return_shape=True)
+            jaxpr, shapes = trace(site.values(cells), packed.leaves)
             site.undo()
             return (jaxpr, site.end.fill(shapes[0])) if return_shape else jaxpr
 

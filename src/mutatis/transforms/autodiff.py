@@ -119,6 +119,14 @@ class _Target:
 
     def __init__(self, name: str, value: Any, wrt: FilterLike, seen: set[Variable]) -> None:
         self.packed = Packed(value)
+        if name == "of" and (self.packed.leaves or not self.packed.nodes):
+            raise FilterError(
+                f"`of` cannot be a {type(value).__name__}",
+                path="of",
+                expected="a Module, a Variable, or a tuple, list or dict of them",
+                got=f"{value!r:.60}",
+                cure="Name what the function reads: `of=model`; arrays are differentiated as arguments, by `argnums`.",
+            )
         self.paths: list[dict[Path, Variable]] = []  # by node
         selects = as_filter(wrt)
         elsewhere = False

@@ -7,9 +7,12 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
+
 from mutatis import _compat
 from mutatis.compiling import Compiler
-from mutatis.lifting import Transformed
+from mutatis.errors import OptionError
+from mutatis.lifting import Transformed, function_name
 from mutatis.programs import Options
 
 
@@ -75,11 +78,21 @@ def jit(
     return Jitted(f, options)
 
 
+_OF_ARGUMENTS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
 _DEFAULTS = dict(jit.__kwdefaults__ or {})
 
 
 def _options(function: Any, options: dict[str, Any]) -> Options:
     given = {**_DEFAULTS, **options}
+    if given["donate"] not in ("auto", True, False):
+        raise OptionError(
+            f"`donate` cannot be {given['donate']!r}",
+            where=f"jit({function_name(function)})",
+            expected='"auto", True or False',
+            got=repr(given["donate"]),
+            cure='`mu.jit(f, donate="auto")`',
+        )
+    jax.jit(function, **{name: given[name] for name in _OF_ARGUMENTS})  # checks that there are such arguments
     static_numbers, static_names = _both(function, given["static_argnums"], given["static_argnames"])
     donated_numbers, donated_names = _both(function, given["donate_argnums"], given["donate_argnames"])
     where = {key: given[key] for key in ("device", "backend") if given[key] is not None}
