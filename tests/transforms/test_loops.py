@@ -474,8 +474,8 @@ def test_what_is_only_read_is_a_constant_of_the_loop() -> None:
     cell = Cell()
     jaxpr = mu.make_jaxpr(lambda c: mu.for_loop(lambda x: c(x), XS))(cell)
     (scan,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
-    assert scan.params["num_carry"] == 2, "h and n"
-    assert scan.params["num_consts"] == 1, "w; the cache is not used"
+    assert len(scan.invars) == 4, "w, h and n, the slices; the cache is not used"
+    assert len(scan.outvars) == 3, "h and n, the results"
     assert len(jaxpr.out_avals) == 3
 
 
