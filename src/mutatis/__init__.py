@@ -56,7 +56,15 @@ from mutatis.transforms.autodiff import value_and_grad as value_and_grad
 from mutatis.transforms.batching import vmap as vmap
 from mutatis.transforms.branches import cond as cond
 from mutatis.transforms.branches import switch as switch
+from mutatis.transforms.custom_rules import custom_jvp as custom_jvp
+from mutatis.transforms.custom_rules import custom_vjp as custom_vjp
+from mutatis.transforms.derivatives import jvp as jvp
+from mutatis.transforms.derivatives import linearize as linearize
+from mutatis.transforms.derivatives import vjp as vjp
 from mutatis.transforms.functionalize import functionalize as functionalize
+from mutatis.transforms.jacobians import hessian as hessian
+from mutatis.transforms.jacobians import jacfwd as jacfwd
+from mutatis.transforms.jacobians import jacrev as jacrev
 from mutatis.transforms.jit import jit as jit
 from mutatis.transforms.loops import for_loop as for_loop
 from mutatis.transforms.loops import fori_loop as fori_loop
@@ -67,6 +75,14 @@ from mutatis.transforms.rematerialize import remat as remat
 from mutatis.variables import Variable as Variable
 
 __all__ = [
+    "custom_vjp",
+    "custom_jvp",
+    "jacrev",
+    "jacfwd",
+    "hessian",
+    "vjp",
+    "linearize",
+    "jvp",
     "All",
     "Any",
     "BatchStat",

@@ -23,7 +23,7 @@ import os
 import types
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -198,7 +198,7 @@ class Site:
         self._contents = Contents(self.scope.containers, copies=True)
         self._journal: list[tuple[Any, str, Any]] = []
 
-    def __enter__(self) -> Site:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:

@@ -32,6 +32,7 @@ class Wrapped:
 
     __wrapped__: Any
     remake: Callable[..., Any]
+    rules: tuple[Any, ...] = ()  # further functions that it runs: what they name is captured too
     _bindings: Any = None  # as a module's
     _mutatis_node_: ClassVar[bool] = True
 

@@ -15,6 +15,7 @@ import jax
 from mutatis import transactions
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.lifting import End, Site
+from mutatis.transactions import Transaction
 from mutatis.values import same_type, show_type
 from mutatis.variables import Variable, raw_value
 
@@ -55,7 +56,12 @@ class Staged:
 
 
 def stage(
-    site: Site, cells: Sequence[Variable], types: Mapping[Any, Any], leaves: Any, call: Callable[[Any], Any]
+    site: Site,
+    cells: Sequence[Variable],
+    types: Mapping[Any, Any],
+    leaves: Any,
+    call: Callable[[Any], Any],
+    make: Callable[..., Transaction] = Transaction,
 ) -> Staged:
     """Trace ``call(leaves)`` with the cells as inputs.
 
@@ -65,13 +71,14 @@ def stage(
       types: values or shapes for cells, where they are not what the cells hold now.
       leaves: values or shapes of the arguments' leaves.
       call: runs the user's function.
+      make: makes the transaction.
     """
     inputs = list(cells)
     while True:
         ends: list[End] = []
 
         def pure(values: list[Any], leaves: Any, inputs: list[Variable] = inputs, ends: list[End] = ends) -> Any:
-            end, out, written = site.run(dict(zip(inputs, values, strict=True)), call=lambda: call(leaves))
+            end, out, written = site.run(dict(zip(inputs, values, strict=True)), call=lambda: call(leaves), make=make)
             ends.append(end)
             return out, written
 

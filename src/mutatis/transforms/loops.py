@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mutatis import transactions
 from mutatis.axes import StateAxes, assign_axes, check_axis
 from mutatis.control import compiled, runs_eagerly
-from mutatis.errors import StateTypeError, StructureError
+from mutatis.errors import OptionError, StateTypeError, StructureError
 from mutatis.lifting import Packed, Site
 from mutatis.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
 from mutatis.variables import Variable
@@ -32,6 +32,7 @@ def scan(
     _split_transpose: bool = False,
     *,
     states: Any = None,
+    checkpoint_every: int | None = None,
 ) -> tuple[Any, Any]:
     """Loop over leading axes with a carry; as `jax.lax.scan`, with states.
 
@@ -43,6 +44,8 @@ def scan(
       init, xs, length, reverse, unroll: as in `jax.lax.scan`.
       states: `StateAxes`, or pairs of a node and `StateAxes`, for captured states and for modules in `xs`: an int slices
         a state along that axis, `mu.Carry` carries it.
+      checkpoint_every: for gradients, keep what is carried only every so many iterations, and compute the rest again in
+        the backward pass: memory for ``length / n + n`` carries instead of ``length``.
 
     Raises:
       StateTypeError: the body changes a state's shape or dtype; the message gives the cast.
@@ -62,7 +65,16 @@ def scan(
         "reverse": reverse,
         "unroll": unroll,
         "_split_transpose": _split_transpose,
+        "checkpoint_every": checkpoint_every,
     }
+    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1):
+        raise OptionError(
+            f"`checkpoint_every` cannot be {checkpoint_every!r}",
+            where="scan",
+            expected="a positive int, or None",
+            got=repr(checkpoint_every),
+            cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
+        )
     if runs_eagerly() and states is None:
         return compiled("scan", _scan_compiled, (f,), options, init, xs)  # type: ignore[no-any-return]
     return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
@@ -113,6 +125,7 @@ def _scan(
     unroll: int | bool,
     states: Any,
     _split_transpose: bool = False,
+    checkpoint_every: int | None = None,
 ) -> tuple[Any, Any]:
     with Site(name, f, others=[("init", init), ("xs", xs)]) as site:
         carry, slices = Packed(init), Packed(xs)
@@ -165,20 +178,42 @@ def _scan(
             out, new = staged(now, (leaves, x_leaves))
             return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in stacked])
 
-        (last, leaves), (ys, new_stacks) = jax.lax.scan(
-            step,
-            ([values[cell] for cell in carried], carry.leaves),
-            ([*stacks.values()], slices.leaves),
-            count,
-            reverse,
-            unroll,
-            _split_transpose,
-        )
+        def loop(start: Any, x: Any, length: int) -> Any:
+            return jax.lax.scan(step, start, x, length, reverse, unroll, _split_transpose)
+
+        start = [values[cell] for cell in carried], carry.leaves
+        x = [*stacks.values()], slices.leaves
+        (last, leaves), (ys, new_stacks) = _in_blocks(loop, start, x, count, checkpoint_every, reverse)
         new = dict(zip(carried, last, strict=True))
         new |= {cell: _from_front(stack, sliced[cell]) for cell, stack in zip(stacked, new_stacks, strict=True)}
         for cell in written:
             transactions.write(cell, new[cell])
         return end.fill([*leaves, *ys])  # type: ignore[no-any-return]
+
+
+def _in_blocks(loop: Callable[..., Any], start: Any, xs: Any, count: int, size: int | None, reverse: bool) -> Any:
+    """Run a loop in checkpointed blocks: a scan over whole blocks, and one that is shorter at the end."""
+    if size is None or count == 0:
+        return loop(start, xs, count)
+    number = count // size
+    whole = number * size
+    block = jax.checkpoint(loop, static_argnums=2)
+
+    def blocks(carry: Any) -> Any:
+        stacked = jax.tree.map(lambda x: x[:whole].reshape(number, size, *x.shape[1:]), xs)
+        carry, ys = jax.lax.scan(lambda carry, x: block(carry, x, size), carry, stacked, number, reverse)
+        return carry, jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
+
+    def rest(carry: Any) -> Any:
+        return block(carry, jax.tree.map(lambda x: x[whole:], xs), count - whole)
+
+    parts = [part for part, length in ((blocks, whole), (rest, count - whole)) if length]
+    results = []
+    for part in reversed(parts) if reverse else parts:
+        start, ys = part(start)
+        results.append(ys)
+    ordered = reversed(results) if reverse else results
+    return start, jax.tree.map(lambda *ys: jax.lax.concatenate(ys, 0), *ordered)
 
 
 def _to_front(value: Any, axis: int) -> Any:

@@ -1,0 +1,140 @@
+"""`mu.jvp`, `mu.vjp`, `mu.linearize`: the derivative of a stateful function as a linear map.
+
+The function runs once, and what it writes is written once. The linear maps write nothing, however often they are applied.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from mutatis.differentiation import Differentiation, Form
+from mutatis.filters import FilterLike
+from mutatis.kinds import Param
+
+
+def jvp(
+    fun: Callable[..., Any],
+    primals: Sequence[Any],
+    tangents: Any,
+    has_aux: bool = False,
+    *,
+    wrt: FilterLike = Param,
+    of: Any = None,
+) -> tuple[Any, ...]:
+    """The value of a function and its derivative along tangents; as `jax.jvp`, with states.
+
+    Args:
+      fun: the function; its result is differentiated, or the first of a pair, if `has_aux`.
+      primals: its positional arguments.
+      tangents: a tangent for each, in its structure, with a `State` of tangents for the states that `wrt` selects in the
+        place of each Module or Variable; with `of`, a pair of a State for it and these (a State only, without primals).
+      has_aux: as in `jax.jvp`.
+      wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
+      of: nodes that the function names and that are differentiated besides.
+
+    Returns:
+      The value and its tangent (and the auxiliary result). What `fun` writes has no tangent outside: return it to get one.
+
+    Raises:
+      StructureError: the tangents do not fit.
+      FilterError: an argument holds nothing to differentiate.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> w = mu.Param(jnp.array([1.0, 2.0]))
+      >>> mu.jvp(lambda v, x: jnp.sum(v * x), (w, 3.0), (mu.state(w), 0.0))
+      (Array(9., dtype=float32), Array(9., dtype=float32))
+    """
+    with _site("jvp", fun, tuple(primals), has_aux, wrt, of) as site:
+        given = site.form.to_inputs(tangents)
+        out, tangent, aux = jax.jvp(site.pure, (site.inputs,), (given,), has_aux=True)
+        return _result(site, out, aux, has_aux, site.form.of_outputs(tangent))
+
+
+def vjp(
+    fun: Callable[..., Any],
+    *primals: Any,
+    has_aux: bool = False,
+    reduce_axes: Sequence[Any] = (),
+    wrt: FilterLike = Param,
+    of: Any = None,
+) -> tuple[Any, ...]:
+    """The value of a function and its pullback; as `jax.vjp`, with states.
+
+    Args:
+      fun: the function; its result is differentiated, or the first of a pair, if `has_aux`.
+      *primals: its positional arguments.
+      has_aux: as in `jax.vjp`.
+      reduce_axes: as in `jax.vjp`.
+      wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
+      of: nodes that the function names and that are differentiated besides.
+
+    Returns:
+      The value and the pullback (and the auxiliary result). The pullback takes a cotangent of the value and gives a tuple of
+      cotangents of the primals, with a `State` for each Module or Variable; with `of`, a pair of a State for it and that
+      tuple (a State only, without primals).
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> w = mu.Param(jnp.array([1.0, 2.0]))
+      >>> value, pullback = mu.vjp(lambda v, x: v * x, w, 3.0)
+      >>> for_w, for_x = pullback(jnp.array([1.0, 0.0]))
+      >>> for_w[()], for_x
+      (Array([3., 0.], dtype=float32), Array(1., dtype=float32))
+    """
+    with _site("vjp", fun, primals, has_aux, wrt, of) as site:
+        out, pull, aux = jax.vjp(site.pure, site.inputs, has_aux=True, reduce_axes=reduce_axes)
+        linear = jax.tree_util.Partial(functools.partial(_pull_back, site.form), pull)
+        return _result(site, out, aux, has_aux, linear)
+
+
+def _pull_back(form: Form, pull: Any, cotangent: Any) -> Any:
+    (inputs,) = pull(form.to_outputs(cotangent))
+    return form.of_inputs(inputs)
+
+
+def linearize(
+    fun: Callable[..., Any], *primals: Any, has_aux: bool = False, wrt: FilterLike = Param, of: Any = None
+) -> tuple[Any, ...]:
+    """The value of a function and its derivative there as a function of tangents; as `jax.linearize`, with states.
+
+    Args:
+      fun: the function; its result is differentiated, or the first of a pair, if `has_aux`.
+      *primals: its positional arguments.
+      has_aux: as in `jax.linearize`.
+      wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
+      of: nodes that the function names and that are differentiated besides; their tangents, a State, come first.
+
+    Returns:
+      The value and the linear map (and the auxiliary result). The map takes a tangent for each primal, as `mu.jvp`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> w = mu.Param(2.0)
+      >>> value, along = mu.linearize(lambda v, x: v * x, w, 3.0)
+      >>> value, along(mu.state(w), 1.0)
+      (Array(6., dtype=float32), Array(8., dtype=float32))
+    """
+    with _site("linearize", fun, primals, has_aux, wrt, of) as site:
+        out, push, aux = jax.linearize(site.pure, site.inputs, has_aux=True)
+        linear = jax.tree_util.Partial(functools.partial(_push_forward, site.form, of is not None), push)
+        return _result(site, out, aux, has_aux, linear)
+
+
+def _push_forward(form: Form, has_of: bool, push: Any, *tangents: Any) -> Any:
+    given = (tangents[0], tangents[1:]) if has_of and len(tangents) > 1 else tangents[0] if has_of else tangents
+    return form.of_outputs(push(form.to_inputs(given)))
+
+
+def _site(name: str, fun: Any, primals: tuple[Any, ...], has_aux: bool, wrt: FilterLike, of: Any) -> Differentiation:
+    numbers = tuple(range(len(primals)))
+    return Differentiation(name, fun, primals, {}, argnums=numbers, has_aux=has_aux, wrt=wrt, of=of)
+
+
+def _result(site: Differentiation, out: Sequence[Any], aux: Any, has_aux: bool, linear: Any) -> tuple[Any, ...]:
+    result = site.finish(out, aux)
+    return (result[0], linear, result[1]) if has_aux else (result, linear)
