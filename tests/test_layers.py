@@ -20,7 +20,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "mutatis"
 # Row -> its modules, lowest first. Within a row none imports another, but for OPEN_PACKAGES and SIBLINGS.
 ROWS: dict[float, tuple[str, ...]] = {
     0.0: ("errors", "typing", "config", "_compat"),
-    0.5: ("cells", "naming", "containers"),
+    0.5: ("cells", "naming", "containers", "interrupts"),
     1.0: ("transactions",),
     1.5: ("values",),
     2.0: ("variables",),

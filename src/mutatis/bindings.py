@@ -44,12 +44,19 @@ class Layout:
 
 
 class Split:
-    """A binding's cells divided for one variant of its program."""
+    """A binding's cells divided for one variant of its program.
 
-    __slots__ = ("donating_at", "read", "variant", "written")
+    Args:
+      cells: the binding's cells.
+      variant: the variant.
+      number: the number of the record.
+    """
 
-    def __init__(self, cells: list[Variable], variant: Variant) -> None:
+    __slots__ = ("donating_at", "first", "read", "variant", "written")
+
+    def __init__(self, cells: list[Variable], variant: Variant, number: int) -> None:
         self.variant = variant
+        self.first = None if number in variant.called else number  # JAX makes the first call of a program in Python
         self.written = [cells[i] for i in variant.written]
         taken = set(variant.written)
         self.read = [cell for i, cell in enumerate(cells) if i not in taken]

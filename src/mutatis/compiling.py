@@ -15,7 +15,7 @@ import sys
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import starmap
 from typing import Any
 
@@ -28,6 +28,7 @@ from mutatis.bindings import Binding, Layout, Request, Split
 from mutatis.captures import Captures, Slot, search
 from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock, take
 from mutatis.errors import CapturedStateWarning
+from mutatis.interrupts import held_back
 from mutatis.lifting import Packed, Site, function_name
 from mutatis.modules import is_node
 from mutatis.programs import FoundStates, NeedsTraceError, Options, Program, calls, replay
@@ -289,7 +290,7 @@ class Compiler:
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
-        binding.split = Split(binding.cells, program.variant_for(record))
+        binding.split = Split(binding.cells, program.variant_for(record), number)
         return binding.split
 
     def _dispatch(self, request: Request, flat: list[Any]) -> Any:
@@ -302,7 +303,7 @@ class Compiler:
         except NeedsTraceError:
             number, made, leaves = self._launch(binding.cells, self._prepare(request, flat), program, flat)
         record = program.records[number]
-        if record.plain:
+        if record.plain and record.out.plain:
             return record.structure[0].unflatten(leaves)
         return replay(record, binding.cells, binding.live_objects(), made, leaves)
 
@@ -314,23 +315,31 @@ class Compiler:
         variant = split.variant
         written = split.written
         donating = bool(variant.donated) and _donation_is_safe()
+        values: list[Any] = []
         jitted = variant.jitted if donating or not variant.donated else program.plain
         box: list[Any] = []
         lease = my_lease()
         exposed: list[int] = []
         try:
             take(lease, written, split.read, donating, exposed)
-            values = [cell._value for cell in cells]
+            values += [cell._value for cell in cells]
             if exposed and donating:
                 places = [p for i in exposed if (p := split.donating_at[i]) is not None]
                 for place, value in zip(places, _copy([values[p] for p in places]), strict=True):
                     values[place] = value
             values += flat
-            # In one C call, so that an interrupt comes before the launch or after its results are kept.
-            box.extend(starmap(jitted, (values,)))
+            if split.first is not None:
+                jitted.lower(*values).compile()
+                with held_back():
+                    box.append(jitted(*values))
+                variant.called.add(split.first)
+                split.first = None
+            else:
+                # In one C call, so that an interrupt comes before the launch or after its results are kept.
+                box.extend(starmap(jitted, (values,)))
             if variant.waits:
                 jax.block_until_ready(box)
-            ((number, (new, made, leaves)),) = box[0].items()
+            number, new, made, leaves = _received(box, program, values)
             if lease.broken:
                 _commit_unbroken(lease, written, new)
             else:
@@ -339,8 +348,7 @@ class Compiler:
             return number, made, leaves
         except BaseException:
             if box and not variant.waits:
-                ((_, (new, _, _)),) = box[0].items()
-                deque(map(_set_value, written, new), 0)
+                deque(map(_set_value, written, _received(box, program, values)[1]), 0)
             else:
                 expose([written[i] for i in exposed])
             raise
@@ -355,7 +363,8 @@ class Compiler:
         values = [raw_value(cell) for cell in binding.cells]
         ((number, (new, made, leaves)),) = program.plain(*values, *flat).items()
         record = program.records[number]
-        for index, value in zip(record.written, new, strict=True):
+        before = [values[index] for index in record.written]
+        for index, value in zip(record.written, record.new.receive(new, before), strict=True):
             transactions.write(binding.cells[index], value)
         return replay(record, binding.cells, binding.live_objects(), made, leaves)
 
@@ -368,7 +377,16 @@ class Compiler:
             return site.commit(end, values, leaves)
 
 
-def _commit_unbroken(lease: Any, written: list[Variable], new: list[Any]) -> None:
+def _received(box: list[Any], program: Program, values: list[Any]) -> tuple[int, Sequence[Any], Any, Any]:
+    """What a program returned: the number of its record, the written values, and the arrays of the rest."""
+    ((number, (new, made, leaves)),) = box[0].items()
+    record = program.records[number]
+    if not record.new.plain:
+        new = record.new.receive(new, [values[index] for index in record.written])
+    return number, new, made, leaves
+
+
+def _commit_unbroken(lease: Any, written: list[Variable], new: Sequence[Any]) -> None:
     """Commit, except to cells that somebody else wrote while the program ran: theirs is the later write."""
     for cell, value in zip(written, new, strict=True):
         if cell._lease is lease:

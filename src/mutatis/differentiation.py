@@ -25,6 +25,13 @@ from mutatis.state import State
 from mutatis.variables import Variable, raw_value
 
 
+class _Unsaid(int):
+    """The default of `argnums`, equal to 0: with `of` it means none."""
+
+
+UNSAID = _Unsaid(0)
+
+
 class Target:
     """What is differentiated of one argument, or of what `of` names: its structure, and the selected states by node."""
 
@@ -133,7 +140,7 @@ class Differentiation(Site):
       function: the user's function.
       args: its positional arguments.
       kwargs: its keyword arguments.
-      argnums: which of them are differentiated: a number, several, or None for none.
+      argnums: which of them are differentiated: a number, or several; with `of`, `UNSAID` means none.
       has_aux: whether the function returns a pair, of which the second is not differentiated.
       wrt: which states of modules are differentiated; a tuple gives one filter for each of several `argnums`.
       of: nodes that are differentiated besides, though they are no arguments.
@@ -146,7 +153,7 @@ class Differentiation(Site):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        argnums: int | Sequence[int] | None,
+        argnums: int | Sequence[int],
         has_aux: bool,
         wrt: FilterLike,
         of: Any,
@@ -154,7 +161,9 @@ class Differentiation(Site):
         super().__init__(name, function, args, kwargs, others=[] if of is None else [("of", of)])
         self._has_aux = has_aux
         self._several = not isinstance(argnums, int)
-        wanted = [] if argnums is None else [argnums] if isinstance(argnums, int) else [*argnums]
+        wanted = [argnums] if isinstance(argnums, int) else [*argnums]
+        if of is not None and argnums is UNSAID:
+            wanted = []
         self._numbers = [_position(name, function, number, len(args)) for number in wanted]
         each = isinstance(wrt, tuple) and self._several and len(wrt) == len(wanted)
         filters = list(wrt) if each else [wrt] * len(wanted)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -130,24 +130,97 @@ class Options:
         ]
 
 
+class Crossing:
+    """How values come out of a program: as plain arrays.
+
+    Python's own pytree nodes and typed random keys among the results would take JAX's compiled call off its fast path, on which
+    it runs no Python code: it is slower then, and an interrupt inside it loses the results.
+
+    Args:
+      values: the traced values.
+      before: for each what it was when it came in, or None; a key that is still the same does not go out.
+    """
+
+    __slots__ = ("_parts", "arrays", "keyed", "plain")
+
+    def __init__(self, values: Sequence[Any], before: Sequence[Any] | None = None) -> None:
+        self.arrays: list[Any] = []
+        self.keyed: list[bool] = []  # by value: whether it holds random keys
+        self._parts: list[tuple[Any, list[Any]]] = []  # the structure of each value, and where its leaves come from
+        self.plain = True
+        for index, value in enumerate(values):
+            leaves, treedef = jax.tree.flatten(value)
+            old = [] if before is None else jax.tree.leaves(before[index])
+            sources = [self._send(leaf, old) for leaf in leaves]
+            self.keyed.append(any(source is not None for source in sources))
+            self.plain = self.plain and sources == [None] and treedef == _ONE_LEAF
+            self._parts.append((treedef, sources))
+
+    def _send(self, leaf: Any, old: list[Any]) -> Any:
+        if not (hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
+            self.arrays.append(leaf)
+            return None
+        for index, known in enumerate(old):
+            if known is leaf:
+                return index
+        self.arrays.append(jax.random.key_data(leaf))
+        return jax.random.key_impl(leaf)
+
+    def receive(self, arrays: Sequence[Any], before: Sequence[Any] | None = None) -> Sequence[Any]:
+        """The values, of what JAX gave back."""
+        if self.plain:
+            return arrays
+        rest = iter(arrays)
+        values = []
+        for index, (treedef, sources) in enumerate(self._parts):
+            old = [] if before is None else jax.tree.leaves(before[index])
+            values.append(jax.tree.unflatten(treedef, [_received(source, rest, old) for source in sources]))
+        return values
+
+
+_ONE_LEAF = jax.tree.structure(0)
+
+
+def _received(source: Any, arrays: Iterator[Any], old: list[Any]) -> Any:
+    if source is None:
+        return next(arrays)
+    return old[source] if isinstance(source, int) else jax.random.wrap_key_data(next(arrays), impl=source)
+
+
 class Record:
     """One trace of a program: which values it returns, and what it did besides.
 
     Args:
       written: the numbers of the cells that are written, in the order in which their values are returned.
       same_type: those of them whose type stays the same.
+      crossings: how the written values, those of the cells that were made, and the leaves of the result come out.
       made: the specifications of the cells that were made.
       out: the structure of the user's result, with the specifications of the nodes in it.
       changes: what became of attributes and containers.
       marks: the cells that were frozen or thawed, by number, with their new marks.
     """
 
-    __slots__ = ("changes", "made", "marks", "nodes", "plain", "same_type", "structure", "waits", "written")
+    __slots__ = (
+        "born",
+        "changes",
+        "donatable",
+        "made",
+        "marks",
+        "new",
+        "nodes",
+        "out",
+        "plain",
+        "same_type",
+        "structure",
+        "waits",
+        "written",
+    )
 
     def __init__(
         self,
         written: list[int],
         same_type: list[int],
+        crossings: tuple[Crossing, Crossing, Crossing],
         made: list[tuple[int, Spec]],
         structure: Any,
         nodes: tuple[Spec, ...],
@@ -156,6 +229,9 @@ class Record:
     ) -> None:
         self.written = tuple(written)
         self.same_type = tuple(same_type)
+        self.new, self.born, self.out = crossings
+        keyed = {number for number, holds in zip(written, self.new.keyed, strict=True) if holds}
+        self.donatable = tuple(number for number in same_type if number not in keyed)
         self.made = made
         self.structure = structure
         self.nodes = nodes
@@ -168,15 +244,16 @@ class Record:
 class Variant:
     """One way to call a program: with these cells written and these buffers donated."""
 
-    __slots__ = ("donated", "jitted", "retypes", "waits", "written")
+    __slots__ = ("called", "donated", "jitted", "retypes", "waits", "written")
 
     def __init__(self, program: Program, record: Record) -> None:
+        self.called: set[int] = set()  # the numbers of the records for which it was called
         self.written = record.written
         self.retypes = len(record.same_type) < len(record.written)  # some cell holds another type afterwards
         self.waits = record.waits
         donate = program.options.donate
         donates = donate is True or (donate == "auto" and not record.waits)
-        self.donated = frozenset(record.same_type) if donates else frozenset()
+        self.donated = frozenset(record.donatable) if donates else frozenset()
         self.jitted = program.make_jit(tuple(sorted(self.donated)))
 
 
@@ -239,8 +316,7 @@ class Program:
                 out = request.run(flat[self.count :])
                 tx.settle()
                 packed = Packed(out)
-                leaves = self.options.constrain_outputs(packed)
-                record, new, made = self._describe(scope, tx, packed, contents, flat)
+                record = self._describe(scope, tx, packed, contents, flat)
             finally:
                 for container, then in contents.changed():
                     tx.note(container, "", then)
@@ -249,12 +325,14 @@ class Program:
                 raise FoundStates(list(tx.found))
             number = next(self._numbers)
             self.records[number] = record
-            return {number: (new, made, leaves)}
+            out = record.new.arrays, record.born.arrays, record.out.arrays
+            record.new.arrays = record.born.arrays = record.out.arrays = []
+            return {number: out}
 
     def _describe(
         self, scope: Scope, tx: CompiledTransaction, packed: Packed, contents: Contents, flat: Sequence[Any]
-    ) -> tuple[Record, list[Any], list[Any]]:
-        """Everything that the trace did, as a record and lists of arrays."""
+    ) -> Record:
+        """Everything that the trace did."""
         known = scope.encoder
         encoder = Encoder(thread=True)
         encoder.know(known)
@@ -286,7 +364,12 @@ class Program:
                 tx.found[cell] = None
         made = [tx.values.get(cell, UNSET) for cell in made_cells]
         specs = [(encoder.cells[cell], cell_spec(cell)) for cell in made_cells]
-        return Record(numbers, same, specs, packed.structure, nodes, changes, marks), new, made
+        crossings = (
+            Crossing(new, [flat[number] for number in numbers]),
+            Crossing(made),
+            Crossing(self.options.constrain_outputs(packed)),
+        )
+        return Record(numbers, same, crossings, specs, packed.structure, nodes, changes, marks)
 
     def _keep_placement(self, number: int, value: Any) -> Any:
         shardings = self.placements[number]
@@ -318,19 +401,20 @@ def _same_avals(old: Any, new: Any) -> bool:
     return tree == other and all(jax.typeof(a) == jax.typeof(b) for a, b in zip(before, after, strict=True))
 
 
-def replay(record: Record, cells: list[Any], objects: list[Any], made: list[Any], leaves: list[Any]) -> Any:
+def replay(record: Record, cells: list[Any], objects: list[Any], made: Sequence[Any], leaves: Sequence[Any]) -> Any:
     """Do to the user's objects what the trace did, and rebuild the result.
 
     Args:
       record: what the trace did.
       cells: the cells of the call.
       objects: its modules, lists and dicts, by number.
-      made: the values of the cells that were made.
-      leaves: the leaves of the result.
+      made: the values of the cells that were made, as they came out.
+      leaves: the leaves of the result, as they came out.
     """
+    leaves = record.out.receive(leaves)
     if record.plain:
         return record.structure[0].unflatten(leaves)
-    values = {number: value for (number, _), value in zip(record.made, made, strict=True)}
+    values = {number: value for (number, _), value in zip(record.made, record.born.receive(made), strict=True)}
 
     def make(number: int, spec: Spec) -> Variable:
         cell = make_cell(spec)

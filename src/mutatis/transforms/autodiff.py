@@ -8,22 +8,15 @@ from typing import Any
 
 import jax
 
-from mutatis.differentiation import Differentiation
+from mutatis.differentiation import UNSAID, Differentiation
 from mutatis.filters import FilterLike
 from mutatis.kinds import Param
 from mutatis.lifting import Transformed
 
 
-class _Unsaid(int):
-    """The default of `argnums`, equal to 0: with `of` it means none."""
-
-
-_UNSAID = _Unsaid(0)
-
-
 def value_and_grad(
     f: Callable[..., Any] | None = None,
-    argnums: int | Sequence[int] = _UNSAID,
+    argnums: int | Sequence[int] = UNSAID,
     has_aux: bool = False,
     holomorphic: bool = False,
     allow_int: bool = False,
@@ -63,7 +56,7 @@ def value_and_grad(
 
 def grad(
     f: Callable[..., Any] | None = None,
-    argnums: int | Sequence[int] = _UNSAID,
+    argnums: int | Sequence[int] = UNSAID,
     has_aux: bool = False,
     holomorphic: bool = False,
     allow_int: bool = False,
@@ -117,8 +110,7 @@ def _differentiate(
     **options: Any,
 ) -> tuple[Any, Any]:
     """The value and the gradient of one call."""
-    numbers = None if of is not None and argnums is _UNSAID else argnums
-    with Differentiation(name, function, args, kwargs, argnums=numbers, has_aux=has_aux, wrt=wrt, of=of) as site:
+    with Differentiation(name, function, args, kwargs, argnums=argnums, has_aux=has_aux, wrt=wrt, of=of) as site:
         transform = jax.value_and_grad(site.pure_scalar, has_aux=True, **options)
         (value, aux), gradient = transform(site.inputs)
         return site.finish([value], aux), site.form.of_inputs(gradient)

@@ -83,8 +83,8 @@ def vjp(
       >>> w = mu.Param(jnp.array([1.0, 2.0]))
       >>> value, pullback = mu.vjp(lambda v, x: v * x, w, 3.0)
       >>> for_w, for_x = pullback(jnp.array([1.0, 0.0]))
-      >>> for_w[()], for_x
-      (Array([3., 0.], dtype=float32), Array(1., dtype=float32))
+      >>> for_w[()], float(for_x)
+      (Array([3., 0.], dtype=float32), 1.0)
     """
     with _site("vjp", fun, primals, has_aux, wrt, of) as site:
         out, pull, aux = jax.vjp(site.pure, site.inputs, has_aux=True, reduce_axes=reduce_axes)

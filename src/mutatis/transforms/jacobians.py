@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mutatis.differentiation import Differentiation
+from mutatis.differentiation import UNSAID, Differentiation
 from mutatis.filters import FilterLike
 from mutatis.kinds import Param
 from mutatis.lifting import Transformed
@@ -16,7 +16,7 @@ from mutatis.lifting import Transformed
 
 def jacfwd(
     fun: Callable[..., Any] | None = None,
-    argnums: int | Sequence[int] | None = None,
+    argnums: int | Sequence[int] = UNSAID,
     has_aux: bool = False,
     holomorphic: bool = False,
     *,
@@ -30,8 +30,7 @@ def jacfwd(
 
     Args:
       fun: a function with an array or a pytree of arrays as its result, or a pair of that and anything, if `has_aux`.
-      argnums: as in `jax.jacfwd`: 0, unless `of` is given.
-      has_aux, holomorphic: as in `jax.jacfwd`.
+      argnums, has_aux, holomorphic: as in `jax.jacfwd`.
       wrt, of: as in `mu.grad`.
 
     Example:
@@ -46,7 +45,7 @@ def jacfwd(
 
 def jacrev(
     fun: Callable[..., Any] | None = None,
-    argnums: int | Sequence[int] | None = None,
+    argnums: int | Sequence[int] = UNSAID,
     has_aux: bool = False,
     holomorphic: bool = False,
     allow_int: bool = False,
@@ -68,7 +67,7 @@ def jacrev(
 
 def hessian(
     fun: Callable[..., Any] | None = None,
-    argnums: int | Sequence[int] | None = None,
+    argnums: int | Sequence[int] = UNSAID,
     has_aux: bool = False,
     holomorphic: bool = False,
     *,
@@ -96,8 +95,6 @@ def _transform(
     remake = functools.partial(public, **options, **passed)
     if fun is None:
         return remake
-    if options["argnums"] is None and options["of"] is None:
-        options = {**options, "argnums": 0}
 
     def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with Differentiation(public.__name__, function, args, kwargs, **options) as site:
