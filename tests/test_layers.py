@@ -31,7 +31,7 @@ ROWS: dict[float, tuple[str, ...]] = {
     6.0: ("state",),
     7.0: ("captures",),
     7.5: ("lifting",),
-    7.6: ("programs", "staging", "axes", "differentiation"),
+    7.6: ("programs", "staging", "axes", "differentiation", "lanes"),
     7.7: ("bindings",),
     7.8: ("compiling",),
     7.9: ("control",),

@@ -8,6 +8,7 @@ from mutatis import nn as nn
 from mutatis.axes import Carry as Carry
 from mutatis.axes import Shared as Shared
 from mutatis.axes import StateAxes as StateAxes
+from mutatis.axes import StateSharding as StateSharding
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
 from mutatis.filters import All as All
@@ -72,9 +73,12 @@ from mutatis.transforms.loops import scan as scan
 from mutatis.transforms.loops import while_loop as while_loop
 from mutatis.transforms.mapping import map as map
 from mutatis.transforms.rematerialize import remat as remat
+from mutatis.transforms.sharded import shard_map as shard_map
 from mutatis.variables import Variable as Variable
 
 __all__ = [
+    "shard_map",
+    "StateSharding",
     "custom_vjp",
     "custom_jvp",
     "jacrev",

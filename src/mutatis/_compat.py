@@ -27,6 +27,7 @@ __all__ = [
     "is_batched",
     "is_staging",
     "raw_transform_name",
+    "varying_axes",
     "weak_trace",
 ]
 
@@ -76,6 +77,11 @@ def raw_transform_name(trace: Any) -> str:
 def is_batched(value: Any, trace: Any) -> bool:
     """Whether `value` differs per lane of the `jax.vmap` that made `trace`."""
     return isinstance(value, batching.BatchTracer) and value._trace is trace and value.batch_dim is not None
+
+
+def varying_axes(value: Any) -> frozenset[Any]:
+    """The mesh axes of a `shard_map` along which a value differs from device to device; the types show them (``V:x``)."""
+    return frozenset(jax.typeof(value).mat.varying)
 
 
 def has_host_callback(jaxpr: Any) -> bool:

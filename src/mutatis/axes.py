@@ -1,9 +1,9 @@
-"""Axes for states: how `vmap` and `scan` are told which states are split, shared or carried."""
+"""Axes for states: how `vmap`, `scan` and `shard_map` are told which states are split, shared or carried."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 
@@ -12,6 +12,7 @@ from mutatis.errors import AxisError
 from mutatis.filters import Filter, FilterLike, Path, as_filter
 from mutatis.graph import variables
 from mutatis.lifting import Site
+from mutatis.modules import is_node
 from mutatis.variables import Variable, raw_value, spelled
 
 
@@ -33,8 +34,44 @@ Carry = _Mark("Carry", "In `scan`: the state is carried from one iteration to th
 Shared = _Mark("Shared", "In `vmap`: a random stream that all lanes draw alike from.")
 
 
-class StateAxes:
-    """Axes by filter: the first filter that selects a state decides.
+class ByFilter:
+    """Something for each state, by filter: the first filter that selects a state decides."""
+
+    __slots__ = ("_entries",)
+    _expected: ClassVar[str]
+    _example: ClassVar[str]
+
+    def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
+        self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())
+        for _, entry in self._entries:
+            if not self._fits(entry):
+                raise AxisError(
+                    f"{entry!r:.40} cannot stand in a {type(self).__name__}",
+                    expected=self._expected,
+                    got=type(entry).__name__,
+                    cure=self._example,
+                )
+
+    @staticmethod
+    def _fits(entry: Any) -> bool:
+        raise NotImplementedError
+
+    def of(self, path: Path, variable: Variable) -> Any:
+        """What is said for a state, None if no filter selects it."""
+        return next((entry for selects, entry in self._entries if selects(path, variable)), None)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._entries == other._entries
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._entries))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({{" + ", ".join(f"{f!r}: {entry!r}" for f, entry in self._entries) + "})"
+
+
+class StateAxes(ByFilter):
+    """Axes of states for `mu.vmap` and `mu.scan`, by filter: the first filter that selects a state decides.
 
     Args:
       axes: for each filter an axis, or None (shared by all lanes of a `vmap`), `mu.Shared` (so are random draws) or
@@ -46,40 +83,64 @@ class StateAxes:
       StateAxes({OfType(Param): None, Everything(): 0})
     """
 
-    __slots__ = ("_axes",)
+    __slots__ = ()
+    _expected = "an int, None, `mu.Carry` or `mu.Shared`"
+    _example = "`mu.StateAxes({mu.Param: None, ...: 0})`"
 
     def __init__(self, axes: Mapping[FilterLike, Any]) -> None:
-        self._axes: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), axis) for f, axis in axes.items())
-        for _, axis in self._axes:
-            if not (axis is None or isinstance(axis, int | _Mark)) or isinstance(axis, bool):
-                raise AxisError(
-                    f"{axis!r:.40} is not an axis",
-                    expected="an int, None, `mu.Carry` or `mu.Shared`",
-                    got=type(axis).__name__,
-                    cure="`mu.StateAxes({mu.Param: None, ...: 0})`",
-                )
+        super().__init__(axes)
 
-    def axis_of(self, path: Path, variable: Variable) -> Any:
-        """The axis of a state, None if no filter selects it."""
-        return next((axis for selects, axis in self._axes if selects(path, variable)), None)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StateAxes) and self._axes == other._axes
-
-    def __hash__(self) -> int:
-        return hash(self._axes)
-
-    def __repr__(self) -> str:
-        return "StateAxes({" + ", ".join(f"{f!r}: {axis!r}" for f, axis in self._axes) + "})"
+    @staticmethod
+    def _fits(entry: Any) -> bool:
+        return entry is None or isinstance(entry, _Mark) or (isinstance(entry, int) and not isinstance(entry, bool))
 
 
-def assign_axes(site: Site, nodes: Sequence[tuple[Any, Any]], states: Any) -> dict[Variable, Any]:
-    """The axis of every cell for which one was given.
+class StateSharding(ByFilter):
+    """Partition specs of states for `mu.shard_map`, by filter: the first filter that selects a state decides.
+
+    Args:
+      specs: for each filter a `jax.sharding.PartitionSpec`, or None (each device has the whole state), or `mu.Shared` (so
+        has it, and random streams draw alike on all devices).
+
+    Example:
+      >>> import mutatis as mu
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mu.StateSharding({mu.Param: P("model"), ...: P()})
+      StateSharding({OfType(Param): P('model',), Everything(): P()})
+    """
+
+    __slots__ = ()
+    _expected = "a PartitionSpec, None or `mu.Shared`"
+    _example = '`mu.StateSharding({mu.Param: P("model"), ...: P()})`'
+
+    def __init__(self, specs: Mapping[FilterLike, Any]) -> None:
+        super().__init__(specs)
+
+    @staticmethod
+    def _fits(entry: Any) -> bool:
+        return entry is None or entry is Shared or isinstance(entry, jax.sharding.PartitionSpec)
+
+
+def broadcast(prefix: Any, tree: Any, is_entry: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
+    """Each leaf and node of a tree with the entry that a prefix of the tree says."""
+    entries, treedef = jax.tree.flatten(prefix, is_leaf=is_entry)
+    return [
+        (entry, item)
+        for entry, part in zip(entries, treedef.flatten_up_to(tree), strict=True)
+        for item in jax.tree.leaves(part, is_leaf=is_node)
+    ]
+
+
+def assign(
+    site: Site, nodes: Sequence[tuple[Any, Any]], states: Any, by: type[ByFilter] = StateAxes
+) -> dict[Variable, Any]:
+    """The axis (or spec) of every cell for which one was given.
 
     Args:
       site: the call of the transform.
-      nodes: nodes among the arguments, each with an axis or `StateAxes`.
-      states: `StateAxes` for all other cells, or pairs of a node and its axes, or a dict of them.
+      nodes: nodes among the arguments, each with an axis or a `by`.
+      states: a `by` for all other cells, or pairs of a node and its axes, or a dict of them.
+      by: what says axes by filter.
 
     Raises:
       AxisError: two different axes are asked for one state.
@@ -90,31 +151,31 @@ def assign_axes(site: Site, nodes: Sequence[tuple[Any, Any]], states: Any) -> di
         pairs += list(states.items())
     elif isinstance(states, list | tuple):
         pairs += states
-    elif states is not None and not isinstance(states, StateAxes):
+    elif states is not None and not isinstance(states, by):
         raise AxisError(
-            f"`states={states!r:.40}` says no axes",
+            f"`states={states!r:.40}` says nothing of states",
             where=site.label,
-            expected="StateAxes, or pairs of a node and an axis or StateAxes",
+            expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
             got=type(states).__name__,
-            cure="`states=mu.StateAxes({mu.Param: None, ...: 0})` or `states=[(model, 0)]`.",
+            cure=f"`states=` takes {by._example}",
         )
     for node, axes in pairs:
         for path, cell in variables(node).items():
-            axis = axes.axis_of(path, cell) if isinstance(axes, StateAxes) else axes
+            axis = axes.of(path, cell) if isinstance(axes, ByFilter) else axes
             if cell in found and found[cell] != axis:
                 raise AxisError(
                     f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) is asked for along two axes",
                     path=site.scope.locate(cell),
                     where=site.label,
-                    expected="one axis for a state, however it is reached",
+                    expected="one axis or spec for a state, however it is reached",
                     got=f"{found[cell]!r} and {axis!r}",
                     cure="Give the same axis at both places, or pass the module once.",
                 )
             found[cell] = axis
-    if isinstance(states, StateAxes):
+    if isinstance(states, ByFilter):
         for path, cell in zip(site.scope.encoder.paths, site.scope.cells, strict=True):
             if cell not in found:
-                found[cell] = states.axis_of(path[1:], cell)
+                found[cell] = states.of(path[1:], cell)
     return found
 
 

@@ -29,7 +29,7 @@ import jax
 
 from mutatis import _compat, transactions
 from mutatis.captures import Captures, search
-from mutatis.cells import Cell, Deferred, structure_lock
+from mutatis.cells import Cell, structure_lock
 from mutatis.containers import Contents
 from mutatis.errors import StructureError
 from mutatis.graph import Encoder, show_path
@@ -289,9 +289,7 @@ class Site:
           StructureError: it did; the message names the first.
         """
         for cell in end.cells:
-            if cell in end.born:
-                continue
-            if not transactions.holds_value(cell) or type(transactions.read(cell)) is Deferred:
+            if cell not in end.born and transactions.is_deferred(cell):
                 raise StructureError(
                     f"state {transactions.describe(cell)} was created inside {what}",
                     path=self.scope.locate(cell),

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from mutatis import _compat
-from mutatis.cells import UNSET, Cell, peek, poke, structure
+from mutatis.cells import UNSET, Cell, Deferred, peek, poke, structure
 from mutatis.errors import TraceLevelError
 from mutatis.naming import path_by_search
 
@@ -283,13 +283,24 @@ def write_outside(tx: Transaction, cell: Cell, value: Any) -> None:
 
 
 def holds_value(cell: Cell) -> bool:
-    """Whether a cell has a value for the code that runs now; nobody's hold on it changes."""
+    """Whether a cell has a value (or a placeholder for one) for the code that runs now."""
+    return _glimpse(cell) is not UNSET
+
+
+def is_deferred(cell: Cell) -> bool:
+    """Whether a cell has no value yet for the code that runs now."""
+    value = _glimpse(cell)
+    return value is UNSET or type(value) is Deferred
+
+
+def _glimpse(cell: Cell) -> Any:
+    """The value of a cell, only to look at what kind of thing it is: this is no read, and nobody's hold on it changes."""
     tx = _open.top
     while tx is not None:
         if cell in tx.values:
-            return tx.values[cell] is not UNSET
+            return tx.values[cell]
         tx = tx.parent
-    return cell._value is not UNSET
+    return cell._value
 
 
 def _read_committed(cell: Cell, trace: Any) -> Any:

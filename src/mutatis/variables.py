@@ -150,7 +150,7 @@ class Variable(Cell, metaclass=_Kind):
     @property
     def deferred(self) -> bool:
         """Whether the state has no value yet."""
-        return not transactions.holds_value(self) or type(transactions.read(self)) is Deferred
+        return transactions.is_deferred(self)
 
     @property
     def frozen(self) -> bool:

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis import _compat, transactions
-from mutatis.axes import Shared, StateAxes, assign_axes, check_axis
-from mutatis.cells import Cell
+from mutatis.axes import Shared, StateAxes, assign, broadcast, check_axis
 from mutatis.errors import AxisError, LaneError
-from mutatis.kinds import RngState
+from mutatis.lanes import LaneTransaction
 from mutatis.lifting import End, Site, Transformed
 from mutatis.modules import is_node
 from mutatis.transactions import Transaction
@@ -70,38 +69,6 @@ def vmap(
     return Transformed(f, remake, lambda function, args, kwargs: vectorize(function, args, kwargs, **options))
 
 
-class LaneTransaction(Transaction):
-    """The transaction of one `vmap`: a random stream without an axis becomes a stream per lane at its first read.
-
-    Args:
-      lane: the number of the lane, as the mapped value that it is inside.
-      alike: the streams that all lanes share as they are.
-    """
-
-    __slots__ = ("_alike", "_lane", "streams")
-
-    def __init__(self, *args: Any, lane: Any, alike: set[Any], **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._lane = lane
-        self._alike = alike
-        self.streams: dict[Any, Any] = {}  # what the streams are outside
-
-    def fetch(self, cell: Cell) -> Any:
-        """What the cell holds outside, or a stream for each lane."""
-        value = super().fetch(cell)
-        if not isinstance(cell, RngState) or cell in self._alike or cell.frozen:
-            return value
-        self.streams[cell] = value
-        with _compat.at_trace(self.trace):  # the read may come from a deeper trace, whose value would not live here
-            key = jax.random.fold_in(jax.random.fold_in(value["key"], value["count"]), self._lane)
-            return {"key": key, "count": jnp.zeros_like(value["count"])}
-
-    def outside(self, cell: Any) -> Any:
-        """What a stream is outside after the lanes have drawn: one further."""
-        value = self.streams[cell]
-        return {"key": value["key"], "count": value["count"] + np.uint32(1)}
-
-
 def vectorize(
     function: Any,
     args: tuple[Any, ...],
@@ -126,7 +93,7 @@ def vectorize(
     named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
     with Site(name, function, args, kwargs, others=[("states", [node for node, _ in named])]) as site:
         leaf_axes, node_axes = _argument_axes(site, args, kwargs, in_axes)
-        axes = assign_axes(site, node_axes, states)
+        axes = assign(site, node_axes, states)
         for cell in site.scope.cells:
             if cell not in axes and type(cell).vmap_axis is not None:
                 axes[cell] = type(cell).vmap_axis
@@ -143,7 +110,8 @@ def vectorize(
                 opened.append(LaneTransaction(*positional, lane=lane, alike=alike, **options))
                 return opened[0]
 
-            site.end, out, written = site.run(dict(zip(split, values, strict=True)), leaves, make=make)
+            overlay = dict(zip(split, values, strict=True))
+            site.end, out, written = site.run(overlay, leaves, make=make)
             result = site.end.fill(out, [None] * len(site.end.nodes))
             return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace if writes else None)
 
@@ -221,7 +189,7 @@ def _argument_axes(
             got=f"{in_axes!r:.60}",
             cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
         )
-    entries = _broadcast(in_axes, args) + _broadcast(0, kwargs)
+    entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
     leaves = [axis for axis, item in entries if not is_node(item)]
     nodes = [(item, axis) for axis, item in entries if is_node(item)]
     return leaves, nodes
@@ -229,16 +197,6 @@ def _argument_axes(
 
 def _is_axis(x: Any) -> bool:
     return x is None or isinstance(x, int | StateAxes)
-
-
-def _broadcast(prefix: Any, tree: Any) -> list[tuple[Any, Any]]:
-    """Each leaf and node of the tree with the axis that a prefix of it says."""
-    axes, treedef = jax.tree.flatten(prefix, is_leaf=_is_axis)
-    return [
-        (axis, item)
-        for axis, part in zip(axes, treedef.flatten_up_to(tree), strict=True)
-        for item in jax.tree.leaves(part, is_leaf=is_node)
-    ]
 
 
 def _plain_axes(out_axes: Any) -> Any:

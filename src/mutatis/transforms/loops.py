@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mutatis import transactions
-from mutatis.axes import StateAxes, assign_axes, check_axis
+from mutatis.axes import StateAxes, assign, check_axis
 from mutatis.control import compiled, runs_eagerly
 from mutatis.errors import OptionError, StateTypeError, StructureError
 from mutatis.lifting import Packed, Site
@@ -130,7 +130,7 @@ def _scan(
     with Site(name, f, others=[("init", init), ("xs", xs)]) as site:
         carry, slices = Packed(init), Packed(xs)
         everything = states if isinstance(states, StateAxes) else 0
-        axes = assign_axes(site, [(node, everything) for node in slices.nodes], states)
+        axes = assign(site, [(node, everything) for node in slices.nodes], states)
         sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
         stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
         count = _length(name, length, slices.leaves, stacks)

@@ -1,0 +1,55 @@
+"""Lanes: what runs once as code and many times over data, in a `vmap` or on the devices of a `shard_map`.
+
+A random stream that all lanes share becomes a stream for each at its first read: draws differ from lane to lane and are the same
+in every run. Outside, its count is one further if it was used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis import _compat
+from mutatis.cells import Cell
+from mutatis.kinds import RngState
+from mutatis.transactions import Transaction
+
+
+class LaneTransaction(Transaction):
+    """The transaction of one transform over lanes.
+
+    Args:
+      lane: the number of the lane, as a value that differs from lane to lane.
+      alike: the streams that all lanes share as they are.
+      given: values of streams that came in through JAX; others are what they are outside.
+    """
+
+    __slots__ = ("_alike", "_given", "_lane", "streams")
+
+    def __init__(
+        self, *args: Any, lane: Any, alike: set[Any], given: Mapping[Any, Any] | None = None, **options: Any
+    ) -> None:
+        super().__init__(*args, **options)
+        self._lane = lane
+        self._alike = alike
+        self._given = {} if given is None else given
+        self.streams: dict[Any, Any] = {}  # what the streams are outside
+
+    def fetch(self, cell: Cell) -> Any:
+        """What the cell holds outside, or a stream for each lane."""
+        value = self._given[cell] if cell in self._given else super().fetch(cell)
+        if not isinstance(cell, RngState) or cell in self._alike or cell.frozen:
+            return value
+        self.streams[cell] = value
+        with _compat.at_trace(self.trace):  # the read may come from a deeper trace, whose value would not live here
+            key = jax.random.fold_in(jax.random.fold_in(value["key"], value["count"]), self._lane)
+            return {"key": key, "count": jnp.zeros_like(value["count"])}
+
+    def outside(self, cell: Any) -> Any:
+        """What a stream is outside after the lanes have drawn: one further."""
+        value = self.streams[cell]
+        return {"key": value["key"], "count": value["count"] + np.uint32(1)}

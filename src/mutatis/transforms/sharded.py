@@ -1,0 +1,186 @@
+"""`mu.shard_map`: run a stateful function on each device, over its part of the data and of the states."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from mutatis import _compat, transactions
+from mutatis.axes import Shared, StateSharding, assign, broadcast
+from mutatis.errors import LaneError, OptionError
+from mutatis.kinds import RngState
+from mutatis.lanes import LaneTransaction
+from mutatis.lifting import End, Site, Transformed
+from mutatis.modules import is_node
+from mutatis.staging import refuse_structure
+from mutatis.transactions import Transaction
+from mutatis.variables import Variable, spelled
+
+_REPLICATED = PartitionSpec()
+_INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
+
+
+def shard_map(
+    f: Callable[..., Any] | None = None,
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = _INFER,
+    mesh: Any = None,
+    axis_names: AbstractSet[Any] = frozenset(),
+    check_vma: bool = True,
+    states: Any = None,
+) -> Any:
+    """Run a function on each device of a mesh; as `jax.shard_map`, with states.
+
+    A state is replicated (each device has the whole of it), or split as a spec says: devices see their part. What is written
+    to a state has to be the same on all devices along the mesh axes that its spec does not name. Random streams that are
+    replicated give each device a stream of its own, from the stream's key, its count and the number of the device; outside,
+    its count is one further if it was used.
+
+    Args:
+      f: the function, bound method, partial or callable Module; its arguments are given by position.
+      out_specs, mesh, axis_names, check_vma: as in `jax.shard_map`.
+      in_specs: as in `jax.shard_map`; a spec for a Module is for all its states, and `mu.StateSharding` chooses by filter. If
+        it is left out, states too are split as they are placed.
+      states: `mu.StateSharding` for everything that the function captures, or pairs of a node and a spec or StateSharding.
+
+    Raises:
+      LaneError: a value that differs from device to device is written to a state that is replicated along that axis.
+      AxisError: two specs are asked for one state.
+      StructureError: the function makes states or changes attributes or containers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> total = mu.Variable(0.0)
+      >>> @mu.shard_map(mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+      ... def double(x):
+      ...     total.value += jax.lax.psum(jnp.sum(x), "data")
+      ...     return 2 * x
+      >>> double(jnp.arange(4.0)), float(total)
+      (Array([0., 2., 4., 6.], dtype=float32), 6.0)
+    """
+    options = {k: v for k, v in locals().items() if k != "f"}
+    remake = functools.partial(shard_map, **options)
+    if f is None:
+        return remake
+    return Transformed(f, remake, lambda function, args, kwargs: _shard(function, args, kwargs, **options))
+
+
+def _shard(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    states: Any,
+    **options: Any,
+) -> Any:
+    named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
+    with Site("shard_map", function, args, others=[("states", [node for node, _ in named])]) as site:
+        if kwargs:
+            raise OptionError(
+                f"`{site.label}` was called with keyword arguments",
+                where=site.label,
+                expected="arguments by position: `in_specs` has a spec for each",
+                got=", ".join(kwargs),
+                cure="Pass them by position.",
+            )
+        inferred = in_specs is _INFER
+        entries = [] if inferred else broadcast(in_specs, args, _is_spec)
+        leaf_specs = in_specs if inferred else [spec for spec, item in entries if not is_node(item)]
+        given = assign(site, [(item, spec) for spec, item in entries if is_node(item)], states, StateSharding)
+        cells = site.scope.cells
+        specs = [_spec_of(cell, given, inferred) for cell in cells]
+        alike = {cell for cell in cells if given.get(cell) is Shared}
+        groups = list(dict.fromkeys([*specs, _REPLICATED]))
+        by_cell = dict(zip(cells, specs, strict=True))
+        streams = {c for c in cells if isinstance(c, RngState) and by_cell[c] == _REPLICATED}
+
+        def pure(values: list[Any], leaves: list[Any]) -> Any:
+            inputs = dict(zip(cells, values, strict=True))
+            opened: list[LaneTransaction] = []
+
+            def make(*positional: Any, **settings: Any) -> Transaction:
+                own = {cell: inputs[cell] for cell in streams}
+                opened.append(LaneTransaction(*positional, lane=_device_number(), alike=alike, given=own, **settings))
+                return opened[0]
+
+            overlay = {cell: value for cell, value in inputs.items() if cell not in streams}
+            site.end, out, written = site.run(overlay, leaves, make=make)
+            refuse_structure(site, site.end, "what each device runs")
+            result = site.end.fill(out, [None] * len(site.end.nodes))
+            return result, _sort_by_spec(site, site.end, written, by_cell, groups, opened[0])
+
+        out, new = jax.shard_map(
+            pure,
+            in_specs=(specs, leaf_specs),
+            out_specs=(out_specs, groups),
+            **options,
+        )(site.values(cells), site.packed.leaves)
+        left = [iter(values) for values in new]
+        ordered = [next(left[groups.index(by_cell.get(cell, _REPLICATED))]) for cell in site.end.cells]
+        return site.commit(site.end, ordered, jax.tree.leaves(out))
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, PartitionSpec | StateSharding)
+
+
+def _spec_of(cell: Variable, given: dict[Variable, Any], inferred: bool) -> PartitionSpec:
+    spec = given.get(cell)
+    if isinstance(spec, PartitionSpec):
+        return spec
+    where = transactions.placement(cell) if inferred else None
+    if where and isinstance(where[0], jax.sharding.NamedSharding):
+        return where[0].spec
+    return _REPLICATED
+
+
+def _device_number() -> Any:
+    """The number of the device that runs, in the mesh that the function is mapped over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.axis_index(tuple(mesh.manual_axes))
+
+
+def _sort_by_spec(
+    site: Site,
+    end: End,
+    written: Sequence[Any],
+    specs: dict[Variable, PartitionSpec],
+    groups: list[PartitionSpec],
+    tx: LaneTransaction,
+) -> list[list[Any]]:
+    """The written values by the spec that they have outside."""
+    sorted_values: list[list[Any]] = [[] for _ in groups]
+    for cell, value in zip(end.cells, written, strict=True):
+        spec = specs.get(cell, _REPLICATED)
+        new = tx.outside(cell) if cell in tx.streams else value
+        along = {
+            axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))
+        }
+        for leaf in jax.tree.leaves(new):
+            if differs := _compat.varying_axes(leaf) - along:
+                raise LaneError(
+                    f"state `{site.scope.locate(cell) or transactions.describe(cell)}` ({type(cell).__name__}) was given a value "
+                    f"that differs from device to device along {', '.join(map(repr, sorted(differs)))}",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    expected=f"the same value on all devices that share it, as its spec is {spec}",
+                    got=f"a value that varies along {sorted(differs)}",
+                    made_at=transactions.made_at(cell),
+                    cure=f"Reduce it, `jax.lax.pmean(x, {sorted(differs)[0]!r})`, or split the state: "
+                    f"`states=mu.StateSharding({{{spelled(type(cell))}: P({sorted(differs)[0]!r}), ...: P()}})`.",
+                )
+        sorted_values[groups.index(spec)].append(new)
+    tx.streams.clear()
+    return sorted_values
