@@ -22,10 +22,10 @@ class Pair(mu.Module):
 
 def test_the_first_filter_that_selects_decides() -> None:
     axes = mu.StateAxes({mu.Param: 0, "cache": None, mu.Variable: 1})
-    assert axes.axis_of(("w",), mu.Param(0)) == 0
-    assert axes.axis_of(("n",), mu.Cache(0)) is None
-    assert axes.axis_of(("n",), mu.Buffer(0)) == 1
-    assert mu.StateAxes({mu.Param: 0}).axis_of(("n",), mu.Cache(0)) is None
+    assert axes.of(("w",), mu.Param(0)) == 0
+    assert axes.of(("n",), mu.Cache(0)) is None
+    assert axes.of(("n",), mu.Buffer(0)) == 1
+    assert mu.StateAxes({mu.Param: 0}).of(("n",), mu.Cache(0)) is None
 
 
 def test_axes_are_values() -> None:

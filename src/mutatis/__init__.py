@@ -9,6 +9,7 @@ from mutatis.axes import Carry as Carry
 from mutatis.axes import Shared as Shared
 from mutatis.axes import StateAxes as StateAxes
 from mutatis.axes import StateSharding as StateSharding
+from mutatis.contexts import Context as Context
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
 from mutatis.filters import All as All
@@ -22,6 +23,10 @@ from mutatis.filters import PathContains as PathContains
 from mutatis.filters import WithTag as WithTag
 from mutatis.graph import GraphDef as GraphDef
 from mutatis.graph import variables as variables
+from mutatis.interventions import capture as capture
+from mutatis.interventions import intercept as intercept
+from mutatis.interventions import perturb as perturb
+from mutatis.interventions import sow as sow
 from mutatis.kinds import BatchStat as BatchStat
 from mutatis.kinds import Buffer as Buffer
 from mutatis.kinds import Cache as Cache
@@ -50,6 +55,8 @@ from mutatis.state import thaw as thaw
 from mutatis.state import update as update
 from mutatis.state import view as view
 from mutatis.statics import static as static
+from mutatis.surgery import modules as modules
+from mutatis.surgery import replace as replace
 from mutatis.transforms.abstract import eval_shape as eval_shape
 from mutatis.transforms.abstract import make_jaxpr as make_jaxpr
 from mutatis.transforms.autodiff import grad as grad
@@ -77,6 +84,13 @@ from mutatis.transforms.sharded import shard_map as shard_map
 from mutatis.variables import Variable as Variable
 
 __all__ = [
+    "replace",
+    "modules",
+    "sow",
+    "perturb",
+    "intercept",
+    "capture",
+    "Context",
     "shard_map",
     "StateSharding",
     "custom_vjp",

@@ -38,18 +38,20 @@ class ByFilter:
     """Something for each state, by filter: the first filter that selects a state decides."""
 
     __slots__ = ("_entries",)
+    _what: ClassVar[str]
     _expected: ClassVar[str]
     _example: ClassVar[str]
+    _pair: ClassVar[str]
 
     def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
         self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())
         for _, entry in self._entries:
             if not self._fits(entry):
                 raise AxisError(
-                    f"{entry!r:.40} cannot stand in a {type(self).__name__}",
+                    f"{entry!r:.40} is not {self._what}",
                     expected=self._expected,
                     got=type(entry).__name__,
-                    cure=self._example,
+                    cure=f"`{self._example}`",
                 )
 
     @staticmethod
@@ -84,8 +86,10 @@ class StateAxes(ByFilter):
     """
 
     __slots__ = ()
+    _what = "an axis"
     _expected = "an int, None, `mu.Carry` or `mu.Shared`"
-    _example = "`mu.StateAxes({mu.Param: None, ...: 0})`"
+    _example = "mu.StateAxes({mu.Param: None, ...: 0})"
+    _pair = "[(model, 0)]"
 
     def __init__(self, axes: Mapping[FilterLike, Any]) -> None:
         super().__init__(axes)
@@ -110,8 +114,10 @@ class StateSharding(ByFilter):
     """
 
     __slots__ = ()
+    _what = "a spec"
     _expected = "a PartitionSpec, None or `mu.Shared`"
-    _example = '`mu.StateSharding({mu.Param: P("model"), ...: P()})`'
+    _example = 'mu.StateSharding({mu.Param: P("model"), ...: P()})'
+    _pair = '[(model, P("model"))]'
 
     def __init__(self, specs: Mapping[FilterLike, Any]) -> None:
         super().__init__(specs)
@@ -153,11 +159,11 @@ def assign(
         pairs += states
     elif states is not None and not isinstance(states, by):
         raise AxisError(
-            f"`states={states!r:.40}` says nothing of states",
+            f"`states={states!r:.40}` says no axes",
             where=site.label,
             expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
             got=type(states).__name__,
-            cure=f"`states=` takes {by._example}",
+            cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
         )
     for node, axes in pairs:
         for path, cell in variables(node).items():

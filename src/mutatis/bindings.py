@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from mutatis import _compat
+from mutatis import _compat, contexts
 from mutatis.captures import Captures, search
 from mutatis.cells import structure
 from mutatis.containers import Contents
@@ -50,12 +50,14 @@ class Split:
       cells: the binding's cells.
       variant: the variant.
       number: the number of the record.
+      restructures: whether the call changes or makes more than values.
     """
 
-    __slots__ = ("donating_at", "first", "read", "variant", "written")
+    __slots__ = ("donating_at", "first", "read", "restructures", "variant", "written")
 
-    def __init__(self, cells: list[Variable], variant: Variant, number: int) -> None:
+    def __init__(self, cells: list[Variable], variant: Variant, number: int, *, restructures: bool) -> None:
         self.variant = variant
+        self.restructures = restructures
         self.first = None if number in variant.called else number  # JAX makes the first call of a program in Python
         self.written = [cells[i] for i in variant.written]
         taken = set(variant.written)
@@ -71,6 +73,7 @@ class Binding:
 
     __slots__ = (
         "__weakref__",
+        "ambient",
         "captures",
         "cells",
         "contents",
@@ -89,6 +92,7 @@ class Binding:
         self.label = label
         self.layout = layout
         self.extras = extras  # states that only tracing found
+        self.ambient = contexts.cells()
         self.cells: list[Variable]
         self.captures: Captures
         self.contents: Contents
@@ -122,13 +126,18 @@ class Binding:
 
     def holds(self) -> bool:
         """Whether nothing about the objects has changed."""
-        return self.epoch == structure.epoch and self.contents.unchanged() and self.captures.unchanged()
+        return (
+            self.epoch == structure.epoch
+            and self.contents.unchanged()
+            and self.captures.unchanged()
+            and self.ambient == contexts.cells()
+        )
 
 
 class Request:
     """One call of a program, for the case that it has to be traced."""
 
-    __slots__ = ("args", "binding", "fast", "function", "functions", "kwargs", "outer", "program", "traced")
+    __slots__ = ("args", "binding", "fast", "function", "functions", "key", "kwargs", "outer", "program", "traced")
 
     def __init__(
         self,
@@ -136,8 +145,10 @@ class Request:
         functions: tuple[Any, ...],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        key: tuple[Hashable, ...],
     ) -> None:
         self.function = function
+        self.key = key  # of its objects
         self.functions = functions  # those whose captures count
         self.args = args
         self.kwargs = kwargs

@@ -24,9 +24,10 @@ from typing import Any, TypeAlias
 
 import jax
 
+from mutatis import contexts
 from mutatis.containers import Contents
 from mutatis.modules import Module, Wrapped, is_node
-from mutatis.statics import Identity, static_key
+from mutatis.statics import Identity, Static, static_key
 
 _EMPTY = object()
 _SMALL = 64  # containers of static values up to this length count
@@ -116,6 +117,8 @@ class Captures:
             return
         if is_node(value) and not isinstance(value, Wrapped):
             self.roots.append((name, value))
+            for attribute in getattr(type(value), "_searched_", ()):
+                self.visit(attribute, value.__dict__[attribute])
         elif isinstance(value, jax.core.Tracer):
             self.ephemeral = True
             self.token.append(Identity(value))
@@ -220,13 +223,15 @@ class Captures:
 
 
 def search(*functions: Any, ignored: frozenset[Slot] = frozenset()) -> Captures:
-    """What the functions name, except for names that are to be ignored."""
+    """What the functions name, except for names that are to be ignored, and what contexts are set to."""
     found = Captures(ignored)
     for function in functions:
         if isinstance(function, Module):
             found.roots.append(("model", function))
         else:
             found.enter(getattr(function, "__name__", "f"), function)
+    for context, entry in contexts.active():
+        found.visit(context.name, entry.value if isinstance(entry, Static) else entry)
     found.settle()
     return found
 

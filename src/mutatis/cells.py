@@ -73,6 +73,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 _mutex = threading.Lock()
 _released = threading.Condition(_mutex)
+_MISSED = 0.05  # seconds after which who waits looks again: an interrupt may have kept a notice from being given
 
 
 class Cell:
@@ -104,11 +105,17 @@ def peek(cell: Cell) -> Any:
 def _expose(cell: Cell) -> Any:
     mine = _thread.lease
     with _mutex:
-        while (lease := cell._lease) is not None and lease.busy and lease.donating and lease is not mine:
-            _released.wait()
+        lease = _wait_for_donation(cell, mine)
         if lease is not None and not lease.busy:
             cell._lease = None
         return cell._value
+
+
+def _wait_for_donation(cell: Cell, mine: Lease) -> Lease | None:
+    # A function: in CPython 3.13 an interrupt at a loop directly inside `with _mutex` would leave it locked.
+    while (lease := cell._lease) is not None and lease.busy and lease.donating and lease is not mine:
+        _released.wait(_MISSED)
+    return lease
 
 
 def poke(cell: Cell, value: Any) -> None:
@@ -158,7 +165,7 @@ def _wait_for_others(mine: Lease, written: Sequence[Cell], read: Sequence[Cell])
         for cells in (written, read)
         for cell in cells
     ):
-        _released.wait()
+        _released.wait(_MISSED)
 
 
 def give_back(lease: Lease) -> None:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mutatis import _compat, transactions
+from mutatis import _compat, contexts, transactions
 from mutatis.bindings import Binding, Layout, Request, Split
 from mutatis.captures import Captures, Slot, search
 from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock, take
@@ -64,6 +64,12 @@ def _type_of(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray | np.generic) else type(leaf)
 
 
+def _abstract(array: Any) -> Any:
+    """What JAX traces for an array."""
+    placed = isinstance(array.sharding, jax.sharding.NamedSharding)  # a mesh is part of a type
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)
+
+
 def _donation_is_safe() -> bool:
     return not _compat.checks_results() and _HAS_GIL
 
@@ -99,11 +105,13 @@ class Compiler:
           functions: the functions whose captures count, if not `function`.
         """
         flat, key = self._divide(args, kwargs)
+        if contexts.active():
+            key = (*key, contexts.key())
         if functions is None:
             functions = (function,)
         else:
             key = (*key, *map(id, functions))
-        request = Request(function, functions, args, kwargs)
+        request = Request(function, functions, args, kwargs, key)
         reference = self.bindings.get(key)
         binding = None if reference is None else reference()
         if binding is None or not binding.holds():
@@ -119,7 +127,7 @@ class Compiler:
                         return self._run(request)
                     result = self._dispatch(request, flat) if eager else self._inline(request, flat)
                     if request.traced:
-                        self._bind_again(request, key, binding)
+                        self._bind_again(request, key, request.binding)
                     return result
                 except FoundStates as found:
                     self._warn(found.cells, binding)
@@ -204,6 +212,7 @@ class Compiler:
             scope.tail,
             tuple(placements),
             tuple(map(Identity, extras)),
+            contexts.structure(),
         )
         if program is None:
             program = self.programs.get((binding.structural, tuple(captures.token)))
@@ -243,7 +252,8 @@ class Compiler:
         """Keep a binding for the next call with the same objects, until one of them dies."""
         captured = [node for _, node in binding.captures.roots]
         binding.captures.roots = []
-        if binding.captures.ephemeral or any(isinstance(node, Variable) for _, node in nodes):
+        traced = any(cell._birth is not None for cell in binding.ambient)
+        if binding.captures.ephemeral or traced or any(isinstance(node, Variable) for _, node in nodes):
             return  # a binding holds its cells, so it cannot wait for one to die
         me = weakref.ref(self)
 
@@ -286,17 +296,20 @@ class Compiler:
         """Trace, unless JAX has the trace, and learn from the record how to call."""
         binding, program = request.binding, request.program
         request.fast = False
-        traced = program.plain.trace(*[cell._value for cell in binding.cells], *flat)
+        # Types, not arrays: another thread may donate those meanwhile.
+        traced = program.plain.trace(*[jax.tree.map(_abstract, cell._value) for cell in binding.cells], *flat)
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
-        binding.split = Split(binding.cells, program.variant_for(record), number)
+        binding.split = Split(binding.cells, program.variant_for(record), number, restructures=not record.plain)
         return binding.split
 
-    def _dispatch(self, request: Request, flat: list[Any]) -> Any:
+    def _dispatch(self, request: Request, flat: list[Any], *, locked: bool = False) -> Any:
         """The call of a compiled program from ordinary Python: donates, and commits to the cells."""
         binding, program = request.binding, request.program
         split = binding.split or self._prepare(request, flat)
+        if split.restructures and not locked:
+            return self._restructure(request, flat)
         request.fast = True
         try:
             number, made, leaves = self._launch(binding.cells, split, program, flat)
@@ -306,6 +319,13 @@ class Compiler:
         if record.plain and record.out.plain:
             return record.structure[0].unflatten(leaves)
         return replay(record, binding.cells, binding.live_objects(), made, leaves)
+
+    def _restructure(self, request: Request, flat: list[Any]) -> Any:
+        """A call that changes structure: no other thread changes it between our look at it and our change."""
+        with structure_lock:
+            if not request.binding.holds():
+                request.bind(self._bind(request, request.key, request.binding.extras))
+            return self._dispatch(request, flat, locked=True)
 
     @staticmethod
     def _launch(
@@ -353,9 +373,10 @@ class Compiler:
                 expose([written[i] for i in exposed])
             raise
         finally:
+            lease.busy = lease.broken = False  # before anything that an interrupt could keep from happening
+            give_back(lease)
             if variant.retypes:
                 structure.changed()
-            give_back(lease)
 
     def _inline(self, request: Request, flat: list[Any]) -> Any:
         """The call of a compiled program inside another transform or transaction."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def compiled(
       *operands: its arguments.
     """
     plain, owners = zip(*map(_unbind, functions), strict=True)
-    codes = tuple(getattr(f, "__code__", None) or static_key(f) for f in plain)
+    codes = tuple(getattr(inspect.unwrap(f), "__code__", None) or static_key(f) for f in plain)
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
 

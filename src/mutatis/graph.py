@@ -19,7 +19,7 @@ A specification is a tuple that starts with a letter::
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -345,16 +345,6 @@ def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
         encoder.encode(check_node(node))
     pairs = zip(encoder.paths, encoder.cells, strict=True)
     return {path: cell for path, cell in pairs if from_filters is None or from_filters(path, cell)}
-
-
-def submodules(node: Any) -> Iterator[tuple[Path, Module]]:
-    """The modules of a node by path, the node itself first."""
-    encoder = Encoder()
-    with structure_lock:
-        encoder.encode(check_node(node))
-    for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
-        if isinstance(obj, Module):
-            yield path, obj
 
 
 def _any(filters: tuple[Any, ...]) -> Filter | None:

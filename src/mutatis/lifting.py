@@ -33,6 +33,7 @@ from mutatis.cells import Cell, structure_lock
 from mutatis.containers import Contents
 from mutatis.errors import StructureError
 from mutatis.graph import Encoder, show_path
+from mutatis.kinds import Intermediate
 from mutatis.modules import Module, Wrapped, is_node
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable, raw_value
@@ -298,8 +299,17 @@ class Site:
                     cure="Create it before: call the model once, or give its size where it is made.",
                 )
 
-    def refuse_changes(self, what: str) -> None:
+    def sown(self, end: End) -> list[Any]:
+        """The intermediate values that the function kept as new attributes of modules."""
+        new = [o.__dict__.get(name) for o, name, _ in self._journal if isinstance(o, Module)]
+        return [cell for cell in new if isinstance(cell, Intermediate) and cell in end.born]
+
+    def refuse_changes(self, what: str, but: Sequence[Any] = ()) -> None:
         """Raise if the function changed attributes or containers, where that has no meaning.
+
+        Args:
+          what: where that is, for the message.
+          but: cells that may be new attributes.
 
         Raises:
           StructureError: it did; the message names the first.
@@ -309,6 +319,8 @@ class Site:
             number = self.scope.encoder.known(obj)
             if number is None:
                 continue  # an object that the function made
+            if isinstance(obj, Module) and any(obj.__dict__.get(name) is cell for cell in but):
+                continue
             path = show_root_path((*self.scope.encoder.object_paths[number], *((name,) if name else ())))
             raise StructureError(
                 f"`{path}` was changed inside {what}",

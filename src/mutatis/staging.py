@@ -89,6 +89,7 @@ def stage(
         unknown: list[Any] = [cell for cell in end.cells if cell not in known and cell not in end.born]
         if not unknown:
             return Staged(inputs, end, closed, shapes)
+        site.undo()
         inputs = [*inputs, *unknown]  # written, though the search did not find it: trace again with it
 
 
@@ -131,14 +132,20 @@ def check_same_nodes(site: Site, before: Sequence[Any], after: Sequence[Any]) ->
         )
 
 
-def refuse_structure(site: Site, end: End, what: str) -> None:
+def refuse_structure(site: Site, end: End, what: str, but: Sequence[Any] = ()) -> None:
     """Raise if the function made states or changed structure: it is traced once and not run each time.
+
+    Args:
+      site: the call of the transform.
+      end: how the function ended.
+      what: what it is, for the message.
+      but: cells that may be new attributes.
 
     Raises:
       StructureError: it did; the message names what.
     """
     site.refuse_creation(end, what)
-    site.refuse_changes(what)
+    site.refuse_changes(what, but)
     born = {id(cell) for cell in end.born}
     for node in end.nodes:
         cells = site.scope.cells_of(node)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from operator import is_
 from typing import Any, TypeVar
 
 import jax
@@ -22,10 +21,10 @@ from mutatis.graph import (
     describe_graph,
     make_cell,
     show_path,
-    submodules,
     variables,
 )
 from mutatis.modules import Module, is_node
+from mutatis.surgery import GONE, held_fast, holders_of, modules, rewrite, swapped
 from mutatis.values import as_value, same_type, show_type
 from mutatis.variables import Variable, initial, raw_value, set_frozen
 
@@ -393,62 +392,14 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     taken = [{p: cells[p] for p, at in places.items() if at == i} for i in range(len(filters))]
     states = tuple(_state_of(part) for part in taken)
     gone = {cell for part in taken for cell in part.values()}
-    encoder = Encoder()
-    encoder.encode(node)
-    if _without(node, gone, ()) is not node:
-        raise _held_fast((), node)
-    changes = []
-    for obj, path in zip(encoder.objects, encoder.object_paths, strict=True):
-        entries = enumerate(obj) if isinstance(obj, list) else (vars(obj) if isinstance(obj, Module) else obj).items()
-        changes.append([(key, item, _without(item, gone, (*path, key))) for key, item in entries])
-    for obj, entries in zip(encoder.objects, changes, strict=True):
-        if any(item is not kept for _, item, kept in entries):
-            _leave(obj, [(key, kept) for key, _, kept in entries])
+
+    def swap(item: Any) -> Any:
+        return GONE if isinstance(item, Variable) and item in gone else item
+
+    if swapped(node, swap, ()) is not node:
+        raise held_fast((), node)
+    rewrite(holders_of(node), swap)
     return states[0] if len(filters) == 1 else states
-
-
-_GONE = object()
-
-
-def _without(item: Any, gone: set[Variable], path: Path) -> Any:
-    """What is left of an attribute or entry: `_GONE`, a shorter tuple, or the thing itself."""
-    if isinstance(item, Variable):
-        return _GONE if item in gone else item
-    if not isinstance(item, tuple):
-        return item
-    left = [_without(inner, gone, (*path, index)) for index, inner in enumerate(item)]
-    if all(map(is_, left, item)):
-        return item
-    if hasattr(item, "_fields"):
-        raise _held_fast(path, item)
-    return tuple(inner for inner in left if inner is not _GONE)
-
-
-def _leave(obj: Any, entries: list[tuple[Any, Any]]) -> None:
-    """Give an object the entries that are left."""
-    if isinstance(obj, Module):
-        for name, kept in entries:
-            if kept is _GONE:
-                delattr(obj, name)
-            else:
-                setattr(obj, name, kept)
-        return
-    tx = transactions.current()
-    if tx is not None:
-        tx.note(obj, "", obj.copy())
-    left = [(key, kept) for key, kept in entries if kept is not _GONE]
-    transactions.put_back(obj, "", [kept for _, kept in left] if isinstance(obj, list) else dict(left))
-
-
-def _held_fast(path: Path, holder: Any) -> StructureError:
-    return StructureError(
-        f"`{show_path(path) or type(holder).__name__}` cannot be popped: nothing can be taken out of a "
-        f"{type(holder).__name__}",
-        path=show_path(path),
-        expected="states that are attributes of modules, or in lists, dicts or tuples below them",
-        got=type(holder).__name__,
-        cure="Pop from each module that holds states: `mu.pop(model, mu.Cache)`.",
-    )
 
 
 def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) -> None:
@@ -570,7 +521,7 @@ def view(module: Module, **statics: Any) -> Any:
     """
     definition, cells = describe_graph(module)
     other = definition.build(list(cells))
-    parts = [part for _, part in submodules(other)]
+    parts = [*modules(other).values()]
     for name, value in statics.items():
         having = [part for part in parts if name == "mode" or name in part.__dict__]
         if not having:

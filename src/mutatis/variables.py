@@ -64,6 +64,8 @@ class Variable(Cell, metaclass=_Kind):
     __slots__ = ("_behind", "_frozen", "_init", "_made_at", "fixed", "metadata", "name", "sharding")
     _mutatis_node_: ClassVar[bool] = True
 
+    __array_priority__ = 100  # NumPy leaves `array + variable` to us, as it does with JAX arrays
+
     collection: ClassVar[str] = "variables"
     vmap_axis: ClassVar[int | None] = None
     fixed: bool

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mutatis.captures import search
+from mutatis.contexts import ContextValue
 from mutatis.errors import StructureError
 from mutatis.graph import show_path, variables
 from mutatis.lifting import Site
@@ -68,5 +69,5 @@ def _named_nodes(f: Any) -> Any:
     """The node that a function names, or those by name."""
     if isinstance(f, Module):
         return f
-    roots = dict(search(f).roots)
+    roots = {name: node for name, node in search(f).roots if not isinstance(node, ContextValue)}
     return next(iter(roots.values())) if len(roots) == 1 else roots

@@ -37,7 +37,8 @@ def scan(
     """Loop over leading axes with a carry; as `jax.lax.scan`, with states.
 
     States that the body writes are carried along; modules among `xs` are sliced along axis 0 in each iteration (a stack
-    of layers), and what is written to them is stacked back. The states are then what the last iteration left.
+    of layers), and what is written to them is stacked back. The states are then what the last iteration left. What the body
+    sows (`mu.sow`) comes back stacked along axis 0.
 
     Args:
       f: ``f(carry, x) -> (carry, y)``.
@@ -153,9 +154,11 @@ def _scan(
         x_types = [_slice_type(leaf) for leaf in slices.leaves]
         staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
         while _promote(carry, staged):
+            site.undo()
             staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
         end = staged.end
-        refuse_structure(site, end, f"the body of `{name}`")
+        sown = site.sown(end)
+        refuse_structure(site, end, f"the body of `{name}`", sown)
         _check_carry(site, carry, staged)
 
         values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
@@ -176,7 +179,7 @@ def _scan(
                 **dict(zip(stacks, slices_now, strict=True)),
             }
             out, new = staged(now, (leaves, x_leaves))
-            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in stacked])
+            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in (*stacked, *sown)])
 
         def loop(start: Any, x: Any, length: int) -> Any:
             return jax.lax.scan(step, start, x, length, reverse, unroll, _split_transpose)
@@ -185,9 +188,12 @@ def _scan(
         x = [*stacks.values()], slices.leaves
         (last, leaves), (ys, new_stacks) = _in_blocks(loop, start, x, count, checkpoint_every, reverse)
         new = dict(zip(carried, last, strict=True))
-        new |= {cell: _from_front(stack, sliced[cell]) for cell, stack in zip(stacked, new_stacks, strict=True)}
+        stacks_of = dict(zip((*stacked, *sown), new_stacks, strict=True))
+        new |= {cell: _from_front(stacks_of[cell], sliced[cell]) for cell in stacked}
         for cell in written:
             transactions.write(cell, new[cell])
+        for cell in sown:
+            transactions.create(cell, stacks_of[cell])
         return end.fill([*leaves, *ys])  # type: ignore[no-any-return]
 
 

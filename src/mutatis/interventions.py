@@ -1,0 +1,259 @@
+"""Interventions: looking at a model's inside, and changing it, without editing the model.
+
+`intercept` hands the calls of modules to a function, which may look at them or put something else in their place. `capture`
+collects what modules return. `sow` and `perturb` are for code that keeps a value, or takes a gradient with respect to one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from mutatis.contexts import Context
+from mutatis.errors import StructureError
+from mutatis.filters import FilterLike, Path, as_filter
+from mutatis.graph import show_path
+from mutatis.kinds import Intermediate, Perturbation
+from mutatis.lifting import Transformed
+from mutatis.modules import Module, on_new_class
+from mutatis.state import State
+from mutatis.surgery import modules
+from mutatis.variables import Variable
+
+T = TypeVar("T")
+
+_stack = Context("intercept", None)  # the innermost Interceptor
+
+
+class Interceptor(Module):
+    """What is done with calls. A module, so that the states that it holds are implicit arguments of compiled programs.
+
+    Args:
+      selects: which modules.
+      function: what is called in their place; None to keep what they return in `store`.
+      of: the node in which paths are; without it they are empty.
+      store: where to keep what modules return.
+      below: the interceptor that was there before.
+    """
+
+    __slots__ = ("_paths",)
+    _paths: dict[Module, Path]
+    _searched_: ClassVar[tuple[str, ...]] = ("function", "below")  # what these name is captured too
+
+    def __init__(self, selects: Any, function: Any, of: Any, store: Any, below: Any) -> None:
+        self.selects = selects
+        self.function = function
+        self.of = of
+        self.store = store
+        self.below = below
+        paths = {} if of is None else {module: path for path, module in modules(of).items()}
+        object.__setattr__(self, "_paths", paths)
+
+    def run(self, module: Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The call of a module, handed down from the innermost interceptor to the call itself."""
+        go_on = call if self.below is None else functools.partial(self._go_on, module, call)
+        path = self._paths.get(module, ())
+        if not self.selects(path, module):
+            return go_on(*args, **kwargs)
+        if self.store is not None:
+            out = go_on(*args, **kwargs)
+            sow(self.store, show_path(path) or ".", out)
+            return out
+
+        def resume(*new_args: Any, **new_kwargs: Any) -> Any:
+            with _stack.set(self):
+                return go_on(*new_args, **new_kwargs)
+
+        with _stack.set(self.below):  # what the function itself calls is not handed to it
+            return self.function(module, resume, *args, **kwargs)
+
+    def _go_on(self, module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.below.run(module, call, args, kwargs)
+
+
+def _make_interceptable(cls: type[Module]) -> None:
+    """Let the calls of a class's modules ask for interceptors."""
+    call = cls.__dict__.get("__call__")
+    if call is None:
+        return
+
+    @functools.wraps(call)
+    def __call__(self: Module, *args: Any, **kwargs: Any) -> Any:
+        bound = call.__get__(self, type(self))
+        interceptor = _stack.get()
+        if interceptor is None or _outermost(type(self)) is not __call__:  # a call of `super()`
+            return bound(*args, **kwargs)
+        return interceptor.run(self, bound, args, kwargs)
+
+    __call__._interceptable = True  # type: ignore[attr-defined]
+    cls.__call__ = __call__  # type: ignore[method-assign]
+
+
+def _outermost(cls: type) -> Any:
+    """The call of a class that can be intercepted, maybe below transforms that were put on it later."""
+    for base in cls.__mro__:
+        call = base.__dict__.get("__call__")
+        while call is not None:
+            if getattr(call, "_interceptable", False) is True:
+                return call
+            call = getattr(call, "__wrapped__", None)
+    return None
+
+
+on_new_class(_make_interceptable)
+
+
+@contextlib.contextmanager
+def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> Iterator[None]:
+    """Hand the calls of modules to a function, inside a ``with`` block.
+
+    ``fn(module, call, *args, **kwargs)`` gives the result of the call; ``call(*args, **kwargs)`` is what it would have been. Of
+    several interceptors the innermost comes first.
+
+    Args:
+      where: which modules: a type, a predicate on (path, module), any filter.
+      fn: what is called in their place.
+      of: the node in which `where` finds paths; without it they are empty.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> from mutatis import nn
+      >>> layer = nn.Linear(2, 3, rngs=mu.Rngs(0))
+      >>> with mu.intercept(nn.Linear, lambda module, call, x: jnp.zeros_like(call(x))):
+      ...     layer(jnp.ones(2))
+      Array([0., 0., 0.], dtype=float32)
+    """
+    with _stack.set(Interceptor(as_filter(where), fn, of, None, _stack.get())):
+        yield
+
+
+def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
+    """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
+
+    `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
+    or `mu.scan` within the model come back stacked.
+
+    Args:
+      f: a callable Module, or a function.
+      *filters: which modules: types, predicates on (path, module), any filters; all, if there are none.
+      of: the node in which the modules are, if that is not `f`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> from mutatis import nn
+      >>> class Net(mu.Module):
+      ...     def __init__(self, rngs):
+      ...         self.layers = [nn.Linear(2, 2, rngs=rngs), nn.Linear(2, 2, rngs=rngs)]
+      ...     def __call__(self, x):
+      ...         return self.layers[1](self.layers[0](x))
+      >>> out, activations = mu.capture(Net(mu.Rngs(0)), nn.Linear)(jnp.ones(2))
+      >>> activations["layers", 0][0].shape, bool((activations["layers", 1][0] == out).all())
+      ((2,), True)
+    """
+    node = f if of is None else of
+    if not isinstance(node, Module) and of is None:
+        raise StructureError(
+            "`capture` of a function needs the model that is looked into",
+            expected="a callable Module, or `of=model`",
+            got=f"{f!r:.60}",
+            cure="`mu.capture(model, nn.Linear)(x)`, or `mu.capture(f, nn.Linear, of=model)(x)`.",
+        )
+    selects = as_filter(filters if filters else ...)
+
+    def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        store = Module()
+        with _stack.set(Interceptor(selects, None, node, store, _stack.get())):
+            out = function(*args, **kwargs)
+        paths = {show_path(path) or ".": path for path in modules(node)}
+        kept = {paths[name]: cell.get() for name, cell in vars(store).items()}
+        return out, State(kept, dict.fromkeys(kept, Intermediate))
+
+    return Transformed(f, functools.partial(capture, *filters, of=of), call)
+
+
+def sow(
+    module: Module,
+    name: str,
+    value: T,
+    *,
+    kind: type[Variable] = Intermediate,
+    reduce: Callable[[Any, T], Any] | None = None,
+) -> None:
+    """Keep a value from inside a computation as a state of a module.
+
+    The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. One that is
+    left in the model grows with each call, and so compiles each call anew. What the body of a `mu.scan` sows comes back stacked.
+
+    Args:
+      module: the module.
+      name: the attribute that holds the state.
+      value: an array, or a pytree of arrays.
+      kind: the kind of the state.
+      reduce: ``reduce(old, value)`` gives the state's next value, in place of the tuple; the first is `value` itself.
+
+    Raises:
+      StructureError: the attribute is something else.
+
+    Example:
+      >>> import mutatis as mu
+      >>> net = mu.Module()
+      >>> mu.sow(net, "activation", 1.0)
+      >>> mu.sow(net, "activation", 2.0)
+      >>> [float(value) for value in mu.pop(net, mu.Intermediate)["activation"]]
+      [1.0, 2.0]
+    """
+    held = module.__dict__.get(name)
+    if held is None:
+        setattr(module, name, kind((value,) if reduce is None else value))
+    elif isinstance(held, kind):
+        held.set((*held.get(), value) if reduce is None else reduce(held.get(), value))
+    else:
+        raise _occupied(module, name, held, kind)
+
+
+def perturb(module: Module, name: str, value: Any) -> Any:
+    """Add a state of zeros to a value, so that gradients with respect to the value can be taken.
+
+    The state is made at the first call; ``mu.grad(loss, wrt=mu.Perturbation)(model)`` then gives the gradients.
+
+    Args:
+      module: the module that holds the state.
+      name: the attribute that holds it.
+      value: a float array.
+
+    Raises:
+      StructureError: the attribute is something else.
+
+    Example:
+      >>> import mutatis as mu
+      >>> class Net(mu.Module):
+      ...     def __call__(self, x):
+      ...         return mu.perturb(self, "hidden", 2 * x) ** 2
+      >>> net = Net()
+      >>> _ = net(3.0)
+      >>> float(mu.grad(lambda net: net(3.0), wrt=mu.Perturbation)(net)["hidden"])
+      12.0
+    """
+    held = module.__dict__.get(name)
+    if held is None:
+        held = Perturbation(jax.tree.map(jnp.zeros_like, value))
+        setattr(module, name, held)
+    elif not isinstance(held, Perturbation):
+        raise _occupied(module, name, held, Perturbation)
+    return jax.tree.map(jnp.add, value, held.get())
+
+
+def _occupied(module: Module, name: str, held: Any, kind: type[Variable]) -> StructureError:
+    owner = type(module).__name__
+    return StructureError(
+        f"`{owner}.{name}` is no {kind.__name__}",
+        path=f"{owner}.{name}",
+        expected=f"no attribute of this name, or a {kind.__name__}",
+        got=type(held).__name__,
+        cure="Give it another name.",
+    )
