@@ -885,6 +885,84 @@ def test_52_raw_custom_vjp_whose_forward_writes(bind: Style) -> None:
     assert int(m.n) == 0
 
 
+def test_52_custom_vjp_whose_forward_writes(bind: Style) -> None:
+    net = Net()
+
+    @mu.custom_vjp
+    def f(net: Any, x: Any) -> Any:
+        return net(x)
+
+    def forward(net: Any, x: Any) -> Any:
+        net.n += 1
+        return f(net, x), (net, x)
+
+    def backward(residuals: Any, g: Any) -> Any:
+        net, x = residuals
+        return mu.State({("w",): g * x}), 2 * g * net.w.value
+
+    f.defvjp(forward, backward)
+    gradient = bind(lambda body: mu.jit(lambda *args: mu.grad(body, argnums=len(args) - 1)(*args)), f, net)
+    np.testing.assert_array_equal(gradient(jnp.ones(3)), 2 * net.w.value)
+    assert int(net.n) == 2
+    np.testing.assert_allclose(net.mean, 0.5)
+
+
+def test_53_vjp_writes_once_however_often_the_pullback_runs(bind: Style, maybe_jit: Any) -> None:
+    net = Net()
+
+    def step(net: Any, x: Any) -> Any:
+        value, pullback = mu.vjp(lambda x: net(x), x)
+        return value, pullback(1.0)[0], pullback(2.0)[0]
+
+    value, once, twice = bind(maybe_jit, step, net)(jnp.ones(3))
+    assert float(value) == 6
+    np.testing.assert_array_equal(once, net.w)
+    np.testing.assert_array_equal(twice, 2 * net.w.value)
+    assert int(net.n) == 1
+    np.testing.assert_allclose(net.mean, 0.5)
+
+
+def test_54_jvp_through_a_state_write(bind: Style, maybe_jit: Any) -> None:
+    net = Net()
+    net.h = mu.Hidden(jnp.zeros(3))
+
+    def step(net: Any, x: Any) -> Any:
+        def f(x: Any) -> Any:
+            net.h.value = net.w * x
+            net.n += 1
+            return jnp.sum(net.h.value**2)
+
+        return mu.jvp(f, (x,), (jnp.ones(3),))
+
+    x = jnp.array([1.0, 0.5, 0.25])
+    value, tangent = bind(maybe_jit, step, net)(x)
+    expected = jax.jvp(lambda x: jnp.sum((net.w.value * x) ** 2), (x,), (jnp.ones(3),))
+    np.testing.assert_allclose((value, tangent), expected)
+    np.testing.assert_allclose(net.h, net.w.value * x)
+    assert int(net.n) == 1
+
+
+def test_55_a_replicated_counter_under_shard_map(bind: Style, maybe_jit: Any) -> None:
+    net = Net()
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec("x")
+
+    def step(net: Any, x: Any) -> Any:
+        def each(x: Any) -> Any:
+            net.n += 1
+            net.mean.value = jax.lax.pmean(jnp.mean(x), "x")
+            return 2 * x
+
+        return mu.shard_map(each, mesh=mesh, in_specs=split, out_specs=split)(x)
+
+    np.testing.assert_array_equal(bind(maybe_jit, step, net)(jnp.arange(8.0)), 2 * jnp.arange(8.0))
+    assert int(net.n) == 1
+    np.testing.assert_allclose(net.mean, 3.5)
+    with pytest.raises(errors.LaneError, match=r"mean"):
+        mu.shard_map(lambda x: net.mean.set(jnp.sum(x)), mesh=mesh, in_specs=split, out_specs=split)(jnp.arange(8.0))
+    np.testing.assert_allclose(net.mean, 3.5)
+
+
 def test_56_a_nan_check_fails_the_step_and_the_state_is_kept(bind: Style) -> None:
     m = Net()
 
