@@ -22,6 +22,7 @@ from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import show_path, variables
 from mutatis.lifting import Packed, Site, fill, function_name, write_back
 from mutatis.state import State
+from mutatis.values import show_type
 from mutatis.variables import Variable, raw_value
 
 
@@ -73,9 +74,11 @@ class Target:
                 raise StructureError(
                     f"the tangent of `{self.name}` is not a State of the states that are differentiated",
                     path=self.name,
-                    expected=", ".join(map(show_path, kinds)) or "no states",
-                    got=type(parts[place]).__name__ if flat is None else ", ".join(map(show_path, flat)),
-                    cure="`mu.state(model, mu.Param)` has the structure; `jax.tree.map(jnp.ones_like, ...)` of it is one.",
+                    expected=f"a State of {', '.join(show_path(path) or '.' for path in kinds) or 'no states'}",
+                    got=type(parts[place]).__name__
+                    if flat is None
+                    else f"a State of {', '.join(show_path(path) or '.' for path in flat)}",
+                    cure="What `mu.grad` of the same gives has the structure.",
                 )
             cells += [flat[path] for path in kinds]
         return cells, [part for index, part in enumerate(parts) if index not in set(places)]
@@ -129,7 +132,17 @@ def _differentiable(name: str, path: Path, cell: Variable) -> bool:
             made_at=cell.made_at,
             cure="Call the model once before, or give the sizes where its layers are made.",
         )
-    return all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(value))
+    floats = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(value)]
+    if any(floats) and not all(floats):
+        raise FilterError(
+            f"state `{name}{'.' if path else ''}{show_path(path)}` cannot be differentiated: it holds floats and others",
+            path=f"{name}.{show_path(path)}",
+            expected="a state of floats only, or of none",
+            got=show_type(value),
+            made_at=cell.made_at,
+            cure="Keep the others in a state of their own, or leave the state out: `wrt=mu.All(mu.Param, mu.Not(...))`.",
+        )
+    return all(floats)
 
 
 class Differentiation(Site):
@@ -258,16 +271,24 @@ class Form:
 
     def to_inputs(self, given: Any) -> tuple[list[Any], list[list[Any]]]:
         """The other way round."""
-        arguments = given
-        cells: list[Any] = []
-        if self._of is not None:
-            pair = (given, ()) if not self._arguments else given
-            if not (isinstance(pair, tuple) and len(pair) == 2):
-                raise _bad_tangents("a pair, of `of` and of the arguments", given)
-            cells, _ = self._of.from_user_form(pair[0])
-            arguments = pair[1]
+        if self._of is None:
+            return self.join([], given)
+        pair = given if self._arguments else (given, ())
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise _bad_tangents("a pair, of `of` and of the arguments", given)
+        return self.join(*pair)
+
+    def of_each(self, given: tuple[Any, ...]) -> tuple[list[Any], list[list[Any]]]:
+        """`to_inputs` of values that are given one by one: that for `of`, if there is one, and those for the arguments."""
+        if self._of is not None and not given:
+            raise _bad_tangents("a tangent for `of`, and one for each argument", given)
+        return self.join([], given) if self._of is None else self.join(given[0], given[1:])
+
+    def join(self, of: Any, arguments: Any) -> tuple[list[Any], list[list[Any]]]:
+        """`to_inputs` of the two parts."""
+        cells = [] if self._of is None else self._of.from_user_form(of)[0]
         if not isinstance(arguments, tuple | list) or len(arguments) != len(self._arguments):
-            raise _bad_tangents(f"a tuple of {len(self._arguments)}, one for each argument", given)
+            raise _bad_tangents(f"a tuple of {len(self._arguments)}, one for each argument", arguments)
         leaves = []
         for target, tangent in zip(self._arguments, arguments, strict=True):
             own, rest = target.from_user_form(tangent)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from mutatis import transactions
-from mutatis.cells import structure
+from mutatis.cells import structure, structure_lock
 from mutatis.errors import StaticAttributeError, StructureError
 from mutatis.kinds import Buffer
 from mutatis.statics import StaticObject, check_static, static_key
@@ -229,7 +229,8 @@ class Module:
         return _new_module, (type(self),), self.__getstate__()
 
     def __repr__(self) -> str:
-        return "\n".join(_tree_lines(self, "", set()))
+        with structure_lock:
+            return "\n".join(_tree_lines(self, "", set()))
 
 
 _on_new_class: list[Callable[[type[Module]], None]] = []

@@ -24,6 +24,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from mutatis import transactions
 from mutatis.captures import search
 from mutatis.cells import Cell
+from mutatis.containers import Contents
 from mutatis.control import runs_eagerly
 from mutatis.errors import StructureError, TraceLevelError
 from mutatis.graph import show_path
@@ -168,6 +169,23 @@ class _Call:
                 cure="Return `out, residuals` from a forward rule, `out, tangent` from a `jvp`.",
             )
 
+    def refuse_more_writes(self) -> None:
+        """Raise if the rule writes what the function does not: `optimize_remat` takes the function's results for both.
+
+        Raises:
+          StructureError: it does; the message names the first.
+        """
+        for cell in self.written:
+            if cell not in self.primal.values:
+                raise StructureError(
+                    f"state {transactions.describe(cell)} is written by the forward rule and not by the function",
+                    path=self.site.scope.locate(cell),
+                    where=self.site.label,
+                    expected="the same writes from both (optimize_remat=True)",
+                    got="a write of the rule only",
+                    cure="Leave out `optimize_remat`: `f.defvjp(fwd, bwd)`.",
+                )
+
     def rule(self) -> Staged:
         """The staged rule, for when it is differentiated: its inner calls of the function have their rule."""
         return stage(self.site, self.cells, self._types, *self._again, _Late) if self._recursive else self._rule
@@ -225,6 +243,16 @@ class _Backward(_Late):
             where=self.label,
             cure="Write it in the forward rule, or return it as a cotangent.",
         )
+
+    def refuse_changes(self) -> None:
+        """Raise if the rule changed attributes or containers; they are put back as the transaction ends."""
+        if self.journal:
+            obj, name, _ = self.journal[0]
+            raise StructureError(
+                f"a {type(obj).__name__}{f' (`{name}`)' if name else ''} was changed in a backward rule",
+                where=self.label,
+                cure="Change it in the forward rule, or outside.",
+            )
 
 
 def _type(value: Any) -> Any:
@@ -336,6 +364,8 @@ class CustomVJP(CustomRule):
             return call.with_leaves([CustomVJPPrimal(leaf, True) for leaf in leaves] if symbolic else leaves)
 
         call.discover(fwd, call.packed.leaves, arguments)
+        if options["optimize_remat"]:
+            call.refuse_more_writes()
         end = call._rule.end
         nodes = Packed(end.fill(call._rule.leaves)[1]).nodes
         reached = Scope([*search(bwd).roots, *(("residuals", node) for node in nodes)]).cells
@@ -362,9 +392,15 @@ class CustomVJP(CustomRule):
                 out = _instantiate(out)
             with _Backward(f"bwd of {call.site.label}", locate=call.site.scope.locate) as tx:
                 tx.fill(dict(zip(kept, values, strict=True)))
+                contents = Contents(call.site.scope.containers, copies=True)
                 result, residual = end.fill([*out, *leaves])
                 fixed = [call.args[n] for n in sorted(call.fixed)]
-                given = bwd(*fixed, residual, result)
+                try:
+                    given = bwd(*fixed, residual, result)
+                finally:
+                    for container, then in contents.changed():
+                        tx.note(container, "", then)
+                tx.refuse_changes()
                 cells, rest = _cotangents(call, given, perturbed)
                 return [cells.get(cell) for cell in call.cells], rest
 

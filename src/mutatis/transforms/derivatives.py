@@ -121,13 +121,12 @@ def linearize(
     """
     with _site("linearize", fun, primals, has_aux, wrt, of) as site:
         out, push, aux = jax.linearize(site.pure, site.inputs, has_aux=True)
-        linear = jax.tree_util.Partial(functools.partial(_push_forward, site.form, of is not None), push)
+        linear = jax.tree_util.Partial(functools.partial(_push_forward, site.form), push)
         return _result(site, out, aux, has_aux, linear)
 
 
-def _push_forward(form: Form, has_of: bool, push: Any, *tangents: Any) -> Any:
-    given = (tangents[0], tangents[1:]) if has_of and len(tangents) > 1 else tangents[0] if has_of else tangents
-    return form.of_outputs(push(form.to_inputs(given)))
+def _push_forward(form: Form, push: Any, *tangents: Any) -> Any:
+    return form.of_outputs(push(form.of_each(tangents)))
 
 
 def _site(name: str, fun: Any, primals: tuple[Any, ...], has_aux: bool, wrt: FilterLike, of: Any) -> Differentiation:
