@@ -21,7 +21,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -95,7 +95,7 @@ class Transaction:
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
         self.journal: list[tuple[Any, str, Any]] = []
 
-    def __enter__(self) -> Transaction:
+    def __enter__(self) -> Self:
         self.trace = _compat.current_trace()
         _open.top = self
         return self

@@ -249,7 +249,7 @@ class _Backward(_Late):
         if self.journal:
             obj, name, _ = self.journal[0]
             raise StructureError(
-                f"a {type(obj).__name__}{f' (`{name}`)' if name else ''} was changed in a backward rule",
+                f"{f'`{type(obj).__name__}.{name}`' if name else f'a {type(obj).__name__}'} was changed in a backward rule",
                 where=self.label,
                 cure="Change it in the forward rule, or outside.",
             )
