@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+
+import jax
 
 from mutatis import _compat, transactions
 from mutatis.compiling import Compiler
@@ -36,15 +40,63 @@ def compiled(
       *operands: its arguments.
     """
     plain, owners = zip(*map(_unbind, functions), strict=True)
+    lifted = [_Lifted(function) for function in plain]
+    plain = tuple(one.without for one in lifted)
     codes = tuple(getattr(inspect.unwrap(f), "__code__", None) or static_key(f) for f in plain)
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
 
-    def run(owners: Any, operands: Any) -> Any:
-        bound = [f if owner is None else functools.partial(f, owner) for f, owner in zip(plain, owners, strict=True)]
+    def run(owners: Any, operands: Any, arrays: Any) -> Any:
+        whole = [one.around(own) for one, own in zip(lifted, arrays, strict=True)]
+        bound = [f if owner is None else functools.partial(f, owner) for f, owner in zip(whole, owners, strict=True)]
         return implementation(bound, options, operands)
 
-    return compiler(run, (owners, operands), {}, plain)
+    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain)
+
+
+class _Lifted:
+    """A function whose captured arrays are arguments: other arrays of the same types compile nothing."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.without = function  # what is searched for other captures
+        self.arrays: dict[int, jax.Array] = {}
+        if isinstance(function, types.FunctionType):
+            written = _written_names(function.__code__)
+            for index, (name, cell) in enumerate(
+                zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+            ):
+                value = _contents(cell)
+                if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and name not in written:
+                    self.arrays[index] = value
+            if self.arrays:
+                self.without = self.around(dict.fromkeys(self.arrays))
+
+    def around(self, arrays: dict[int, Any]) -> Any:
+        """The function with these in the place of the captured arrays."""
+        if not arrays:
+            return self.function
+        f = self.function
+        cells = [types.CellType(arrays[i]) if i in arrays else cell for i, cell in enumerate(f.__closure__)]
+        new = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, tuple(cells))
+        new.__kwdefaults__, new.__qualname__ = f.__kwdefaults__, f.__qualname__
+        new.__dict__.update(f.__dict__)
+        return new
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet bound
+        return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _written_names(code: types.CodeType) -> frozenset[str]:
+    """The captured names that a function, or one defined in it, binds to something else."""
+    written = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_DEREF", "DELETE_DEREF")}
+    inner = [_written_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return frozenset(written).union(*inner)
 
 
 def _unbind(function: Any) -> tuple[Any, Any]:

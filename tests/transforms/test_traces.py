@@ -127,6 +127,106 @@ def test_jit_of_a_model(pattern: Any, counted: Any) -> None:
     assert count() == PATTERNS[pattern]
 
 
+def _scalar(f: Any) -> Any:
+    return lambda model, x: jnp.sum(f(model, x))
+
+
+def _with_rule(f: Any) -> Any:
+    function = mu.custom_jvp(f)
+    function.defjvp(lambda primals, tangents: (primals[1], tangents[1]))
+    return function
+
+
+# Each with the number of times that one call traces the body.
+TRANSFORMS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "grad": (lambda f: mu.grad(_scalar(f)), 1),
+    "value_and_grad": (lambda f: mu.value_and_grad(_scalar(f), argnums=1), 1),
+    "jvp": (lambda f: lambda m, x: mu.jvp(lambda x: f(m, x), (x,), (x,)), 1),
+    "vjp": (lambda f: lambda m, x: mu.vjp(lambda x: f(m, x), x)[1](x)[0], 1),
+    "linearize": (lambda f: lambda m, x: mu.linearize(lambda x: f(m, x), x)[1](x), 1),
+    "jacfwd": (lambda f: mu.jacfwd(f), 1),
+    "jacrev": (lambda f: mu.jacrev(f), 1),
+    "hessian": (lambda f: mu.hessian(_scalar(f)), 1),
+    "custom_jvp": (_with_rule, 1),
+    "vmap": (lambda f: lambda m, x: mu.vmap(lambda y: f(m, y))(jnp.stack([x, x])), 1),
+    "scan": (lambda f: lambda m, x: mu.scan(lambda c, y: (c, f(m, y)), 0, jnp.stack([x, x])), 1),
+    "for_loop": (lambda f: lambda m, x: mu.for_loop(lambda y: f(m, y), jnp.stack([x, x])), 1),
+    "fori_loop": (lambda f: lambda m, x: mu.fori_loop(0, 2, lambda i, y: f(m, y) * 0 + y, x), 1),
+    "while_loop": (lambda f: lambda m, x: mu.while_loop(lambda y: jnp.all(y < 3), lambda y: f(m, y) * 0 + 4, x), 1),
+    "map": (lambda f: lambda m, x: mu.map(lambda y: f(m, y), jnp.stack([x, x])), 1),
+    "cond": (lambda f: lambda m, x: mu.cond(True, lambda: f(m, x), lambda: f(m, x)), 2),
+    "switch": (lambda f: lambda m, x: mu.switch(1, [lambda: f(m, x), lambda: f(m, x)]), 2),
+    "remat": (mu.remat, 1),
+    "functionalize": (lambda f: lambda m, x: mu.functionalize(lambda x: f(m, x), of=m)[0](mu.state(m), x), 1),
+    "jit": (mu.jit, 1),
+}
+CALLS = {same_object: 4, equal_new_objects: 4, other_shape_and_back: 4, toggled_flag_and_back: 4, python_numbers: 3}
+COMPILED_ONCE = {
+    "scan",
+    "for_loop",
+    "fori_loop",
+    "while_loop",
+    "map",
+    "cond",
+    "switch",
+    "jit",
+}  # in ordinary Python too
+
+
+@pytest.mark.parametrize("pattern", CALLS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("compiled", [True, False], ids=["in jit", "eager"])
+def test_the_table(name: str, pattern: Any, compiled: bool, counted: Any) -> None:
+    function, count = counted
+    transform, per_call = TRANSFORMS[name]
+    step = transform(function)
+    once = compiled or name in COMPILED_ONCE
+    cast = lambda m, x: step(m, jnp.asarray(x, jnp.float32))  # noqa: E731
+    runs = 0
+
+    def stepping(model: Any, x: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return (jitted if compiled else cast)(model, x)
+
+    jitted = mu.jit(cast)
+    pattern(stepping)
+    assert runs == CALLS[pattern]
+    expected = PATTERNS[pattern] if once else runs
+    assert count() == per_call * expected
+
+
+def test_shard_map_traces_again_for_the_placement_that_it_gives(traces: Any) -> None:
+    everywhere = jax.sharding.PartitionSpec()
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    each = mu.shard_map(traces.count(body), mesh=mesh, in_specs=everywhere, out_specs=everywhere)
+    step, model = mu.jit(each), Model()
+    for _ in range(4):
+        step(model, X)
+    assert traces.total == 2, "states on one device, and then on all"
+
+
+def test_other_captured_arrays_compile_nothing(traces: Any) -> None:
+    n = mu.Variable(jnp.zeros(()))
+
+    def one_round(x: jax.Array) -> None:
+        def add() -> Any:
+            n.value += x[0]
+            return x[1]
+
+        mu.cond(True, add, lambda: -x[0])
+        assert float(mu.for_loop(lambda y: y * x[0], jnp.arange(3.0))[2]) == 2 * float(x[0])
+
+    arrays = [jnp.full(100, float(i)) for i in range(5)]
+    one_round(arrays[0])
+    one_round(arrays[1])
+    with traces.compilations() as compiled:
+        for x in arrays[2:]:
+            one_round(x)
+    assert compiled.count == 0, compiled.names
+    assert float(n) == 10
+
+
 @pytest.mark.parametrize("pattern", [same_object, equal_new_objects, other_shape_and_back], ids=lambda f: f.__name__)
 def test_compilations_are_as_many_as_traces(pattern: Any, traces: Any) -> None:
     step = mu.jit(body)
