@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from mutatis import transactions
-from mutatis.axes import StateAxes, assign, check_axis
+from mutatis.axes import assign, check_axis
 from mutatis.control import compiled, runs_eagerly
 from mutatis.errors import OptionError, StateTypeError, StructureError
+from mutatis.graph import variables
 from mutatis.lifting import Packed, Site
 from mutatis.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
 from mutatis.variables import Variable
@@ -130,8 +131,10 @@ def _scan(
 ) -> tuple[Any, Any]:
     with Site(name, f, others=[("init", init), ("xs", xs)]) as site:
         carry, slices = Packed(init), Packed(xs)
-        everything = states if isinstance(states, StateAxes) else 0
-        axes = assign(site, [(node, everything) for node in slices.nodes], states)
+        axes = assign(site, [], states)
+        for node in slices.nodes:
+            for cell in variables(node).values():
+                axes.setdefault(cell, 0)
         sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
         stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
         count = _length(name, length, slices.leaves, stacks)
