@@ -12,11 +12,12 @@ READY := $(VENV)/.ready
 PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
 PYTEST := $(RUN) -m pytest -n 2
 
-.PHONY: help demo test test-all lint format types bench docs clean
+.PHONY: help demo test test-all test-leaks lint format types bench docs clean
 
 help:
 	@echo 'make demo      train a net on MNIST, save it, continue it'
 	@echo 'make test      the tests (test-all: the slow ones too)'
+	@echo 'make test-leaks  the tests under the leak check of JAX'
 	@echo 'make lint      ruff (format: let ruff rewrite the files)'
 	@echo 'make types     mypy --strict'
 	@echo 'make docs      run the examples in docstrings, README.md and docs/'
@@ -32,6 +33,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "" $(ARGS)
+
+test-leaks: $(READY)
+	MUTATIS_TEST_LEAKS=1 $(PYTEST) $(ARGS)
 
 docs: $(READY)
 	$(PYTEST) tests/test_docs.py $(ARGS)

@@ -146,8 +146,8 @@ class Captures:
         elif isinstance(value, Wrapped):
             self.token.append(static_key(value.remake))
             self.visit(name, value.__wrapped__)
-            for rule in value.rules:
-                self.visit(name, rule)
+            for part in (*value.parts.values(), *value.rules):
+                self.visit(name, part)
         elif _is_container(value):
             self._container(name, value)
         elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):

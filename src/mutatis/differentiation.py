@@ -29,6 +29,9 @@ from mutatis.variables import Variable, raw_value
 class _Unsaid(int):
     """The default of `argnums`, equal to 0: with `of` it means none."""
 
+    def __reduce__(self) -> str:
+        return "UNSAID"
+
 
 UNSAID = _Unsaid(0)
 
@@ -36,12 +39,15 @@ UNSAID = _Unsaid(0)
 class Target:
     """What is differentiated of one argument, or of what `of` names: its structure, and the selected states by node."""
 
-    __slots__ = ("count", "kinds", "name", "structure")
+    __slots__ = ("count", "kinds", "name", "shapes", "structure")
 
-    def __init__(self, name: str, structure: Any, kinds: list[dict[Path, type[Variable]]]) -> None:
+    def __init__(
+        self, name: str, structure: Any, kinds: list[dict[Path, type[Variable]]], shapes: list[dict[Path, Any]]
+    ) -> None:
         self.name = name
         self.structure = structure
         self.kinds = kinds
+        self.shapes = shapes
         self.count = sum(map(len, kinds))
 
     def in_user_form(self, cells: Sequence[Any], leaves: Sequence[Any]) -> Any:
@@ -59,16 +65,19 @@ class Target:
         treedef, places = self.structure
         try:
             parts = treedef.flatten_up_to(given)
-        except ValueError as error:
+        except ValueError:
+            parts = None
+        at = set(places)
+        if parts is None or not all(jax.tree_util.all_leaves([p]) for i, p in enumerate(parts) if i not in at):
             raise StructureError(
                 f"the tangent of `{self.name}` has another structure than `{self.name}`",
                 path=self.name,
                 expected=str(treedef),
                 got=f"{given!r:.60}",
                 cure="Give a tangent for each leaf, and a `mu.State` of tangents for each Module or Variable.",
-            ) from error
+            )
         cells = []
-        for place, kinds in zip(places, self.kinds, strict=True):
+        for place, kinds, shapes in zip(places, self.kinds, self.shapes, strict=True):
             flat = parts[place].flat() if isinstance(parts[place], State) else None
             if flat is None or set(flat) != set(kinds):
                 raise StructureError(
@@ -80,8 +89,17 @@ class Target:
                     else f"a State of {', '.join(show_path(path) or '.' for path in flat)}",
                     cure="What `mu.grad` of the same gives has the structure.",
                 )
+            for path, shape in shapes.items():
+                if jax.tree.map(jnp.shape, flat[path]) != shape:
+                    raise StructureError(
+                        f"the tangent of state `{show_path(path) or self.name}` has another shape",
+                        path=show_path(path),
+                        expected=shape,
+                        got=jax.tree.map(jnp.shape, flat[path]),
+                        cure="What `mu.grad` of the same gives has the structure.",
+                    )
             cells += [flat[path] for path in kinds]
-        return cells, [part for index, part in enumerate(parts) if index not in set(places)]
+        return cells, [part for index, part in enumerate(parts) if index not in at]
 
 
 def select(name: str, value: Any, wrt: FilterLike, seen: set[Variable]) -> tuple[Target, list[Variable], list[Any]]:
@@ -120,7 +138,8 @@ def select(name: str, value: Any, wrt: FilterLike, seen: set[Variable]) -> tuple
     kinds: list[dict[Path, type[Variable]]] = [
         {path: type(cell) for path, cell in chosen.items()} for chosen in by_node
     ]
-    return Target(name, packed.structure, kinds), cells, packed.leaves
+    shapes = [{path: jax.tree.map(jnp.shape, raw_value(cell)) for path, cell in chosen.items()} for chosen in by_node]
+    return Target(name, packed.structure, kinds, shapes), cells, packed.leaves
 
 
 def _differentiable(name: str, path: Path, cell: Variable) -> bool:

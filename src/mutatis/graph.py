@@ -13,12 +13,14 @@ A specification is a tuple that starts with a letter::
     ("m", class, attributes, order)     a module            ("v", number, cell spec)   a cell, first visit
     ("l" | "d", items)                  a list, a dict      ("c", number)              a cell, later visit
     ("t", class, items)                 a tuple             ("r", number)              a numbered object, later visit
-    ("w", static, child)                a transformed node  ("s", static)              a static value
+    ("w", static, child, parts)         a transformed node  ("b", static, child)       a method bound to a node
+    ("s", static)                       a static value
 """
 
 from __future__ import annotations
 
 import keyword
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -29,7 +31,7 @@ from mutatis import transactions
 from mutatis.cells import structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
-from mutatis.modules import Module, Wrapped, is_node, on_new_class
+from mutatis.modules import Module, Wrapped, borrows, is_node, on_new_class
 from mutatis.statics import Static, StaticObject
 from mutatis.variables import Variable, detached, raw_value
 
@@ -86,7 +88,11 @@ class Encoder:
         if isinstance(value, Module):
             return self._module(value, path)
         if isinstance(value, Wrapped):
-            return ("w", Static(value.remake), self.encode(value.__wrapped__, path))
+            child = self.encode(value.__wrapped__, path)
+            parts = tuple((name, self.encode(part, (*path, name))) for name, part in value.parts.items())
+            return ("w", Static(value.remake), child, parts)
+        if isinstance(value, types.MethodType) and borrows(value):
+            return ("b", Static(value.__func__), self.encode(value.__self__, path))
         kind = type(value)
         if kind is list or kind is dict:
             number = self._numbers.get(id(value))
@@ -138,7 +144,8 @@ class Encoder:
         attributes = module.__dict__
         references = getattr(type(module), "_references_", ())
         entries = []
-        for name in sorted(attributes):
+        # What only borrows a node comes last, so that the node's path is where it belongs.
+        for name in sorted(attributes, key=lambda name: (borrows(attributes[name]), name)):
             value = attributes[name]
             if name in references:
                 self._later.append((number, name, value, (*path, name)))
@@ -251,7 +258,10 @@ class Decoder:
         if letter == "t":
             parts = [self.decode(inner) for inner in spec[2]]
             return spec[1](*parts) if hasattr(spec[1], "_fields") else spec[1](parts)
-        return spec[1].value(self.decode(spec[2]))  # "w"
+        if letter == "b":
+            return types.MethodType(spec[1].value, self.decode(spec[2]))
+        child = self.decode(spec[2])
+        return spec[1].value(child, **{name: self.decode(part) for name, part in spec[3]})  # "w"
 
     def refer(self, tail: tuple[Spec, ...]) -> None:
         """Put in what modules refer to."""

@@ -18,6 +18,7 @@ JAX's tracers, runs the function on the real objects and takes out what was writ
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import types
@@ -34,7 +35,7 @@ from mutatis.containers import Contents
 from mutatis.errors import StructureError
 from mutatis.graph import Encoder, show_path
 from mutatis.kinds import Intermediate
-from mutatis.modules import Module, Wrapped, is_node
+from mutatis.modules import Module, Wrapped, borrows, is_node
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable, raw_value
 
@@ -347,11 +348,20 @@ class Transformed(Wrapped):
         call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
         self.__wrapped__ = function
-        self.remake = remake
+        self.set_recipe(remake)
         self._call = call
         for name in ("__name__", "__qualname__", "__doc__", "__module__"):
             if hasattr(function, name):
                 setattr(self, name, getattr(function, name))
+
+    def set_recipe(self, remake: Callable[..., Any]) -> None:
+        """Say how to make the same of another function; options that hold nodes are set apart."""
+        keywords = remake.keywords if isinstance(remake, functools.partial) else {}
+        self.parts = {name: option for name, option in keywords.items() if _names_nodes(option)}
+        if self.parts:
+            rest = {name: option for name, option in keywords.items() if name not in self.parts}
+            remake = functools.partial(remake.func, *remake.args, **rest)  # type: ignore[attr-defined]
+        self.remake = remake
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self._call is not None
@@ -361,13 +371,18 @@ class Transformed(Wrapped):
         return self if obj is None else types.MethodType(self, obj)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.remake(copy.deepcopy(self.__wrapped__, memo))
+        parts = {name: copy.deepcopy(part, memo) for name, part in self.parts.items()}
+        return self.remake(copy.deepcopy(self.__wrapped__, memo), **parts)
 
     def __reduce__(self) -> Any:
-        return self.remake, (self.__wrapped__,)
+        return functools.partial(self.remake, **self.parts), (self.__wrapped__,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({function_name(self.__wrapped__)})"
+
+
+def _names_nodes(option: Any) -> bool:
+    return any(is_node(leaf) or borrows(leaf) for leaf in jax.tree.leaves(option, is_leaf=is_node))
 
 
 def write_back(end: End, values: Sequence[Any]) -> None:

@@ -8,7 +8,7 @@ noted, so that a failing transform can undo it and compiled programs can notice 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
@@ -27,11 +27,13 @@ M = TypeVar("M", bound="Module")
 class Wrapped:
     """A transformed function or module. As an attribute it is a node with one child, which paths skip.
 
-    `remake`, called with a child, gives the same transform around it; as a static value it stands for the transform.
+    ``remake(child, **parts)`` gives the same transform around another child; as a static value `remake` stands for the transform.
+    `parts` are those of its options that hold nodes.
     """
 
     __wrapped__: Any
     remake: Callable[..., Any]
+    parts: Mapping[str, Any]
     rules: tuple[Any, ...] = ()  # further functions that it runs: what they name is captured too
     _bindings: Any = None  # as a module's
     _mutatis_node_: ClassVar[bool] = True
@@ -253,6 +255,13 @@ def _new_module(cls: type[Module]) -> Module:
 def is_node(obj: Any) -> bool:
     """Whether an object is a part of models: a Variable, a Module or a transformed one."""
     return getattr(type(obj), "_mutatis_node_", False) is True
+
+
+def borrows(value: Any) -> bool:
+    """Whether a value is a function that belongs to a node, or names one in its options."""
+    if isinstance(value, Wrapped):
+        return bool(value.parts) or borrows(value.__wrapped__)
+    return isinstance(value, types.MethodType) and is_node(value.__self__)
 
 
 def _is_array_like(value: Any) -> bool:

@@ -116,7 +116,7 @@ def swapped(item: Any, swap: Callable[[Any], Any], path: Path) -> Any:
     """What comes in the place of an attribute or entry, looking into tuples and transformed modules too."""
     if isinstance(item, Wrapped):
         inner = swapped(item.__wrapped__, swap, path)
-        return item if inner is item.__wrapped__ else item.remake(inner)
+        return item if inner is item.__wrapped__ else item.remake(inner, **item.parts)
     if not isinstance(item, tuple):
         return swap(item)
     inside = [swapped(inner, swap, (*path, index)) for index, inner in enumerate(item)]

@@ -380,8 +380,8 @@ def _check_stale(cell: Cell, trace: Any) -> None:
         path=path_of(cell),
         made_at=made_at(cell),
         cure="JAX would keep this value in a program that it reuses after the state has changed. Use the transform of the "
-        "same name in `mu` (`mu.jit`, `mu.scan`, ...), pass `cell.value` in as an argument, use `mu.functionalize`, or "
-        "declare it constant with `with mu.freeze(model): ...`.",
+        "same name in `mu` (`mu.jit`, `mu.scan`, ...; `mu.custom_vjp` for a rule), pass `cell.value` in as an argument, use "
+        "`mu.functionalize`, or declare it constant with `with mu.freeze(model): ...`.",
     )
 
 

@@ -39,16 +39,20 @@ class CustomRule(Transformed):
     """A function with a derivative rule of the user's."""
 
     def __init__(
-        self, function: Callable[..., Any], nondiff_argnums: Sequence[int], nondiff_argnames: Sequence[str]
+        self, function: Callable[..., Any], nondiff_argnums: int | Sequence[int], nondiff_argnames: str | Sequence[str]
     ) -> None:
-        super().__init__(function, functools.partial(_remake, type(self), nondiff_argnums, nondiff_argnames, ()))
-        self._nondiff = (tuple(nondiff_argnums), tuple(nondiff_argnames))
+        numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
+        names = (nondiff_argnames,) if isinstance(nondiff_argnames, str) else tuple(nondiff_argnames)
+        # JAX checks that there are such arguments.
+        jax.jit(function, static_argnums=numbers or None, static_argnames=names or None)
+        super().__init__(function, functools.partial(_remake, type(self), numbers, names))
+        self._nondiff = (numbers, names)
         self._options: dict[str, Any] = {}
 
     def _define(self, rules: tuple[Any, ...], options: dict[str, Any]) -> None:
         self.rules = rules
         self._options = options
-        self.remake = functools.partial(_remake, type(self), *self._nondiff, rules, **options)
+        self.set_recipe(functools.partial(_remake, type(self), *self._nondiff, rules=rules, **options))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = self.__wrapped__
@@ -81,11 +85,11 @@ class CustomRule(Transformed):
 
 
 def _remake(
-    cls: type[CustomRule], numbers: Any, names: Any, rules: tuple[Any, ...], function: Any, **options: Any
+    cls: type[CustomRule], numbers: Any, names: Any, function: Any, *, rules: tuple[Any, ...] = (), **options: Any
 ) -> CustomRule:
     made = cls(function, numbers, names)
     if rules:
-        made._define(rules, options)
+        made._define(tuple(rules), options)
     return made
 
 
@@ -368,6 +372,7 @@ class CustomVJP(CustomRule):
             call.refuse_more_writes()
         end = call._rule.end
         nodes = Packed(end.fill(call._rule.leaves)[1]).nodes
+        nodes += Packed([call.args[n] for n in sorted(call.fixed)]).nodes
         reached = Scope([*search(bwd).roots, *(("residuals", node) for node in nodes)]).cells
         kept = [cell for cell in reached if cell in set(call.cells)]
         perturbed: dict[Any, bool] = {}
