@@ -27,6 +27,7 @@ __all__ = [
     "is_batched",
     "is_staging",
     "raw_transform_name",
+    "type_of",
     "varying_axes",
     "weak_trace",
 ]
@@ -82,6 +83,14 @@ def is_batched(value: Any, trace: Any) -> bool:
 def varying_axes(value: Any) -> frozenset[Any]:
     """The mesh axes of a `shard_map` along which a value differs from device to device; the types show them (``V:x``)."""
     return frozenset(jax.typeof(value).mat.varying)
+
+
+def type_of(value: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
+    """The whole type of an array, or of what indexing its first `drop` axes gives: with mesh axes, split and varying."""
+    kind = jax.typeof(value)
+    mesh, spec = kind.sharding.mesh, tuple(kind.sharding.spec)[drop:]
+    sharding = None if mesh.empty else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(kind.shape[drop:], kind.dtype, sharding=sharding, manual_axis_type=kind.mat)
 
 
 def has_host_callback(jaxpr: Any) -> bool:

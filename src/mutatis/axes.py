@@ -58,6 +58,10 @@ class ByFilter:
     def _fits(entry: Any) -> bool:
         raise NotImplementedError
 
+    @staticmethod
+    def _normal(entry: Any) -> Any:
+        return entry
+
     def of(self, path: Path, variable: Variable) -> Any:
         """What is said for a state, None if no filter selects it."""
         return next((entry for selects, entry in self._entries if selects(path, variable)), None)
@@ -126,6 +130,10 @@ class StateSharding(ByFilter):
     def _fits(entry: Any) -> bool:
         return entry is None or entry is Shared or isinstance(entry, jax.sharding.PartitionSpec)
 
+    @staticmethod
+    def _normal(entry: Any) -> Any:
+        return jax.sharding.PartitionSpec() if entry is None else entry
+
 
 def broadcast(prefix: Any, tree: Any, is_entry: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
     """Each leaf and node of a tree with the entry that a prefix of the tree says."""
@@ -168,6 +176,16 @@ def assign(
     for node, axes in pairs:
         for path, cell in variables(node).items():
             axis = axes.of(path, cell) if isinstance(axes, ByFilter) else axes
+            if not by._fits(axis):
+                raise AxisError(
+                    f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) is asked for along what is not {by._what}",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    expected=by._expected,
+                    got=f"{axis!r:.60}",
+                    cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
+                )
+            axis = by._normal(axis)
             if cell in found and found[cell] != axis:
                 raise AxisError(
                     f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) is asked for along two axes",

@@ -164,6 +164,11 @@ class Request:
         self.program = binding.program
 
     @property
+    def cells(self) -> list[Variable]:
+        """The cells whose values come in."""
+        return self.binding.cells
+
+    @property
     def label(self) -> str:
         """What the call is, for messages."""
         return self.binding.label

@@ -153,6 +153,8 @@ class Captures:
         elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
             self.token.append(Identity(value))
             self.visit(name, value.__wrapped__)
+            for rule in ("fwd", "bwd", "jvp"):  # of JAX's `custom_vjp` and `custom_jvp`
+                self.visit(rule, getattr(value, rule, None))
         elif _is_plain(value):
             self.token.append(static_key(type(value)))
             self._objects.append((name, value, set()))

@@ -31,7 +31,7 @@ from mutatis.errors import CapturedStateWarning
 from mutatis.interrupts import held_back
 from mutatis.lifting import Packed, Site, function_name
 from mutatis.modules import is_node
-from mutatis.programs import FoundStates, NeedsTraceError, Options, Program, calls, replay
+from mutatis.programs import FoundStates, NeedsTraceError, Options, Program, StaleBinding, calls, replay
 from mutatis.statics import Identity, Static
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable, raw_value
@@ -129,6 +129,9 @@ class Compiler:
                     if request.traced:
                         self._bind_again(request, key, request.binding)
                     return result
+                except StaleBinding:
+                    self._forget(request.program)
+                    binding = self._bind(request, key, binding.extras)
                 except FoundStates as found:
                     self._warn(found.cells, binding)
                     binding = self._bind(request, key, [*binding.extras, *found.cells])
@@ -231,6 +234,10 @@ class Compiler:
         """Keep a program under the key of a structure and of what the function captured."""
         if not captures.ephemeral:
             self.programs[structural, tuple(captures.token)] = program
+
+    def _forget(self, program: Program) -> None:
+        """Drop a program whose trace failed: JAX keeps such a trace as one that fails."""
+        self.programs = {key: kept for key, kept in self.programs.items() if kept is not program}
 
     def _bind_again(self, request: Request, key: tuple[Hashable, ...], old: Binding) -> None:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""

@@ -256,6 +256,11 @@ class Site:
             end = End(packed, tx)
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
+    def describe(self, cell: Variable) -> str:
+        """``state `model.w` (Param)``, less the word state, by the name that the call knows the cell by."""
+        path = self.scope.locate(cell)
+        return f"`{path}` ({type(cell).__name__})" if path else transactions.describe(cell)
+
     def values(self, cells: Sequence[Variable]) -> list[Any]:
         """The present values of cells, as code at the call of the transform reads them."""
         return [raw_value(cell) for cell in cells]

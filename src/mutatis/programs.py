@@ -15,6 +15,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
+from operator import is_
 from typing import Any, Protocol
 
 import jax
@@ -41,6 +42,10 @@ class FoundStates(BaseException):
         self.cells = cells
 
 
+class StaleBinding(BaseException):
+    """Another thread changed the structure between the walk over it and the trace; not an `Exception`, as above."""
+
+
 class Tracing(Protocol):
     """What a program knows of the call that it is traced for."""
 
@@ -48,6 +53,10 @@ class Tracing(Protocol):
     traced: bool  # the user's function has been run
     outer: Any  # the trace at which the call was made
     program: Any
+
+    @property
+    def cells(self) -> list[Variable]:
+        """The cells whose values come in."""
 
     @property
     def label(self) -> str:
@@ -307,11 +316,16 @@ class Program:
     def trace(self, request: Tracing, flat: Sequence[Any]) -> dict[int, Any]:
         """Run the user's function on JAX's tracers; called by JAX."""
         request.traced = True
-        scope = request.scope()
-        tx = CompiledTransaction(request.label, scope, request.outer)
-        with structure_lock, tx:
+        with structure_lock:
+            scope = request.scope()
+            if len(scope.cells) != len(request.cells) or not all(map(is_, scope.cells, request.cells)):
+                raise StaleBinding
+            return self._run(request, flat, scope)
+
+    def _run(self, request: Tracing, flat: Sequence[Any], scope: Scope) -> dict[int, Any]:
+        with CompiledTransaction(request.label, scope, request.outer) as tx:
             contents = Contents(scope.containers, copies=True)
-            tx.fill(dict(zip(scope.cells, flat, strict=False)))
+            tx.fill(dict(zip(scope.cells, flat[: self.count], strict=True)))
             try:
                 out = request.run(flat[self.count :])
                 tx.settle()

@@ -150,8 +150,7 @@ def _sort_by_axis(
             shared.append(tx.outside(cell))
         elif trace is None:
             raise LaneError(
-                f"state `{site.scope.locate(cell) or transactions.describe(cell)}` ({type(cell).__name__}) was written in a "
-                "vectorized `map`, where items have no order",
+                f"state {site.describe(cell)} was written in a vectorized `map`, where items have no order",
                 path=site.scope.locate(cell),
                 where=site.label,
                 made_at=transactions.made_at(cell),
@@ -159,8 +158,7 @@ def _sort_by_axis(
             )
         elif any(_compat.is_batched(leaf, trace) for leaf in jax.tree.leaves(value)):
             raise LaneError(
-                f"state `{site.scope.locate(cell) or transactions.describe(cell)}` ({type(cell).__name__}) is shared by all "
-                "lanes and was given a value that differs per lane",
+                f"state {site.describe(cell)} is shared by all lanes and was given a value that differs per lane",
                 path=site.scope.locate(cell),
                 where=site.label,
                 expected="the same value in all lanes, or an axis for the state",

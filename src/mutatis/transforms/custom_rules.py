@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from mutatis import transactions
+from mutatis import _compat, transactions
 from mutatis.captures import search
 from mutatis.cells import Cell
 from mutatis.containers import Contents
@@ -149,7 +149,9 @@ class _Call:
         both = (self.primal, self._rule)
         self.cells: list[Any] = list(dict.fromkeys(cell for staged in both for cell in staged.cells))
         self.values = self.site.values(self.cells)
-        self._types = {cell: jax.tree.map(_type, value) for cell, value in zip(self.cells, self.values, strict=True)}
+        self._types = {
+            cell: jax.tree.map(_compat.type_of, value) for cell, value in zip(self.cells, self.values, strict=True)
+        }
         self.written: list[Any] = list(
             dict.fromkeys(cell for staged in both for cell in staged.end.cells if cell not in staged.end.born)
         )
@@ -257,10 +259,6 @@ class _Backward(_Late):
                 where=self.label,
                 cure="Change it in the forward rule, or outside.",
             )
-
-
-def _type(value: Any) -> Any:
-    return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
 def _constant(value: Any) -> Any:
@@ -425,14 +423,17 @@ def _cotangents(call: _Call, given: Any, perturbed: Mapping[Any, bool]) -> tuple
     treedef, places = call.packed.structure
     try:
         parts = treedef.flatten_up_to(_nothing_as_leaves(list(given), treedef))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError):
+        parts = None
+    at = set(places)
+    if parts is None or any(p is not None and not _is_leaf(p) for i, p in enumerate(parts) if i not in at):
         raise StructureError(
             "a backward rule does not return a cotangent for each argument",
             where=where,
-            expected=f"a tuple of {len(call.places)}",
+            expected=f"a tuple of {len(call.places)}, each in the structure of its argument",
             got=f"{given!r:.60}",
             cure="Return a tuple: a cotangent or None for each argument, a `mu.State` for a Module or Variable.",
-        ) from error
+        )
     cells: dict[Any, Any] = {}
     for place, node, by_path in zip(places, call.packed.nodes, call.nodes, strict=True):
         part = parts[place]
@@ -456,7 +457,11 @@ def _cotangents(call: _Call, given: Any, perturbed: Mapping[Any, bool]) -> tuple
                     where=where,
                     cure=f"Add it to the State: zeros, if there is none: `mu.State({{{path!r}: jnp.zeros_like(w), ...}})`.",
                 )
-    return cells, [part for index, part in enumerate(parts) if index not in set(places)]
+    return cells, [part for index, part in enumerate(parts) if index not in at]
+
+
+def _is_leaf(x: Any) -> bool:
+    return bool(jax.tree_util.all_leaves([x]))
 
 
 def _nothing_as_leaves(given: Any, treedef: Any) -> Any:

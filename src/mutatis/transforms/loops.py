@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mutatis import transactions
+from mutatis import _compat, transactions
 from mutatis.axes import assign, check_axis
 from mutatis.control import compiled, runs_eagerly
 from mutatis.errors import OptionError, StateTypeError, StructureError
@@ -234,8 +234,7 @@ def _from_front(value: Any, axis: int) -> Any:
 
 
 def _slice_type(stack: Any) -> jax.ShapeDtypeStruct:
-    kind = jax.typeof(stack)
-    return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype)
+    return _compat.type_of(stack, 1)
 
 
 def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:

@@ -97,36 +97,45 @@ def _shard(
             )
         inferred = in_specs is _INFER
         entries = [] if inferred else broadcast(in_specs, args, _is_spec)
-        leaf_specs = in_specs if inferred else [spec for spec, item in entries if not is_node(item)]
+        leaf_specs = [spec for spec, item in entries if not is_node(item)]
+        if inferred:
+            leaf_specs = list(map(_own_spec, site.packed.leaves))
         given = assign(site, [(item, spec) for spec, item in entries if is_node(item)], states, StateSharding)
         cells = site.scope.cells
-        specs = [_spec_of(cell, given, inferred) for cell in cells]
+        values = site.values(cells)
+        specs = [_spec_of(value, given.get(cell)) for cell, value in zip(cells, values, strict=True)]
         alike = {cell for cell in cells if given.get(cell) is Shared}
         groups = list(dict.fromkeys([*specs, _REPLICATED]))
         by_cell = dict(zip(cells, specs, strict=True))
         streams = {c for c in cells if isinstance(c, RngState) and by_cell[c] == _REPLICATED}
+        before = set(jax.sharding.get_abstract_mesh().manual_axes)  # of a `shard_map` around this one
 
         def pure(values: list[Any], leaves: list[Any]) -> Any:
             inputs = dict(zip(cells, values, strict=True))
+            mapped = tuple(a for a in jax.sharding.get_abstract_mesh().manual_axes if a not in before)
             opened: list[LaneTransaction] = []
 
             def make(*positional: Any, **settings: Any) -> Transaction:
                 own = {cell: inputs[cell] for cell in streams}
-                opened.append(LaneTransaction(*positional, lane=_device_number(), alike=alike, given=own, **settings))
+                opened.append(
+                    LaneTransaction(*positional, lane=jax.lax.axis_index(mapped), alike=alike, given=own, **settings)
+                )
                 return opened[0]
 
             overlay = {cell: value for cell, value in inputs.items() if cell not in streams}
             site.end, out, written = site.run(overlay, leaves, make=make)
             refuse_structure(site, site.end, "what each device runs")
+            written = [value for cell, value in zip(site.end.cells, written, strict=True) if cell not in site.end.born]
+            site.end.cells = [cell for cell in site.end.cells if cell not in site.end.born]
             result = site.end.fill(out, [None] * len(site.end.nodes))
-            return result, _sort_by_spec(site, site.end, written, by_cell, groups, opened[0])
+            return result, _sort_by_spec(site, site.end, written, by_cell, groups, mapped, opened[0])
 
         out, new = jax.shard_map(
             pure,
             in_specs=(specs, leaf_specs),
             out_specs=(out_specs, groups),
             **options,
-        )(site.values(cells), site.packed.leaves)
+        )(values, site.packed.leaves)
         left = [iter(values) for values in new]
         ordered = [next(left[groups.index(by_cell.get(cell, _REPLICATED))]) for cell in site.end.cells]
         return site.commit(site.end, ordered, jax.tree.leaves(out))
@@ -136,20 +145,18 @@ def _is_spec(x: Any) -> bool:
     return x is None or isinstance(x, PartitionSpec | StateSharding)
 
 
-def _spec_of(cell: Variable, given: dict[Variable, Any], inferred: bool) -> PartitionSpec:
-    spec = given.get(cell)
-    if isinstance(spec, PartitionSpec):
-        return spec
-    where = transactions.placement(cell) if inferred else None
-    if where and isinstance(where[0], jax.sharding.NamedSharding):
-        return where[0].spec
-    return _REPLICATED
+def _spec_of(value: Any, given: Any) -> PartitionSpec:
+    """The spec of a state: what was said, else what is part of its type."""
+    if isinstance(given, PartitionSpec):
+        return given
+    specs = {_own_spec(leaf) for leaf in jax.tree.leaves(value)}
+    return specs.pop() if len(specs) == 1 else _REPLICATED
 
 
-def _device_number() -> Any:
-    """The number of the device that runs, in the mesh that the function is mapped over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.axis_index(tuple(mesh.manual_axes))
+def _own_spec(leaf: Any) -> PartitionSpec:
+    """How an array is split by its type, over the axes of an explicit mesh."""
+    spec = tuple(jax.typeof(leaf).sharding.spec)
+    return PartitionSpec(*spec) if any(axis is not None for axis in spec) else _REPLICATED
 
 
 def _sort_by_spec(
@@ -158,6 +165,7 @@ def _sort_by_spec(
     written: Sequence[Any],
     specs: dict[Variable, PartitionSpec],
     groups: list[PartitionSpec],
+    mapped: tuple[Any, ...],
     tx: LaneTransaction,
 ) -> list[list[Any]]:
     """The written values by the spec that they have outside."""
@@ -169,9 +177,9 @@ def _sort_by_spec(
             axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))
         }
         for leaf in jax.tree.leaves(new):
-            if differs := _compat.varying_axes(leaf) - along:
+            if differs := (_compat.varying_axes(leaf) & set(mapped)) - along:
                 raise LaneError(
-                    f"state `{site.scope.locate(cell) or transactions.describe(cell)}` ({type(cell).__name__}) was given a value "
+                    f"state {site.describe(cell)} was given a value "
                     f"that differs from device to device along {', '.join(map(repr, sorted(differs)))}",
                     path=site.scope.locate(cell),
                     where=site.label,
