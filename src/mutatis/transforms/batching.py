@@ -146,7 +146,7 @@ def _sort_by_axis(
             groups[0].append(value)
         elif cell in split:
             groups[split[cell]].append(value)
-        elif cell in tx.streams:
+        elif tx.is_stream(cell, value):
             shared.append(tx.outside(cell))
         elif trace is None:
             raise LaneError(
@@ -169,7 +169,7 @@ def _sort_by_axis(
             )
         else:
             shared.append(value)
-    tx.streams.clear()
+    tx.forget()
     return groups, shared
 
 
