@@ -6,6 +6,8 @@ there, and all states have seen the same number of steps: those that returned, a
 
 from __future__ import annotations
 
+import dis
+import inspect
 import random
 import signal
 import sys
@@ -25,7 +27,7 @@ import optax
 import pytest
 
 import mutatis as mu
-from mutatis import cells, checkpoint
+from mutatis import cells, checkpoint, compiling, interrupts, lifting, programs
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX interval timers"),
@@ -217,7 +219,7 @@ def nested_grad() -> Loop:
 def eager_scan() -> Loop:
     """Each call is four iterations; what is counted is calls."""
     net = Net()
-    xs = jnp.ones((4, 2))
+    xs, zero = jnp.ones((4, 2)), jnp.float32(0)  # here: an interrupt in an eager operation of JAX 0.12 may break JAX
 
     def body(total: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
         loss = net.loss(x)
@@ -228,7 +230,7 @@ def eager_scan() -> Loop:
     def counts() -> dict[str, Any]:
         return {name: np.asarray(value) / 4 for name, value in net.counts().items()}
 
-    return Loop(net, lambda: mu.scan(body, jnp.float32(0), xs), counts)
+    return Loop(net, lambda: mu.scan(body, zero, xs), counts)
 
 
 def ensemble(streams: bool = False) -> Loop:
@@ -338,6 +340,14 @@ LOOPS = [
 ]
 
 
+FORGETFUL = pytest.mark.xfail(
+    sys.version_info >= (3, 12), strict=True, reason="CPython forgets handlers for jumps in `_launch` and `take`"
+)
+# Other threads may then wait for ever, and the test takes as long as its limit.
+MAY_HANG = pytest.mark.xfail(sys.version_info >= (3, 12), strict=False, reason="see FORGETFUL")
+WITH_STREAMS = [model_with_random_streams, closure_with_random_streams, ensemble_with_random_streams]
+
+
 def in_a_call(problem: BaseException) -> bool:
     """Whether an interrupt hit code of the library, or of JAX below it."""
     return any(
@@ -350,6 +360,16 @@ def duration(step: Callable[[], object], times: int = 20) -> float:
     for _ in range(times):
         step()
     return (time.perf_counter() - start) / times
+
+
+def counted_by(another_thread: ThreadPoolExecutor, loop: Loop) -> float:
+    """What another thread counts; an error if it has to wait."""
+    future = another_thread.submit(loop.count)
+    try:
+        return future.result(timeout=60)
+    except TimeoutError:
+        cells.give_back(cells.my_lease())  # so that it ends
+        raise AssertionError("another thread waits for a step that was interrupted") from None
 
 
 def interrupt_often(alarm: Alarm, loop: Loop, hits: int, folder: Path) -> int:
@@ -375,7 +395,7 @@ def interrupt_often(alarm: Alarm, loop: Loop, hits: int, folder: Path) -> int:
                 if "KeyboardInterrupt" not in str(problem):  # JAX's caches make this of any exception
                     raise
                 inside += 1
-            assert another_thread.submit(loop.count).result(timeout=100) == loop.count()
+            assert counted_by(another_thread, loop) == loop.count()
             assert loop.count() in (count + loop.done, count + loop.done + 1)
             count = loop.count()
             if number % 200 == 0:
@@ -394,7 +414,11 @@ def test_interrupts_lose_nothing(make: Callable[[], Loop], alarm: Alarm, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", LOOPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, marks=MAY_HANG if make in WITH_STREAMS else ()) for make in LOOPS],
+    ids=lambda f: f.__name__,
+)
 def test_ten_thousand_interrupts_lose_nothing(make: Callable[[], Loop], alarm: Alarm, tmp_path: Path) -> None:
     hits = 10_000 // len(LOOPS) + 1
     inside = interrupt_often(alarm, make(), hits, tmp_path)
@@ -547,3 +571,34 @@ def test_interrupts_while_a_program_is_made(alarm: Alarm, hits: int) -> None:
         alarm.disarm()
         assert loop.count() in (count + loop.done, count + loop.done + 1)
         loops[0].step()
+
+
+def unprotected_jumps(module: types.ModuleType) -> list[str]:
+    """Where a loop jumps back inside a `try` or `with`, but outside of the code that its handler is for.
+
+    CPython looks for signals at such jumps. Since 3.12 it forgets the handler for those after a condition: of an `if`
+    without `else` that ends a loop, of a comprehension's filter, of a `while`.
+    """
+    found = []
+    waiting = [compile(inspect.getsource(module), module.__name__, "exec")]
+    while waiting:
+        code = waiting.pop()
+        waiting += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        instructions = list(dis.get_instructions(code))
+        handlers = {i.offset for i in instructions if i.opname == "PUSH_EXC_INFO"}
+        entries = [e for e in dis.Bytecode(code).exception_entries if e.target in handlers]  # type: ignore[attr-defined]
+        covered = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined]
+        for jump in instructions:
+            if jump.opname == "JUMP_BACKWARD" and not any(e.start <= jump.offset < e.end for e in covered):
+                before = {e.target for e in entries if e.end <= jump.offset}
+                after = {e.target for e in entries if e.start > jump.offset}
+                if before & after and jump.positions is not None:
+                    found.append(f"{module.__name__}:{jump.positions.lineno} in {code.co_qualname}")
+    return found
+
+
+@FORGETFUL
+def test_no_jump_lies_outside_of_its_try() -> None:
+    assert not [
+        place for module in (cells, compiling, interrupts, lifting, programs) for place in unprotected_jumps(module)
+    ]

@@ -383,7 +383,7 @@ class Writer:
             "vmap",
             "map",
         ]
-        options += ["static", "local"]
+        options += ["static", "local", "jvp"]
         if scope.writes and not scope.layers and not any(c.frozen and c.kind == "Param" for c in self.cells):
             options += ["decay"] if "p0" not in self.readonly else []
         if not scope.backward:
@@ -407,11 +407,16 @@ class Writer:
         )
 
     def make_for(self, scope: Scope) -> Node:
-        return ("for", 2 + self.number(1), bool(self.number(1)), self.block(self.inner(scope, xs=scope.xs + 1)))
+        return (
+            "for",
+            self.draw.choice([0, 2, 2, 3]),
+            bool(self.number(1)),
+            self.block(self.inner(scope, xs=scope.xs + 1)),
+        )
 
     def make_scan(self, scope: Scope) -> Node:
         inner = self.inner(scope, xs=scope.xs + 1)
-        return ("scan", 2 + self.number(1), bool(self.number(1)), self.number(1), self.block(inner))
+        return ("scan", self.draw.choice([0, 2, 2, 3]), bool(self.number(1)), self.number(1), self.block(inner))
 
     def make_fori(self, scope: Scope) -> Node:
         traced = not scope.backward and self.draw.random() < 0.4
@@ -438,6 +443,11 @@ class Writer:
         form = self.draw.choice(["arg", "of", "both"])
         inner = self.inner(scope, xs=scope.xs + 1, backward=True, grows=scope.grows)
         return ("grad", form, wrt, self.block(inner))
+
+    def make_jvp(self, scope: Scope) -> Node:
+        frozen = any(cell.frozen and cell.kind == "Param" for cell in self.cells)
+        form = self.draw.choice(["x", "of"] if frozen else ["x", "model", "of"])
+        return ("jvp", form, self.block(self.inner(scope, xs=scope.xs + 1, grows=scope.grows)))
 
     def make_static(self, scope: Scope) -> Node:
         inner = self.inner(scope, grows=scope.grows, lanes=scope.lanes)
@@ -763,6 +773,18 @@ class Emitter:
         options = {"arg": "(0, 1)", "of": "of=m", "both": "argnums=0, of=m"}[form]
         call = f"mu.value_and_grad({name}, {options}, wrt={wrt})({model}{self.argument(xs, acc)}, {acc})"
         return [*lines, f"value, gradient = {call}", f"{acc} = jnp.tanh(value + F(0.1) * squash(gradient))"]
+
+    def emit_jvp(self, s: Node, xs: Sequence[str], acc: str) -> list[str]:
+        _, form, block = s
+        name, lines = self.function(block, xs, acc, ("m, " if form == "model" else "") + "{x}")
+        x, tangent = self.argument(xs, acc), "jnp.float32(0.5)"
+        if form == "of":  # a derivative of the function as a whole
+            return [*lines, f"{acc} = squash(mu.jacfwd({name}, of=m)({x}))"]
+        if form == "model":
+            ones = "mu.state(m, mu.Param).map(lambda path, v: jax.tree.map(jnp.ones_like, v))"
+            x, tangent = f"m, {x}", f"{ones}, {tangent}"
+        lines = [*lines, f"value, tangent = mu.jvp({name}, ({x},), ({tangent},))"]
+        return [*lines, f"{acc} = jnp.tanh(value + F(0.1) * tangent)"]
 
     def emit_vmap(self, s: Node, xs: Sequence[str], acc: str) -> list[str]:
         _, form, block = s
@@ -1222,6 +1244,22 @@ class Reference:
             lambda v, x: body(v, x, acc)[::-1], frame.values, self.argument(frame), wrt, form
         )
         return values, jnp.tanh(value + F(0.1) * squash(gradient))
+
+    def run_jvp(self, s: Node, frame: Frame) -> Any:
+        _, form, block = s
+        body, values, acc, x = self.body(block, frame.xs), frame.values, frame.acc, self.argument(frame)
+        names = [] if form == "x" else self.selected("mu.Param")
+
+        def f(inputs: Values, x: Any) -> Any:
+            return body({**values, **inputs}, x, acc)[::-1]
+
+        inputs = {name: values[name] for name in names}
+        if form == "of":
+            gradient, values = jax.jacfwd(f, has_aux=True)(inputs, x)
+            return values, squash(gradient)
+        tangents = jax.tree.map(jnp.ones_like, inputs), jnp.float32(0.5)
+        value, tangent, values = jax.jvp(f, (inputs, x), tangents, has_aux=True)
+        return values, jnp.tanh(value + F(0.1) * tangent)
 
     def differentiate(self, f: Any, values: Values, x: Any, wrt: str, form: str) -> Any:
         """The result of `f(values, x) -> (loss, aux)` and its gradients."""

@@ -119,6 +119,10 @@ class Captures:
             self.roots.append((name, value))
             for attribute in getattr(type(value), "_searched_", ()):
                 self.visit(attribute, value.__dict__[attribute])
+        elif isinstance(value, contexts.Context):
+            self.token.append(Identity(value))
+            if is_node(value.default):
+                self.visit(name, value.default)
         elif isinstance(value, jax.core.Tracer):
             self.ephemeral = True
             self.token.append(Identity(value))

@@ -112,7 +112,7 @@ def _expose(cell: Cell) -> Any:
 
 
 def _wait_for_donation(cell: Cell, mine: Lease) -> Lease | None:
-    # A function: in CPython 3.13 an interrupt at a loop directly inside `with _mutex` would leave it locked.
+    # A function, as `_take` is.
     while (lease := cell._lease) is not None and lease.busy and lease.donating and lease is not mine:
         _released.wait(_MISSED)
     return lease
@@ -145,18 +145,24 @@ def take(lease: Lease, written: Sequence[Cell], read: Sequence[Cell], donating: 
       exposed: is filled with the places in `written` whose buffers user code may hold.
     """
     with _mutex:
-        owners = [cell._lease for cell in written]
-        others = [cell._lease for cell in read]
-        if owners.count(lease) != len(owners) or others.count(lease) + others.count(None) != len(others):
-            _wait_for_others(lease, written, read)
-            exposed += [i for i, cell in enumerate(written) if cell._lease is None]
-            for cell in written:
-                cell._lease = lease
-            for cell in read:
-                if cell._lease is not None:
-                    cell._lease = lease
+        _take(lease, written, read, exposed)
         lease.busy = True
         lease.donating = donating
+
+
+def _take(lease: Lease, written: Sequence[Cell], read: Sequence[Cell], exposed: list[int]) -> None:
+    # A function: from CPython 3.12 on an interrupt in a loop directly inside `with _mutex` may leave it locked.
+    owners = [cell._lease for cell in written]
+    others = [cell._lease for cell in read]
+    if owners.count(lease) == len(owners) and others.count(lease) + others.count(None) == len(others):
+        return
+    _wait_for_others(lease, written, read)
+    exposed += [i for i, cell in enumerate(written) if cell._lease is None]
+    for cell in written:
+        cell._lease = lease
+    for cell in read:
+        if cell._lease is not None:
+            cell._lease = lease
 
 
 def _wait_for_others(mine: Lease, written: Sequence[Cell], read: Sequence[Cell]) -> None:

@@ -52,6 +52,13 @@ def _copy(values: list[Any]) -> Any:
     return jax.tree.map(_copy_shards, values)
 
 
+def _copy_exposed(values: list[Any], split: Split, exposed: list[int]) -> None:
+    # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
+    places = [p for i in exposed if (p := split.donating_at[i]) is not None]
+    for place, value in zip(places, _copy([values[p] for p in places]), strict=True):
+        values[place] = value
+
+
 def _copy_shards(array: Any) -> Any:
     shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
@@ -266,10 +273,11 @@ class Compiler:
 
         def drop(_: Any) -> None:
             compiler = me()
-            if compiler is not None:
+            if compiler is not None and compiler.bindings.get(key) is own:  # and not one that came in its place
                 compiler.bindings.pop(key, None)
                 compiler._captured.pop(key, None)
 
+        own = weakref.ref(binding, drop)
         modules = [node for node in captured if not isinstance(node, Variable)]
         for obj in (*(node for _, node in nodes), *modules, *functions):
             try:
@@ -283,7 +291,7 @@ class Compiler:
             owner._bindings.setdefault(self, {})[key] = binding
         else:
             self._captured[key] = binding
-        self.bindings[key] = weakref.ref(binding, drop)
+        self.bindings[key] = own
 
     @staticmethod
     def _warn(cells: list[Variable], binding: Binding) -> None:
@@ -351,9 +359,7 @@ class Compiler:
             take(lease, written, split.read, donating, exposed)
             values += [cell._value for cell in cells]
             if exposed and donating:
-                places = [p for i in exposed if (p := split.donating_at[i]) is not None]
-                for place, value in zip(places, _copy([values[p] for p in places]), strict=True):
-                    values[place] = value
+                _copy_exposed(values, split, exposed)
             values += flat
             if split.first is not None:
                 jitted.lower(*values).compile()

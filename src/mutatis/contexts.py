@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from mutatis import transactions
-from mutatis.statics import Static, check_static
+from mutatis.errors import StaticAttributeError
+from mutatis.statics import Static, StaticObject, check_static
 from mutatis.variables import Variable, detached
 
 
@@ -27,6 +29,8 @@ class ContextValue(Variable):
 
 class Context:
     """An ambient value: `get` reads it, and ``with context.set(value):`` changes it for a while, on this thread.
+
+    A raw `jax.jit` knows nothing of contexts: it keeps a static value that it read when it traced.
 
     Args:
       name: its name, for messages.
@@ -49,28 +53,32 @@ class Context:
       (1.5, 1.0)
     """
 
-    __slots__ = ("__weakref__", "_default", "name")
+    __slots__ = ("__weakref__", "_number", "default", "name")
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, name: str, default: Any = None) -> None:
         self.name = name
-        self._default = default
+        self.default = default
+        self._number = next(Context._numbers)
 
     def get(self) -> Any:
         """The value that is set, or the default."""
         active: dict[Context, Any] = dict(_active.get())
         if self not in active:
-            return self._default
+            return self.default
         entry = active[self]
         if isinstance(entry, Static):
-            return entry.value
-        return entry.get() if isinstance(entry, ContextValue) else entry
+            return entry.value.value if isinstance(entry.value, StaticObject) else entry.value
+        # Containers anew: what is changed in them stays with who asked.
+        return jax.tree.map(lambda leaf: leaf, entry.get()) if isinstance(entry, ContextValue) else entry
 
     @contextlib.contextmanager
     def set(self, value: Any) -> Iterator[None]:
         """Set the value inside a ``with`` block."""
         entry = self._admit(value)
         before = _active.get()
-        token = _active.set((*(pair for pair in before if pair[0] is not self), (self, entry)))
+        pairs = [*(pair for pair in before if pair[0] is not self), (self, entry)]
+        token = _active.set(tuple(sorted(pairs, key=lambda pair: pair[0]._number)))  # in whatever order they are set
         try:
             yield
         finally:
@@ -78,19 +86,35 @@ class Context:
 
     def _admit(self, value: Any) -> Any:
         """How a value is kept: a node as it is, arrays in a cell, anything else as a static value."""
-        if getattr(type(value), "_mutatis_node_", False) is True:
+        if _is_node(value):
             return value
-        leaves = jax.tree.leaves(value)
+        leaves = jax.tree.leaves(value, is_leaf=_is_node)
         if leaves and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
             cell = detached(ContextValue)
-            cell._frozen = None
+            cell._frozen, cell.name = None, self.name
             transactions.place(cell, cell.admit(value))
             return cell
-        check_static(value, "Context", self.name)
-        return Static(value)
+        try:
+            if any(map(_is_node, leaves)):
+                raise StaticAttributeError("a container of modules or states")
+            if not isinstance(value, StaticObject | tuple):
+                check_static(value, "Context", self.name)
+            return Static(value)
+        except (StaticAttributeError, TypeError):
+            raise StaticAttributeError(
+                f"context `{self.name}` cannot be set to a {type(value).__name__} like this one",
+                path=self.name,
+                expected="arrays, a Module or Variable, or a hashable value such as a number, string or function",
+                got=f"{value!r:.60}",
+                cure=f"Keep an object by its identity, `{self.name}.set(mu.static(...))`, or set a Module that holds the states.",
+            ) from None
 
     def __repr__(self) -> str:
         return f"Context({self.name!r})"
+
+
+def _is_node(value: Any) -> bool:
+    return getattr(type(value), "_mutatis_node_", False) is True
 
 
 _active: contextvars.ContextVar[tuple[tuple[Context, Any], ...]] = contextvars.ContextVar("mutatis", default=())

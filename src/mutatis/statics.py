@@ -147,7 +147,8 @@ def _array_key(array: Any) -> Hashable:
     if array.size > _SMALL:
         return Identity(array)
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return ("key", str(array.dtype), array.shape, np.asarray(jax.random.key_data(array)).tobytes())
+        with jax.ensure_compile_time_eval():
+            return ("key", str(array.dtype), array.shape, np.asarray(jax.random.key_data(array)).tobytes())
     return ("array", type(array).__name__, str(array.dtype), array.shape, np.asarray(array).tobytes())
 
 

@@ -411,7 +411,7 @@ def path_of(cell: Cell) -> str | None:
 
 def describe(cell: Cell) -> str:
     """``state `model.w` (Param)``, less the word state."""
-    path = path_of(cell)
+    path = path_of(cell) or getattr(cell, "name", None)
     kind = type(cell).__name__
     return f"`{path}` ({kind})" if path else f"({kind} without a place in a model)"
 
