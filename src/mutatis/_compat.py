@@ -27,6 +27,7 @@ __all__ = [
     "is_batched",
     "is_staging",
     "raw_transform_name",
+    "restore_eager_trace",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -43,6 +44,12 @@ EVAL_TRACE = core.eval_trace
 def current_trace() -> Any:
     """The trace that JAX operations of this thread go to now; `EVAL_TRACE` outside all transforms."""
     return _context.trace
+
+
+def restore_eager_trace() -> None:
+    """Undo what an interrupt inside JAX's own switching of traces leaves behind: no trace at all, for good."""
+    if _context.trace is None:
+        _context.set_trace(EVAL_TRACE)
 
 
 def weak_trace(trace: Any) -> Any:

@@ -144,6 +144,8 @@ class Compiler:
                     binding = self._bind(request, key, [*binding.extras, *found.cells])
         finally:
             calls.request = before
+            if eager:
+                _compat.restore_eager_trace()
 
     # -- binding ---------------------------------------------------------------------------------------------
 
@@ -240,11 +242,13 @@ class Compiler:
     def _remember(self, structural: Hashable, captures: Captures, program: Program) -> None:
         """Keep a program under the key of a structure and of what the function captured."""
         if not captures.ephemeral:
-            self.programs[structural, tuple(captures.token)] = program
+            with structure_lock:
+                self.programs[structural, tuple(captures.token)] = program
 
     def _forget(self, program: Program) -> None:
         """Drop a program whose trace failed: JAX keeps such a trace as one that fails."""
-        self.programs = {key: kept for key, kept in self.programs.items() if kept is not program}
+        with structure_lock:
+            self.programs = {key: kept for key, kept in self.programs.items() if kept is not program}
 
     def _bind_again(self, request: Request, key: tuple[Hashable, ...], old: Binding) -> None:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""

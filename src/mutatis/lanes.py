@@ -28,7 +28,7 @@ class LaneTransaction(Transaction):
       given: values of streams that came in through JAX; others are what they are outside.
     """
 
-    __slots__ = ("_alike", "_given", "_keys", "_lane", "streams")
+    __slots__ = ("_alike", "_given", "_lane", "streams")
 
     def __init__(
         self, *args: Any, lane: Any, alike: set[Any], given: Mapping[Any, Any] | None = None, **options: Any
@@ -38,7 +38,6 @@ class LaneTransaction(Transaction):
         self._alike = alike
         self._given = {} if given is None else given
         self.streams: dict[Any, Any] = {}  # what the streams are outside
-        self._keys: dict[Any, Any] = {}  # those of the lane
 
     def fetch(self, cell: Cell) -> Any:
         """What the cell holds outside, or a stream for each lane."""
@@ -48,17 +47,11 @@ class LaneTransaction(Transaction):
         self.streams[cell] = value
         with _compat.at_trace(self.trace):  # the read may come from a deeper trace, whose value would not live here
             key = _fold(_fold(value["key"], value["count"]), jnp.broadcast_to(self._lane, value["count"].shape))
-            self._keys[cell] = key
             return {"key": key, "count": jnp.zeros_like(value["count"])}
-
-    def is_stream(self, cell: Any, value: Any) -> bool:
-        """Whether a cell holds the stream of its lane still: it was drawn from, and not set."""
-        return cell in self.streams and value["key"] is self._keys[cell]
 
     def forget(self) -> None:
         """Let go of the values that live inside."""
         self.streams.clear()
-        self._keys.clear()
 
     def outside(self, cell: Any) -> Any:
         """What a stream is outside after the lanes have drawn: one further."""

@@ -993,9 +993,6 @@ def test_a_captured_state_is_differentiated() -> None:
     refused(run_forward, "is differentiated, but the rule says nothing")
 
 
-DEEPER = pytest.mark.xfail(strict=True, reason="a cotangent deeper than its argument is left to JAX")
-
-
 @pytest.mark.parametrize(
     ("given", "match"),
     [
@@ -1010,7 +1007,7 @@ DEEPER = pytest.mark.xfail(strict=True, reason="a cotangent deeper than its argu
         (lambda x, g: mu.State({("w",): g * x}), "for each argument"),
         (lambda x, g: None, "for each argument"),
         (lambda x, g: g, "for each argument"),
-        pytest.param(lambda x, g: (mu.State({("w",): g * x}), mu.State({(): g})), "for each argument", marks=DEEPER),
+        pytest.param(lambda x, g: (mu.State({("w",): g * x}), mu.State({(): g})), "for each argument"),
         (lambda x, g: (mu.State({("w",): g * x}), (g, g)), "for each argument"),
     ],
 )
@@ -1191,7 +1188,6 @@ def test_a_raw_rule_that_reads_is_right_or_refused(name: str) -> None:
     close(net.w.value, W)
 
 
-@pytest.mark.xfail(strict=True, reason="the search does not look into the rules of JAX's functions")
 def test_states_that_only_a_raw_rule_names_are_found() -> None:
     net = Net()
     assert float(mu.jit(mu.grad(_raw(net, "reads")))(1.0)) == 2
@@ -1343,11 +1339,7 @@ LEAKY: dict[str, Callable[[Net, Any], Any]] = {
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        pytest.param(kind, name, marks=KEPT if name == "jit of vmap" else ())
-        for kind in ("reverse", "forward")
-        for name in LEAKY
-    ],
+    [pytest.param(kind, name) for kind in ("reverse", "forward") for name in LEAKY],
 )
 def test_no_tracer_leaks(kind: str, name: str) -> None:
     net = Net()

@@ -146,7 +146,7 @@ def _sort_by_axis(
             groups[0].append(value)
         elif cell in split:
             groups[split[cell]].append(value)
-        elif tx.is_stream(cell, value):
+        elif cell in tx.streams:
             shared.append(tx.outside(cell))
         elif trace is None:
             raise LaneError(

@@ -73,6 +73,7 @@ class CustomRule(Transformed):
                 return site.commit(end, values, leaves)
             call = _Call(self, site, args)
             out, written = self._through_jax(call)
+            call.release()
             for cell, value in written.items():
                 transactions.write(cell, jax.tree.map(_constant, value))
             return call.primal.end.fill(out)
@@ -122,6 +123,16 @@ class _Call:
         )
         refuse_structure(site, self.primal.end, "a function with a derivative rule")
         self.count = len(self.primal.leaves)
+        self._again: tuple[Any, Callable[[Any], Any]]  # what the rule is staged with
+
+    def release(self) -> None:
+        """Let go of the values of the call: JAX keeps the rules, and with them this object."""
+        self.args = tuple(arg if n in self.fixed else None for n, arg in enumerate(self.args))
+        self.values.clear()
+        self.packed.leaves = self.site.packed.leaves = []
+        self.site.args, self.site.kwargs = (), {}
+        leaves, call = self._again
+        self._again = (jax.tree.map(_compat.type_of, leaves), call)
 
     def with_leaves(self, leaves: Sequence[Any]) -> list[Any]:
         """All arguments, with other leaves in those that are differentiated."""
@@ -148,7 +159,7 @@ class _Call:
         self._check(self._rule)
         both = (self.primal, self._rule)
         self.cells: list[Any] = list(dict.fromkeys(cell for staged in both for cell in staged.cells))
-        self.values = self.site.values(self.cells)
+        self.values: list[Any] = self.site.values(self.cells)
         self._types = {
             cell: jax.tree.map(_compat.type_of, value) for cell, value in zip(self.cells, self.values, strict=True)
         }

@@ -172,7 +172,7 @@ def _sort_by_spec(
     sorted_values: list[list[Any]] = [[] for _ in groups]
     for cell, value in zip(end.cells, written, strict=True):
         spec = specs.get(cell, _REPLICATED)
-        new = tx.outside(cell) if tx.is_stream(cell, value) else value
+        new = tx.outside(cell) if cell in tx.streams else value
         along = {
             axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))
         }
