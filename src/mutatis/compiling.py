@@ -404,6 +404,8 @@ class Compiler:
         before = [values[index] for index in record.written]
         for index, value in zip(record.written, record.new.receive(new, before), strict=True):
             transactions.write(binding.cells[index], value)
+        for index in record.restarted:
+            transactions.restart(binding.cells[index])
         return replay(record, binding.cells, binding.live_objects(), made, leaves)
 
     @staticmethod

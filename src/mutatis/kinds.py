@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mutatis import transactions
 from mutatis.variables import Variable
 
 
@@ -73,8 +74,15 @@ class RngState(Variable):
     def draw(self) -> jax.Array:
         """A fresh key; the stream advances by one."""
         stream = self.get()
-        self.set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
+        super().set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
         return jax.random.fold_in(stream["key"], stream["count"])
+
+    def set(self, value: Any) -> None:
+        """Start the stream anew: in lanes, it is then what it was set to, for all of them."""
+        transactions.restart(self)
+        super().set(value)
+
+    value = property(Variable.get, set, doc="The value, read and written through the current transaction.")
 
 
 def stream_value(key: jax.Array) -> dict[str, Any]:

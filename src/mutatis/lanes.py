@@ -28,7 +28,7 @@ class LaneTransaction(Transaction):
       given: values of streams that came in through JAX; others are what they are outside.
     """
 
-    __slots__ = ("_alike", "_given", "_lane", "streams")
+    __slots__ = ("_alike", "_given", "_lane", "_streams")
 
     def __init__(
         self, *args: Any, lane: Any, alike: set[Any], given: Mapping[Any, Any] | None = None, **options: Any
@@ -37,26 +37,44 @@ class LaneTransaction(Transaction):
         self._lane = lane
         self._alike = alike
         self._given = {} if given is None else given
-        self.streams: dict[Any, Any] = {}  # what the streams are outside
+        self._streams: dict[Any, Any] = {}  # what the streams are outside
 
     def fetch(self, cell: Cell) -> Any:
         """What the cell holds outside, or a stream for each lane."""
         value = self._given[cell] if cell in self._given else super().fetch(cell)
         if not isinstance(cell, RngState) or cell in self._alike or cell.frozen:
             return value
-        self.streams[cell] = value
+        self._streams[cell] = value
         with _compat.at_trace(self.trace):  # the read may come from a deeper trace, whose value would not live here
             key = _fold(_fold(value["key"], value["count"]), jnp.broadcast_to(self._lane, value["count"].shape))
             return {"key": key, "count": jnp.zeros_like(value["count"])}
 
     def forget(self) -> None:
         """Let go of the values that live inside."""
-        self.streams.clear()
+        self._streams.clear()
 
-    def outside(self, cell: Any) -> Any:
-        """What a stream is outside after the lanes have drawn: one further."""
-        value = self.streams[cell]
-        return {"key": value["key"], "count": value["count"] + np.uint32(1)}
+    def outside(self, cell: Any, value: Any) -> Any:
+        """What a cell that was given this value is outside: a stream that the lanes have drawn from is one further."""
+        if cell not in self._streams or cell in self.restarted:
+            return value
+        stream = self._streams[cell]
+        return {"key": stream["key"], "count": stream["count"] + np.uint32(1)}
+
+
+def unite(cell: Any, states: str, axis: str) -> str:
+    """The cure for a value that differs from lane to lane in a cell that they share.
+
+    Args:
+      cell: the cell.
+      states: what gives the cell an axis, as code.
+      axis: the name of the lanes' axis, as code.
+    """
+    if isinstance(cell, RngState):
+        return (
+            "Draw from a random stream in transforms of `mu`, each lane has its own; and set it to one key in all of them. "
+            f"Or give each lane a stream that is kept: `mu.Rngs(0).split(n)` and `states={states}`."
+        )
+    return f"Reduce it, `jax.lax.pmean(x, {axis})`, or give the state an axis: `states={states}`."
 
 
 def _fold(key: Any, count: Any) -> Any:

@@ -207,6 +207,7 @@ class Record:
       out: the structure of the user's result, with the specifications of the nodes in it.
       changes: what became of attributes and containers.
       marks: the cells that were frozen or thawed, by number, with their new marks.
+      restarted: the numbers of the random streams that were set.
     """
 
     __slots__ = (
@@ -219,6 +220,7 @@ class Record:
         "nodes",
         "out",
         "plain",
+        "restarted",
         "same_type",
         "structure",
         "waits",
@@ -235,6 +237,7 @@ class Record:
         nodes: tuple[Spec, ...],
         changes: list[tuple[int, str | None, Spec | None]],
         marks: list[tuple[int, str | None]],
+        restarted: list[int],
     ) -> None:
         self.written = tuple(written)
         self.same_type = tuple(same_type)
@@ -246,6 +249,7 @@ class Record:
         self.nodes = nodes
         self.changes = changes
         self.marks = marks
+        self.restarted = restarted
         self.plain = not (made or nodes or changes or marks)
         self.waits = False  # it calls back into Python, so it may fail at run time
 
@@ -383,7 +387,8 @@ class Program:
             Crossing(made),
             Crossing(self.options.constrain_outputs(packed)),
         )
-        return Record(numbers, same, crossings, specs, packed.structure, nodes, changes, marks)
+        restarted = [number for cell, number in known.cells.items() if cell in tx.restarted]
+        return Record(numbers, same, crossings, specs, packed.structure, nodes, changes, marks, restarted)
 
     def _keep_placement(self, number: int, value: Any) -> Any:
         shardings = self.placements[number]

@@ -68,6 +68,7 @@ class Transaction:
         "outer",
         "parent",
         "pinned",
+        "restarted",
         "trace",
         "values",
         "written",
@@ -90,9 +91,10 @@ class Transaction:
         self.values: dict[Cell, Any] = {}
         self.written: dict[Cell, None] = {}
         self._through: set[Cell] = set()  # cells whose values come from further out
-        self._lent: dict[Cell, list[Any]] = {}  # the leaves that containers held when they were read
+        self._lent: dict[Cell, list[Any]] = {}  # the leaves that containers held when they came here
         self.born: dict[Cell, None] = {}
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
+        self.restarted: set[Cell] = set()  # random streams that were set, not drawn from
         self.journal: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Self:
@@ -131,7 +133,7 @@ class Transaction:
         return self._miss(cell) if value is _MISSING else value
 
     def _miss(self, cell: Cell) -> Any:
-        self.fill({cell: _fresh(self.fetch(cell))})
+        self.fill({cell: self.fetch(cell)})
         self._through.add(cell)
         return self.values[cell]
 
@@ -143,10 +145,15 @@ class Transaction:
 
     def fill(self, values: Mapping[Any, Any]) -> None:
         """Put values into the overlay that count as read, not written, unless they are changed in place."""
-        self.values.update(values)
         for cell, value in values.items():
-            if type(value) in _CONTAINERS:
-                self._lent[cell] = jax.tree.leaves(value)
+            self._hold(cell, _fresh(value))
+
+    def _hold(self, cell: Cell, value: Any) -> None:
+        self.values[cell] = value
+        if type(value) in _CONTAINERS:
+            self._lent[cell] = jax.tree.leaves(value)
+        else:
+            self._lent.pop(cell, None)
 
     def fetch(self, cell: Cell) -> Any:
         """What a cell holds further out."""
@@ -168,13 +175,13 @@ class Transaction:
                 cure="JAX may reuse the raw transform's program with the old value. Use the transform of the same name "
                 "in `mu` (`mu.scan` for `jax.lax.scan`, ...), or write the state before the raw transform.",
             )
-        self.values[cell] = value
+        self._hold(cell, value)
         self.written[cell] = None
         self._through.discard(cell)
 
     def adopt(self, cell: Cell, value: Any) -> None:
         """Take in a cell that was made just now."""
-        self.values[cell] = value
+        self._hold(cell, value)
         self.written[cell] = None
         self.born[cell] = None
 
@@ -190,6 +197,13 @@ class Transaction:
             if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
                 self.values[cell] = cell.admit(self.values[cell])
                 self.written[cell] = None
+                self.restart(cell)
+
+    def restart(self, cell: Cell) -> None:
+        """Note that a cell was given a value that does not continue the one it had, here and so further out."""
+        self.restarted.add(cell)
+        if self.parent is not None:
+            self.parent.restart(cell)
 
     # -- structure -------------------------------------------------------------------------------------------
 
@@ -247,6 +261,12 @@ def write(cell: Cell, value: Any) -> None:
         _write_committed(cell, value, trace)
     else:
         tx.write(cell, value, trace)
+
+
+def restart(cell: Cell) -> None:
+    """Note that a random stream is set, not drawn from; see `Transaction.restart`."""
+    if _open.top is not None:
+        _open.top.restart(cell)
 
 
 def create(cell: Cell, value: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from mutatis import _compat, transactions
 from mutatis.axes import Shared, StateAxes, assign, broadcast, check_axis
 from mutatis.errors import AxisError, LaneError
-from mutatis.lanes import LaneTransaction
+from mutatis.lanes import LaneTransaction, unite
 from mutatis.lifting import End, Site, Transformed
 from mutatis.modules import is_node
 from mutatis.transactions import Transaction
@@ -146,8 +146,8 @@ def _sort_by_axis(
             groups[0].append(value)
         elif cell in split:
             groups[split[cell]].append(value)
-        elif cell in tx.streams:
-            shared.append(tx.outside(cell))
+        elif (new := tx.outside(cell, value)) is not value:
+            shared.append(new)
         elif trace is None:
             raise LaneError(
                 f"state {site.describe(cell)} was written in a vectorized `map`, where items have no order",
@@ -164,8 +164,7 @@ def _sort_by_axis(
                 expected="the same value in all lanes, or an axis for the state",
                 got="a value per lane",
                 made_at=transactions.made_at(cell),
-                cure="Reduce it, `jax.lax.pmean(x, axis_name)`, or give the state an axis: "
-                f"`states=mu.StateAxes({{{spelled(type(cell))}: 0, ...: None}})`.",
+                cure=unite(cell, f"mu.StateAxes({{{spelled(type(cell))}: 0, ...: None}})", "axis_name"),
             )
         else:
             shared.append(value)

@@ -15,7 +15,7 @@ from mutatis import _compat, transactions
 from mutatis.axes import Shared, StateSharding, assign, broadcast
 from mutatis.errors import LaneError, OptionError
 from mutatis.kinds import RngState
-from mutatis.lanes import LaneTransaction
+from mutatis.lanes import LaneTransaction, unite
 from mutatis.lifting import End, Site, Transformed
 from mutatis.modules import is_node
 from mutatis.staging import refuse_structure
@@ -172,7 +172,7 @@ def _sort_by_spec(
     sorted_values: list[list[Any]] = [[] for _ in groups]
     for cell, value in zip(end.cells, written, strict=True):
         spec = specs.get(cell, _REPLICATED)
-        new = tx.outside(cell) if cell in tx.streams else value
+        new = tx.outside(cell, value)
         along = {
             axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))
         }
@@ -186,8 +186,11 @@ def _sort_by_spec(
                     expected=f"the same value on all devices that share it, as its spec is {spec}",
                     got=f"a value that varies along {sorted(differs)}",
                     made_at=transactions.made_at(cell),
-                    cure=f"Reduce it, `jax.lax.pmean(x, {sorted(differs)[0]!r})`, or split the state: "
-                    f"`states=mu.StateSharding({{{spelled(type(cell))}: P({sorted(differs)[0]!r}), ...: P()}})`.",
+                    cure=unite(
+                        cell,
+                        f"mu.StateSharding({{{spelled(type(cell))}: P({sorted(differs)[0]!r}), ...: P()}})",
+                        repr(sorted(differs)[0]),
+                    ),
                 )
         sorted_values[groups.index(spec)].append(new)
     tx.forget()
