@@ -348,22 +348,9 @@ LOOPS = [
 ]
 
 
-FORGETFUL = pytest.mark.xfail(
-    sys.version_info >= (3, 12), strict=True, reason="CPython forgets handlers for jumps in `_launch` and `take`"
-)
-# Other threads may then wait for ever, and the test takes as long as its limit.
-MAY_HANG = pytest.mark.xfail(sys.version_info >= (3, 12), strict=False, reason="see FORGETFUL")
-WITH_STREAMS = [
-    model_with_random_streams,
-    closure_with_random_streams,
-    ensemble_with_random_streams,
-    result_with_random_streams,  # and an eager operation of JAX 0.12, in which an interrupt may break JAX
-]
-
-
 each_loop = pytest.mark.parametrize(
     "make",
-    [pytest.param(make, marks=MAY_HANG if make in WITH_STREAMS else ()) for make in LOOPS],
+    LOOPS,
     ids=lambda f: f.__name__,
 )
 
@@ -614,7 +601,6 @@ def unprotected_jumps(module: types.ModuleType) -> list[str]:
     return found
 
 
-@FORGETFUL
 def test_no_jump_lies_outside_of_its_try() -> None:
     assert not [
         place for module in (cells, compiling, interrupts, lifting, programs) for place in unprotected_jumps(module)

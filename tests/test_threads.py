@@ -557,7 +557,6 @@ def test_structure_changes_before_a_trace_begins(before: str, after: str) -> Non
         assert again.numbers() == [1, 11] + [1000] * len(names)
 
 
-@pytest.mark.xfail(strict=False, raises=RuntimeError, reason="programs are walked over while other threads add some")
 def test_states_are_made_in_several_threads(together: Together) -> None:
     step = mu.jit(lambda model, x, name: model(name, x), static_argnames="name")
 

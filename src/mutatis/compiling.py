@@ -247,8 +247,8 @@ class Compiler:
 
     def _forget(self, program: Program) -> None:
         """Drop a program whose trace failed: JAX keeps such a trace as one that fails."""
-        with structure_lock:
-            self.programs = {key: kept for key, kept in self.programs.items() if kept is not program}
+        with structure_lock:  # no loop in it: an interrupt there may leave it locked, from CPython 3.12 on
+            self.programs = dict(filter(lambda item: item[1] is not program, self.programs.items()))
 
     def _bind_again(self, request: Request, key: tuple[Hashable, ...], old: Binding) -> None:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
@@ -316,7 +316,9 @@ class Compiler:
         binding, program = request.binding, request.program
         request.fast = False
         # Types, not arrays: another thread may donate those meanwhile.
-        traced = program.plain.trace(*[jax.tree.map(_abstract, cell._value) for cell in binding.cells], *flat)
+        types = [jax.tree.map(_abstract, cell._value) for cell in binding.cells]
+        with structure_lock:  # before JAX's own lock on the trace, always
+            traced = program.plain.trace(*types, *flat)
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
@@ -399,7 +401,8 @@ class Compiler:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = request.binding, request.program
         values = [raw_value(cell) for cell in binding.cells]
-        ((number, (new, made, leaves)),) = program.plain(*values, *flat).items()
+        with structure_lock:  # before JAX's own lock on the trace, always
+            ((number, (new, made, leaves)),) = program.plain(*values, *flat).items()
         record = program.records[number]
         before = [values[index] for index in record.written]
         for index, value in zip(record.written, record.new.receive(new, before), strict=True):

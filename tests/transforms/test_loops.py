@@ -487,3 +487,333 @@ def test_python_numbers_in_the_carry_are_promoted_as_in_jax() -> None:
     f = lambda c, x: (c * x, c)  # noqa: E731
     mine, theirs = mu.scan(f, 1.0, XS), jax.lax.scan(f, 1.0, XS)
     assert jax.tree.map(lambda x: x.dtype, mine) == jax.tree.map(lambda x: x.dtype, theirs)
+
+
+# -- checkpoint_every ---------------------------------------------------------------------------------------------
+
+
+class Noisy(mu.Module):
+    """A recurrence with noise, counted."""
+
+    def __init__(self) -> None:
+        self.w = mu.Param(jnp.array([0.5, -0.3]))
+        self.h = mu.Hidden({"a": jnp.zeros(2), "b": [jnp.float32(1)]})
+        self.n = mu.Variable(0)
+        self.rngs = mu.Rngs(0)
+
+    def __call__(self, x: Any) -> Any:
+        h = self.h.value
+        noise = jax.random.normal(self.rngs(), (2,))
+        new = jnp.tanh(self.w.value * h["a"] + x * noise) * h["b"][0]
+        self.h.value = {"a": new, "b": [h["b"][0] * 0.9 + 0.1 * new.sum()]}
+        self.n += 1
+        return new
+
+
+LONG = jnp.linspace(-1, 1, 7)
+
+
+def loop_and_gradient(model: Noisy, xs: Any, **options: Any) -> Any:
+    """Everything that a loop gives: the gradient, the carry, the ys."""
+
+    def loss(m: Noisy, xs: Any) -> Any:
+        def body(c: Any, x: Any) -> Any:
+            y = m(x)
+            return {"sum": c["sum"] + y.sum() * x, "last": x}, {"y": y, "n": [m.n.value, None], "c": c["sum"]}
+
+        init = {"sum": jnp.float32(0), "last": jnp.float32(0)}
+        carry, ys = mu.scan(body, init, xs, checkpoint_every=options.pop("every", None), **options)
+        return carry["sum"] + jnp.sum(ys["y"] ** 2), (carry, ys)
+
+    return mu.value_and_grad(loss, argnums=(0, 1), has_aux=True)(model, xs)
+
+
+def same(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), a, b)
+
+
+def same_states(a: mu.Module, b: mu.Module) -> None:
+    convert: Any = lambda v: jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v  # noqa: E731
+    same(*(jax.tree.map(convert, mu.state(m)) for m in (a, b)))
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled", "sizes"),
+    [
+        ({}, False, (1, 3, 8)),
+        ({}, True, (2, 6, 7, 100)),
+        ({"reverse": True}, False, (3,)),
+        ({"reverse": True}, True, (1, 2, 100)),
+        ({"unroll": 2}, True, (3,)),
+        ({"reverse": True, "unroll": True}, True, (5,)),
+    ],
+    ids=str,
+)
+def test_blocks_change_nothing(options: Any, compiled: bool, sizes: tuple[int, ...]) -> None:
+    """Whole blocks, a remainder, one block, one that is longer than the loop: values, gradients, states, draws."""
+    plain = Noisy()
+    run = mu.jit(lambda m: loop_and_gradient(m, LONG, **options))
+    expected = [run(plain) for _ in range(2)]
+    for every in sizes:
+        model = Noisy()
+        ours = around(lambda m, every=every: loop_and_gradient(m, LONG, every=every, **options), compiled)
+        for before in expected:
+            same(ours(model), before)
+        same_states(model, plain)
+        assert int(model.n) == 14
+        assert int(model.rngs.default.value["count"]) == 14
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_blocks_without_gradients(every: int, reverse: bool) -> None:
+    a, b = Noisy(), Noisy()
+
+    def run(m: Noisy, every: Any) -> Any:
+        return mu.scan(lambda c, x: (c + x, m(x)), jnp.float32(0), LONG, reverse=reverse, checkpoint_every=every)
+
+    same(run(a, every), run(b, None))
+    same(mu.jit(run, static_argnums=1)(a, every), mu.jit(run, static_argnums=1)(b, None))
+    same_states(a, b)
+
+
+@compiled_or_not
+@pytest.mark.parametrize("every", [1, 5])
+def test_blocks_of_a_loop_that_never_runs(every: int, compiled: bool) -> None:
+    model = Noisy()
+    before = mu.state(model)
+
+    def run(xs: Any) -> Any:
+        return mu.scan(lambda c, x: (c + x, (model(x), None)), jnp.float32(3), xs, checkpoint_every=every)
+
+    carry, (ys, none) = around(run, compiled)(jnp.zeros(0))
+    assert float(carry) == 3 and ys.shape == (0, 2) and none is None
+    gradient = around(mu.grad(lambda xs: run(xs)[0]), compiled)(jnp.zeros(0))
+    assert gradient.shape == (0,)
+    assert mu.state(model) == before
+
+
+@pytest.mark.parametrize(("length", "every"), [(1, 1), (1, 3), (4, 3), (4, 4), (7, 3)])
+def test_blocks_without_xs(length: int, every: int) -> None:
+    model = Noisy()
+
+    def loss(m: Noisy, every: Any) -> Any:
+        return mu.scan(lambda c, _: (c + m(1.0).sum(), None), 0.0, length=length, checkpoint_every=every)[0]
+
+    gradient = mu.grad(lambda m: loss(m, every))(model)
+    plain = Noisy()
+    same(gradient, mu.grad(lambda m: loss(m, None))(plain))
+    same_states(model, plain)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(2, None), (None, 2), (2, 3), (1, 1), (100, 2)])
+def test_blocks_in_blocks(outer: Any, inner: Any) -> None:
+    def loss(m: Noisy, outer: Any, inner: Any) -> Any:
+        def rows(c: Any, xs: Any) -> Any:
+            c, ys = mu.scan(lambda c, x: (c + m(x).sum(), m.n.value), c, xs, checkpoint_every=inner)
+            return c, ys
+
+        c, ys = mu.scan(rows, jnp.float32(0), jnp.stack([LONG, 2 * LONG, LONG]), checkpoint_every=outer)
+        return c, ys
+
+    model, plain = Noisy(), Noisy()
+    gradient, ys = mu.grad(lambda m: loss(m, outer, inner), has_aux=True)(model)
+    expected, expected_ys = mu.grad(lambda m: loss(m, None, None), has_aux=True)(plain)
+    same(gradient, expected)
+    np.testing.assert_array_equal(ys, expected_ys)
+    np.testing.assert_array_equal(np.ravel(ys), np.arange(1, 22))
+    same_states(model, plain)
+
+
+@pytest.mark.parametrize(
+    ("every", "reverse", "compiled"),
+    [(1, False, True), (2, False, False), (2, True, True), (3, True, False), (5, False, True), (5, True, True)],
+)
+def test_blocks_over_layers(every: int, reverse: bool, compiled: bool) -> None:
+    """Modules among the xs are cut into blocks and put together again."""
+
+    def run(layers: Any, every: Any) -> Any:
+        def loss(layers: Any) -> Any:
+            body: Any = lambda c, m: (m(c), c)  # noqa: E731
+            c, ys = mu.scan(body, jnp.float32(1), layers, reverse=reverse, checkpoint_every=every)
+            return c + jnp.sum(ys), ys
+
+        return mu.grad(loss, has_aux=True)(layers)
+
+    (layers, _), (plain, _) = stack(5), stack(5)
+    for _ in range(2):
+        ours = around(lambda m: run(m, every), compiled)(layers)
+        same(ours, run(plain, None))
+        same_states(layers, plain)
+    np.testing.assert_array_equal(layers.n, [2] * 5)
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_blocks_over_layers_along_another_axis(every: int) -> None:
+    table = mu.Param(jnp.arange(12.0).reshape(2, 6))
+    total = mu.Variable(jnp.float32(0))
+
+    def run(every: Any) -> Any:
+        axes = [(table, mu.StateAxes({mu.Param: 1}))]
+
+        def body(c: Any, t: Any) -> Any:
+            t.value = t.value + c
+            total.value = total.value + t.value.sum()
+            return c + 1, t.value
+
+        return mu.scan(body, jnp.float32(0), table, states=axes, checkpoint_every=every)
+
+    start_value = table.value
+    out = run(every)
+    written, summed = table.value, total.value
+    table.value, total.value = start_value, jnp.float32(0)
+    same(out, run(None))
+    np.testing.assert_array_equal(table.value, written)
+    np.testing.assert_array_equal(total.value, summed)
+
+
+def test_blocks_of_keys_and_integers() -> None:
+    keys = jax.random.split(jax.random.key(0), 5)
+
+    def run(every: Any) -> Any:
+        body: Any = lambda c, x: ((c[0] + 1, x[0]), (jax.random.uniform(x[0]), x[1] > 2))  # noqa: E731
+        carry, ys = mu.scan(body, (0, keys[0]), (keys, jnp.arange(5)), checkpoint_every=every)
+        return carry[0], jax.random.key_data(carry[1]), ys
+
+    for every in (1, 2, 5, 9):
+        same(run(every), run(None))
+
+
+def test_blocks_of_a_stack_of_keys_as_results() -> None:
+    keys = jax.random.split(jax.random.key(0), 5)
+    _, ys = mu.scan(lambda c, k: (c, k), None, keys, checkpoint_every=2)
+    np.testing.assert_array_equal(jax.random.key_data(ys), jax.random.key_data(keys))
+
+
+def test_blocks_under_other_transforms() -> None:
+    every = 3
+
+    def run(m: Noisy, every: Any) -> Any:
+        return mu.scan(lambda c, x: (c + m(x).sum(), None), jnp.float32(0), LONG, checkpoint_every=every)[0]
+
+    transforms: dict[str, Any] = {
+        "ensemble": lambda m, every: mu.vmap(lambda m: mu.grad(lambda m: run(m, every))(m))(m),
+        "jit": lambda m, every: mu.jit(mu.vmap(lambda m: mu.grad(lambda m: run(m, every))(m)))(m),
+        "remat": lambda m, every: mu.vmap(lambda m: mu.grad(mu.remat(lambda m: run(m, every)))(m))(m),
+        "jvp": lambda m, every: mu.vmap(
+            lambda m: mu.jvp(lambda m: run(m, every), (m,), (mu.State({("w",): jnp.ones(2)}),))
+        )(m),
+        "hessian": lambda m, every: jax.tree.leaves(mu.vmap(lambda m: mu.hessian(lambda m: run(m, every))(m))(m)),
+        "cond": lambda m, every: mu.vmap(
+            lambda m: mu.cond(m.w.value[0] > 0, lambda: mu.grad(lambda m: run(m, every))(m)["w"], lambda: m.w.value)
+        )(m),
+    }
+    for name, transform in transforms.items():
+        model, plain = (mu.vmap(lambda _: Noisy())(jnp.arange(2)) for _ in range(2))
+        out, expected = transform(model, every), transform(plain, None)
+        jax.tree.map(
+            lambda a, b, name=name: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name), out, expected
+        )
+        same_states(model, plain)
+
+
+@compiled_or_not
+def test_an_exception_in_a_block_leaves_everything_as_it_was(compiled: bool) -> None:
+    model = Noisy()
+    before = mu.state(model)
+
+    def body(c: Any, x: Any) -> Any:
+        model(x)
+        raise KeyError("in the middle")
+
+    with pytest.raises(KeyError, match="in the middle"):
+        around(lambda: mu.scan(body, None, LONG, checkpoint_every=3), compiled)()
+    assert mu.state(model) == before
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0, "3", True, jnp.int32(3)])
+def test_bad_block_sizes(every: Any) -> None:
+    with pytest.raises(errors.MutatisError, match="checkpoint_every"):
+        mu.scan(lambda c, x: (c, x), None, LONG, checkpoint_every=every)
+
+
+def test_a_body_in_blocks_is_traced_once(traces: Any) -> None:
+    model = Noisy()
+    body = traces.count(lambda c, x: (c, model(x)))
+    mu.jit(lambda: mu.scan(body, None, LONG, checkpoint_every=3))()
+    assert traces[body] == 1
+    mu.jit(mu.grad(lambda: mu.scan(body, None, LONG, checkpoint_every=3)[1].sum(), of=model))()
+    assert traces[body] == 2
+
+
+class Wide(mu.Module):
+    """A state whose size dwarfs the rest."""
+
+    def __init__(self) -> None:
+        self.w = mu.Param(jnp.eye(4) * jnp.float32(0.9))
+        self.h = mu.Hidden(jnp.ones((64, 4)))
+        self.n = mu.Variable(0)
+
+    def __call__(self, x: Any) -> Any:
+        self.h.value = jnp.tanh(self.h.value @ self.w.value + x)
+        self.n += 1
+        return self.h.value.mean()
+
+
+STEPS = 1000
+CARRY = 64 * 4 * 4  # bytes of what an iteration carries, less a few scalars
+
+
+def kept(every: int | None) -> tuple[int, int]:
+    """The bytes that the backward pass keeps from the forward pass, and the temporary memory of both, compiled."""
+    model = Wide()
+    xs = jnp.linspace(-1, 1, STEPS)
+
+    def loss(m: Wide) -> Any:
+        return mu.scan(lambda c, x: (c + m(x), None), jnp.float32(0), xs, checkpoint_every=every)[0]
+
+    pure, state = mu.functionalize(lambda: loss(model), of=model)
+    rest, w = state.filter(~mu.OfType(mu.Param)), state.filter(mu.Param)
+    _, pull = jax.eval_shape(lambda w: jax.vjp(lambda w: pure(rest | w)[0], w), w)
+    gradient, state = mu.functionalize(lambda: mu.grad(loss)(model), of=model)
+    analysis = jax.jit(gradient).lower(state).compile().memory_analysis()
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull)), analysis.temp_size_in_bytes
+
+
+def test_the_memory_of_blocks() -> None:
+    """Carries at the blocks' ends, and those of one block: n / 30 + 30 in place of n."""
+    plain, plain_peak = kept(None)
+    assert plain > STEPS * CARRY
+    blocks, peak = kept(30)
+    number = STEPS // 30 + 1
+    assert blocks < (number + 4) * CARRY + STEPS * 4 + 64
+    assert peak < 2 * (number + 30) * CARRY + 2 * STEPS * 4
+    assert peak * 15 < plain_peak
+    assert kept(1)[0] > STEPS * CARRY, "a block for each iteration keeps every carry"
+    one, one_peak = kept(STEPS)
+    assert one < 4 * CARRY + STEPS * 4 + 64, "one block keeps its start"
+    assert one_peak > STEPS * CARRY, "and computes all of it again"
+
+
+def test_the_memory_of_blocks_of_layers() -> None:
+    """The slices that a loop is given are kept once, whatever the blocks."""
+
+    def residuals(every: int | None) -> int:
+        layers = mu.vmap(lambda _: Wide())(jnp.arange(60))
+        shared = mu.Hidden(jnp.ones((64, 4)))
+
+        def loss(layers: Any) -> Any:
+            def body(c: Any, m: Any) -> Any:
+                return jnp.tanh(c @ m.w.value), None
+
+            return mu.scan(body, shared.value, layers, checkpoint_every=every)[0].sum()
+
+        pure, state = mu.functionalize(lambda: loss(layers), of=layers)
+        rest, w = state.filter(~mu.OfType(mu.Param)), state.filter(mu.Param)
+        _, pull = jax.eval_shape(lambda w: jax.vjp(lambda w: pure(rest | w)[0], w), w)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
+
+    weights = 60 * 16 * 4
+    assert residuals(None) > 60 * CARRY
+    assert residuals(8) < (60 // 8 + 3) * CARRY + 2 * weights
