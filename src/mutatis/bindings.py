@@ -114,7 +114,7 @@ class Binding:
         self.contents = Contents(scope.containers)
         for obj in scope.encoder.objects:
             if isinstance(obj, Module):
-                object.__setattr__(obj, "_watched", True)
+                obj._watch()
                 self.objects.append(weakref.ref(obj))
             else:
                 self.objects.append(obj)

@@ -26,6 +26,7 @@ import jax
 
 from mutatis import contexts
 from mutatis.containers import Contents
+from mutatis.filters import Filter
 from mutatis.modules import Module, Wrapped, is_node
 from mutatis.statics import Identity, Static, static_key
 
@@ -147,6 +148,8 @@ class Captures:
                 self.visit(f"{name}.args[{index}]", item)
             for key, item in value.keywords.items():
                 self.visit(key, item)
+        elif isinstance(value, Filter):
+            self.visit(name, value._parts())
         elif isinstance(value, Wrapped):
             self.token.append(static_key(value.remake))
             self.visit(name, value.__wrapped__)

@@ -31,7 +31,7 @@ from mutatis import transactions
 from mutatis.cells import structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
-from mutatis.modules import Module, Wrapped, borrows, is_node, on_new_class
+from mutatis.modules import Module, Wrapped, borrows, for_each_class, is_node
 from mutatis.statics import Static, StaticObject
 from mutatis.variables import Variable, detached, raw_value
 
@@ -389,4 +389,4 @@ def _unflatten(definition: GraphDef, children: Sequence[Any]) -> Any:
     return definition.build([None] * len(definition.paths), make)
 
 
-on_new_class(_register)
+for_each_class(_register, later=True)

@@ -14,15 +14,17 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 
+from mutatis import transactions
 from mutatis.contexts import Context
-from mutatis.errors import StructureError
+from mutatis.errors import StateTypeError, StructureError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import show_path
 from mutatis.kinds import Intermediate, Perturbation
 from mutatis.lifting import Transformed
-from mutatis.modules import Module, on_new_class
+from mutatis.modules import Module, for_each_class
 from mutatis.state import State
-from mutatis.surgery import modules
+from mutatis.surgery import Places, modules
+from mutatis.values import show_type
 from mutatis.variables import Variable
 
 T = TypeVar("T")
@@ -41,9 +43,9 @@ class Interceptor(Module):
       below: the interceptor that was there before.
     """
 
-    __slots__ = ("_paths",)
-    _paths: dict[Module, Path]
-    _searched_: ClassVar[tuple[str, ...]] = ("function", "below")  # what these name is captured too
+    __slots__ = ("_places",)
+    _places: Places
+    _searched_: ClassVar[tuple[str, ...]] = ("selects", "function", "below")  # what these name is captured too
 
     def __init__(self, selects: Any, function: Any, of: Any, store: Any, below: Any) -> None:
         self.selects = selects
@@ -51,22 +53,23 @@ class Interceptor(Module):
         self.of = of
         self.store = store
         self.below = below
-        paths = {} if of is None else {module: path for path, module in modules(of).items()}
-        object.__setattr__(self, "_paths", paths)
+        object.__setattr__(self, "_places", Places([] if of is None else of))
 
     def run(self, module: Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call of a module, handed down from the innermost interceptor to the call itself."""
         go_on = call if self.below is None else functools.partial(self._go_on, module, call)
-        path = self._paths.get(module, ())
-        if not self.selects(path, module):
+        found = self._places.path_of(module)
+        path: Path = () if found is None else found
+        if not self.selects(path, module) or (self.store is not None and found is None):
             return go_on(*args, **kwargs)
         if self.store is not None:
             out = go_on(*args, **kwargs)
             sow(self.store, show_path(path) or ".", out)
             return out
+        active = _stack.get()
 
         def resume(*new_args: Any, **new_kwargs: Any) -> Any:
-            with _stack.set(self):
+            with _stack.set(active):
                 return go_on(*new_args, **new_kwargs)
 
         with _stack.set(self.below):  # what the function itself calls is not handed to it
@@ -78,8 +81,12 @@ class Interceptor(Module):
 
 def _make_interceptable(cls: type[Module]) -> None:
     """Let the calls of a class's modules ask for interceptors."""
-    call = cls.__dict__.get("__call__")
-    if call is None:
+    definers = (base for base in cls.__mro__ if "__call__" in base.__dict__)
+    base = next(definers, None)
+    if base is None or (base is not cls and issubclass(base, Module)):
+        return  # there is none, or it is another class's turn
+    call = base.__dict__["__call__"]
+    if _interceptable(call) is not None:
         return
 
     @functools.wraps(call)
@@ -95,17 +102,19 @@ def _make_interceptable(cls: type[Module]) -> None:
 
 
 def _outermost(cls: type) -> Any:
-    """The call of a class that can be intercepted, maybe below transforms that were put on it later."""
-    for base in cls.__mro__:
-        call = base.__dict__.get("__call__")
-        while call is not None:
-            if getattr(call, "_interceptable", False) is True:
-                return call
-            call = getattr(call, "__wrapped__", None)
-    return None
+    """The call of a class that can be intercepted."""
+    calls = (_interceptable(base.__dict__["__call__"]) for base in cls.__mro__ if "__call__" in base.__dict__)
+    return next(filter(None, calls), None)
 
 
-on_new_class(_make_interceptable)
+def _interceptable(call: Any) -> Any:
+    """What of a call can be intercepted: itself, or what is below the transforms that were put on it later; None if nothing."""
+    while call is not None and getattr(call, "_interceptable", False) is not True:
+        call = getattr(call, "__wrapped__", None)
+    return call
+
+
+for_each_class(_make_interceptable, later=True)
 
 
 @contextlib.contextmanager
@@ -120,6 +129,9 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       fn: what is called in their place.
       of: the node in which `where` finds paths; without it they are empty.
 
+    Raises:
+      StructureError: `fn` is no function.
+
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> from mutatis import nn
@@ -128,6 +140,14 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       ...     layer(jnp.ones(2))
       Array([0., 0., 0.], dtype=float32)
     """
+    if not callable(fn):
+        raise StructureError(
+            "`intercept` needs a function to hand the calls to",
+            expected="a function of (module, call, *args, **kwargs)",
+            got=f"{fn!r:.60}",
+            cure="`mu.intercept(nn.Linear, lambda module, call, x: call(x))`",
+        )
+    for_each_class(_make_interceptable)  # those that were given another `__call__` since
     with _stack.set(Interceptor(as_filter(where), fn, of, None, _stack.get())):
         yield
 
@@ -167,6 +187,7 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
 
     def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         store = Module()
+        for_each_class(_make_interceptable)
         with _stack.set(Interceptor(selects, None, node, store, _stack.get())):
             out = function(*args, **kwargs)
         paths = {show_path(path) or ".": path for path in modules(node)}
@@ -187,7 +208,8 @@ def sow(
     """Keep a value from inside a computation as a state of a module.
 
     The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. One that is
-    left in the model grows with each call, and so compiles each call anew. What the body of a `mu.scan` sows comes back stacked.
+    left in the model grows with each call, and so compiles each call anew. What the body of a `mu.scan` sows comes back stacked;
+    branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there before.
 
     Args:
       module: the module.
@@ -207,9 +229,9 @@ def sow(
       >>> [float(value) for value in mu.pop(net, mu.Intermediate)["activation"]]
       [1.0, 2.0]
     """
-    held = module.__dict__.get(name)
+    held = _held(module, name)
     if held is None:
-        setattr(module, name, kind((value,) if reduce is None else value))
+        setattr(module, name, kind((value,)) if reduce is None else kind(value, reduced=True))
     elif isinstance(held, kind):
         held.set((*held.get(), value) if reduce is None else reduce(held.get(), value))
     else:
@@ -224,10 +246,11 @@ def perturb(module: Module, name: str, value: Any) -> Any:
     Args:
       module: the module that holds the state.
       name: the attribute that holds it.
-      value: a float array.
+      value: a float array, or a pytree of them.
 
     Raises:
       StructureError: the attribute is something else.
+      StateTypeError: the state was made for a value of another shape.
 
     Example:
       >>> import mutatis as mu
@@ -239,13 +262,41 @@ def perturb(module: Module, name: str, value: Any) -> Any:
       >>> float(mu.grad(lambda net: net(3.0), wrt=mu.Perturbation)(net)["hidden"])
       12.0
     """
-    held = module.__dict__.get(name)
+    held = _held(module, name)
     if held is None:
         held = Perturbation(jax.tree.map(jnp.zeros_like, value))
         setattr(module, name, held)
     elif not isinstance(held, Perturbation):
         raise _occupied(module, name, held, Perturbation)
-    return jax.tree.map(jnp.add, value, held.get())
+    zeros = held.get()
+    if jax.tree.map(jnp.shape, zeros) != jax.tree.map(jnp.shape, value):
+        raise StateTypeError(
+            f"state {transactions.describe(held)} is added to a value of another shape",
+            path=transactions.path_of(held) or name,
+            where=transactions.where(),
+            expected=show_type(zeros),
+            got=show_type(value),
+            made_at=held.made_at,
+            cure="Take it out, `mu.pop(model, mu.Perturbation)`, and call the model once: it is made anew.",
+        )
+    return jax.tree.map(jnp.add, value, zeros)
+
+
+def _held(module: Any, name: str) -> Any:
+    """What the attribute of a module holds, or None.
+
+    Raises:
+      StructureError: it is no module.
+    """
+    if isinstance(module, Module):
+        return module.__dict__.get(name)
+    raise StructureError(
+        f"{type(module).__name__} cannot hold state `{name}`",
+        path=name,
+        expected="a Module",
+        got=f"{module!r:.60}",
+        cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`.",
+    )
 
 
 def _occupied(module: Module, name: str, held: Any, kind: type[Variable]) -> StructureError:

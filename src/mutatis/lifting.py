@@ -270,7 +270,14 @@ class Site:
 
         Returns:
           The user's result around the leaves that JAX gave back.
+
+        Raises:
+          TraceLevelError: it made states of modules that outlive a raw JAX transform around the call.
         """
+        for obj, name, _ in self._journal if end.born else ():
+            value = obj.__dict__.get(name) if isinstance(obj, Module) else None
+            if isinstance(value, Variable) and value in end.born:
+                transactions.check_outlived(obj, name)
         write_back(end, values)
         return end.fill(leaves)
 
@@ -306,9 +313,24 @@ class Site:
                 )
 
     def sown(self, end: End) -> list[Any]:
-        """The intermediate values that the function kept as new attributes of modules."""
+        """The intermediate values that the function kept as new attributes of modules.
+
+        Raises:
+          StructureError: one is reduced over the runs of the function, of which none is the first.
+        """
         new = [o.__dict__.get(name) for o, name, _ in self._journal if isinstance(o, Module)]
-        return [cell for cell in new if isinstance(cell, Intermediate) and cell in end.born]
+        sown = [cell for cell in new if isinstance(cell, Intermediate) and cell in end.born]
+        for cell in sown:
+            if "reduced" in cell.metadata:
+                raise StructureError(
+                    f"state {transactions.describe(cell)} is reduced over iterations, and made by the first of them",
+                    path=transactions.path_of(cell),
+                    where=self.label,
+                    made_at=cell.made_at,
+                    cure="Start it before the loop, with what leaves the others as they are: "
+                    "`mu.sow(model, 'total', 0.0, reduce=jnp.add)`.",
+                )
+        return sown
 
     def refuse_changes(self, what: str, but: Sequence[Any] = ()) -> None:
         """Raise if the function changed attributes or containers, where that has no meaning.
@@ -327,6 +349,15 @@ class Site:
                 continue  # an object that the function made
             if isinstance(obj, Module) and any(obj.__dict__.get(name) is cell for cell in but):
                 continue
+            if isinstance(obj, Module) and isinstance(obj.__dict__.get(name), Intermediate):
+                raise StructureError(
+                    f"a value was kept inside {what}, by `mu.sow` or `mu.capture`",
+                    path=transactions.path_of(obj.__dict__[name]),
+                    where=self.label,
+                    expected="values that are kept each time that it runs",
+                    got=f"a first value for `{name}`",
+                    cure="Return the value from there, and keep it outside.",
+                )
             path = show_root_path((*self.scope.encoder.object_paths[number], *((name,) if name else ())))
             raise StructureError(
                 f"`{path}` was changed inside {what}",

@@ -55,15 +55,17 @@ class Module:
       [1, 2, 3]
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_bindings", "_watched")
+    __slots__ = ("__dict__", "__weakref__", "_bindings", "_birth", "_watched")
     _mutatis_node_: ClassVar[bool] = True
+    _birth: Any  # weak reference to the raw JAX trace the module was made in; None for an ordinary one
     _bindings: Any  # what compiled programs know about this module as an argument; it dies with it
-    _watched: bool  # whether a compiled program took this module's structure for granted
+    _watched: bool  # whether somebody took this module's structure for granted
 
     def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
         self = object.__new__(cls)
         object.__setattr__(self, "_watched", False)
         object.__setattr__(self, "_bindings", None)
+        object.__setattr__(self, "_birth", transactions.birth())
         return self
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -98,11 +100,20 @@ class Module:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self._set_structure(name, transactions.ABSENT)
 
+    def _watch(self) -> None:
+        """Have the changes of this module's structure counted from now on (`cells.structure`)."""
+        object.__setattr__(self, "_watched", True)
+
     def _set_structure(self, name: str, value: Any) -> None:
         """Set an attribute, or remove it, in a way that is not a write to a state."""
+        if isinstance(value, Variable | Module) and value._birth is not None:
+            transactions.check_outlived(self, name)
         tx = transactions.current()
         if tx is not None:
-            tx.note(self, name, self.__dict__.get(name, transactions.ABSENT))
+            old = self.__dict__.get(name, transactions.ABSENT)
+            tx.note(
+                self, name, transactions.Removed(old, tuple(self.__dict__)) if value is transactions.ABSENT else old
+            )
         transactions.put_back(self, name, value)
         if self._watched:
             structure.changed()
@@ -238,9 +249,10 @@ class Module:
 _on_new_class: list[Callable[[type[Module]], None]] = []
 
 
-def on_new_class(hook: Callable[[type[Module]], None]) -> None:
-    """Call a function with Module and each subclass made so far and later."""
-    _on_new_class.append(hook)
+def for_each_class(hook: Callable[[type[Module]], None], *, later: bool = False) -> None:
+    """Call a function with Module and each subclass made so far, and with those made later."""
+    if later:
+        _on_new_class.append(hook)
     pending = [Module]
     while pending:
         cls = pending.pop()

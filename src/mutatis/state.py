@@ -450,6 +450,7 @@ class Snapshot:
                     for name, value in saved.items():
                         if obj.__dict__.get(name, transactions.ABSENT) is not value:
                             obj._set_structure(name, value)
+                    transactions.reorder(obj.__dict__, saved)
                 else:
                     transactions.put_back(obj, "", saved)
         for cell, value in self._values.items():

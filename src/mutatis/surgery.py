@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, TypeVar
 
+import jax
+import numpy as np
+
 from mutatis import transactions
-from mutatis.cells import structure_lock
+from mutatis.cells import structure, structure_lock
+from mutatis.containers import Contents
 from mutatis.errors import StructureError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import Encoder, check_node, show_path
-from mutatis.modules import Module, Wrapped
+from mutatis.modules import Module, Wrapped, is_node
+from mutatis.statics import check_static
 
 T = TypeVar("T")
 GONE = object()  # in the place of what is taken out
@@ -55,7 +61,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
       The node, or what stands in its place.
 
     Raises:
-      StructureError: nothing is selected.
+      StructureError: nothing is selected. Whatever is raised, by `fn` too, nothing has changed then.
 
     Example:
       >>> import mutatis as mu
@@ -67,10 +73,11 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
       [Transformed(Linear)]
     """
     every = modules(node)
-    if isinstance(where, str):
-        chosen = [module for path, module in every.items() if show_path(path) == where]
-    elif isinstance(where, tuple) and where in every:
-        chosen = [every[where]]
+    holders = holders_of(node)
+    if isinstance(where, str) or (isinstance(where, tuple) and all(isinstance(key, str | int) for key in where)):
+        wanted = {where, ()} if where == "." else {where}
+        places = {**dict(_places(holders)), **every}
+        chosen = [module for path, module in places.items() if path in wanted or show_path(path) in wanted]
     else:
         chosen = [*modules(node, where).values()]
     if not chosen:
@@ -80,13 +87,90 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
             got=", ".join(show_path(path) or "." for path in every) or "no modules",
             cure="`mu.modules(model)` lists them by path.",
         )
-    holders = holders_of(node)
-    others: dict[Any, Any] = {}
-    for module in reversed(chosen):
-        others[module] = other = fn(module)
-        rewrite(holders, lambda item, module=module, other=other: other if item is module else item)  # type: ignore[misc]
-    replaced: T = others.get(node, node) if isinstance(node, Module) else node
-    return replaced
+    before = [(obj, dict(vars(obj)) if isinstance(obj, Module) else obj.copy()) for _, obj in holders]
+    paths = {module: path for path, module in every.items()}
+    others: dict[int, Any] = {}
+
+    def swap(item: Any) -> Any:
+        return others.get(id(item), item)
+
+    try:
+        for module in reversed(chosen):
+            other = fn(module)
+            if not is_node(other) and not isinstance(other, list | tuple | dict | jax.Array | np.ndarray):
+                check_static(other, "replace", show_path(paths[module]))
+            others = {id(module): other}
+            rewrite(holders, swap)
+            node = swapped(node, swap, ())
+        Encoder().encode(node)  # what lists and dicts hold now can be part of a model
+    except BaseException:
+        for obj, saved in before:
+            _restore(obj, saved)
+        raise
+    return node
+
+
+def _restore(obj: Any, saved: Any) -> None:
+    """Give a module, list or dict back what it held, in its order."""
+    if isinstance(obj, Module):
+        for name in [name for name in vars(obj) if name not in saved]:
+            delattr(obj, name)
+        for name, value in saved.items():
+            if vars(obj).get(name, GONE) is not value:
+                obj._set_structure(name, value)
+        transactions.reorder(vars(obj), saved)
+    else:
+        transactions.put_back(obj, "", saved)
+
+
+def _places(holders: list[tuple[Path, Any]]) -> Iterator[tuple[Path, Module]]:
+    """Every place of every submodule; `modules` gives the first of each."""
+    for path, obj in holders:
+        for key, item in _entries(obj):
+            yield from _modules_in(item, (*path, key))
+
+
+def _modules_in(item: Any, path: Path) -> Iterator[tuple[Path, Module]]:
+    if isinstance(item, Module):
+        yield path, item
+    elif isinstance(item, Wrapped):
+        yield from _modules_in(item.__wrapped__, path)
+    elif isinstance(item, tuple):
+        for index, inner in enumerate(item):
+            yield from _modules_in(inner, (*path, index))
+
+
+def _entries(obj: Any) -> list[tuple[Any, Any]]:
+    """What a module, list or dict holds, by name, index or key."""
+    return [*enumerate(obj)] if isinstance(obj, list) else [*(vars(obj) if isinstance(obj, Module) else obj).items()]
+
+
+class Places:
+    """The paths of a node's submodules, looked up anew when the node has changed."""
+
+    __slots__ = ("_contents", "_epoch", "_node", "_paths")
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+        self._look()
+
+    def path_of(self, module: Module) -> Path | None:
+        """The first path of a module that is somewhere in the node."""
+        if self._epoch != structure.epoch or not self._contents.unchanged():
+            self._look()
+        return self._paths.get(module)
+
+    def _look(self) -> None:
+        encoder = Encoder()
+        with structure_lock:
+            self._epoch = structure.epoch
+            encoder.encode(check_node(self._node))
+        self._contents = Contents([obj for obj in encoder.objects if not isinstance(obj, Module)])
+        self._paths: dict[Any, Path] = {}
+        for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
+            if isinstance(obj, Module):
+                obj._watch()
+                self._paths[obj] = path
 
 
 def holders_of(node: Any) -> list[tuple[Path, Any]]:
@@ -105,8 +189,7 @@ def rewrite(holders: list[tuple[Path, Any]], swap: Callable[[Any], Any]) -> None
     """
     changes = []
     for path, obj in holders:
-        entries = enumerate(obj) if isinstance(obj, list) else (vars(obj) if isinstance(obj, Module) else obj).items()
-        changes.append([(key, item, swapped(item, swap, (*path, key))) for key, item in entries])
+        changes.append([(key, item, swapped(item, swap, (*path, key))) for key, item in _entries(obj)])
     for (_, obj), entries in zip(holders, changes, strict=True):
         if any(item is not new for _, item, new in entries):
             _refill(obj, [(key, new) for key, _, new in entries])
@@ -117,6 +200,9 @@ def swapped(item: Any, swap: Callable[[Any], Any], path: Path) -> Any:
     if isinstance(item, Wrapped):
         inner = swapped(item.__wrapped__, swap, path)
         return item if inner is item.__wrapped__ else item.remake(inner, **item.parts)
+    if isinstance(item, types.MethodType) and is_node(item.__self__):
+        owner = swapped(item.__self__, swap, path)
+        return item if owner is item.__self__ else GONE if owner is GONE else getattr(owner, item.__name__)
     if not isinstance(item, tuple):
         return swap(item)
     inside = [swapped(inner, swap, (*path, index)) for index, inner in enumerate(item)]

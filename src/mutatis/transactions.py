@@ -19,7 +19,7 @@ notes that it needs the cell as an input, `vmap` gives each lane its own random 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -220,6 +220,16 @@ class Transaction:
 ABSENT = object()
 
 
+class Removed:
+    """What a journal says of an attribute that was removed: its value, and the order of all attributes."""
+
+    __slots__ = ("order", "value")
+
+    def __init__(self, value: Any, order: tuple[str, ...]) -> None:
+        self.value = value
+        self.order = order
+
+
 def undo(journal: list[tuple[Any, str, Any]]) -> None:
     """Put back what journal entries say, the latest first."""
     for obj, name, old in reversed(journal):
@@ -239,8 +249,18 @@ def put_back(obj: Any, name: str, old: Any) -> None:
         setattr(obj, name, old)  # a mark
     elif old is ABSENT:
         obj.__dict__.pop(name, None)
+    elif isinstance(old, Removed):
+        obj.__dict__[name] = old.value
+        reorder(obj.__dict__, old.order)
     else:
         obj.__dict__[name] = old
+
+
+def reorder(attributes: dict[str, Any], order: Iterable[str]) -> None:
+    """Bring attributes into an order, which is part of a structure; further ones come last."""
+    ordered = {name: attributes[name] for name in order if name in attributes} | attributes
+    attributes.clear()
+    attributes.update(ordered)
 
 
 # -- reads and writes of the code that runs now ---------------------------------------------------------------
@@ -285,6 +305,34 @@ def place(cell: Cell, value: Any) -> None:
     if trace is not _compat.EVAL_TRACE:
         cell._birth = _compat.weak_trace(trace)
     cell._value = value
+
+
+def birth() -> Any:
+    """A weak reference to the raw transform that is tracing, to which what is made now belongs; None outside of any."""
+    tx = _open.top
+    trace = _compat.current_trace()
+    ours = trace is _compat.EVAL_TRACE or (tx is not None and trace is tx.trace)
+    return None if ours else _compat.weak_trace(trace)
+
+
+def check_outlived(obj: Any, name: str) -> None:
+    """Raise if an object is to hold a state that is made under a raw transform, which the object outlives.
+
+    Raises:
+      TraceLevelError: it is.
+    """
+    now = birth()
+    if now is None or (obj._birth is not None and obj._birth() is now()):
+        return
+    owner = type(obj).__name__
+    raw = _compat.raw_transform_name(now())
+    raise TraceLevelError(
+        f"`{owner}.{name}` was set to a state that is made inside a raw JAX transform ({raw})",
+        path=f"{owner}.{name}",
+        where=where(),
+        cure="It would hold a tracer when the transform is over. Use the transform of the same name in `mu` (`mu.jit`, "
+        "`mu.grad`, `mu.vmap`, ...), or make the state before.",
+    )
 
 
 def read_outside(tx: Transaction, cell: Cell) -> Any:

@@ -141,8 +141,9 @@ def _sort_by_axis(
     """The written values by the axis that they have outside, and those without one (refused if there is no `trace`)."""
     groups: dict[int, list[Any]] = {axis: [] for axis in {*split.values(), 0}}
     shared: list[Any] = []
+    sown = site.sown(end)
     for cell, value in zip(end.cells, written, strict=True):
-        if cell in end.born:
+        if cell in end.born and (trace is not None or cell not in sown):
             groups[0].append(value)
         elif cell in split:
             groups[split[cell]].append(value)
