@@ -88,6 +88,12 @@ class End:
         self.cells: list[Any] = list(tx.written)
         self.born: dict[Any, None] = dict(tx.born)
 
+    def without_cells(self) -> End:
+        """The shape of the result alone."""
+        end = copy.copy(self)
+        end.cells, end.born = [], {}
+        return end
+
     def fill(self, leaves: Sequence[Any], nodes: Sequence[Any] | None = None) -> Any:
         """The user's result around these leaves."""
         return fill(self.structure, leaves, self.nodes if nodes is None else nodes)

@@ -20,6 +20,22 @@ from mutatis.values import same_type, show_type
 from mutatis.variables import Variable, raw_value
 
 
+class Code:
+    """The jaxpr of a run, with the structure of its results. It holds no states and nothing of the user's."""
+
+    __slots__ = ("_closed", "_treedef")
+
+    def __init__(self, closed: Any, treedef: Any) -> None:
+        self._closed = closed
+        self._treedef = treedef
+
+    def __call__(self, values: Sequence[Any], leaves: Any) -> tuple[list[Any], list[Any]]:
+        """Run the jaxpr: the leaves of the result, and the written values."""
+        flat = jax.tree.leaves((values, leaves))
+        out = jax.core.eval_jaxpr(self._closed.jaxpr, self._closed.consts, *flat)
+        return jax.tree.unflatten(self._treedef, out)  # type: ignore[no-any-return]
+
+
 class Staged:
     """A traced run: call it with values of its cells and leaves.
 
@@ -36,8 +52,7 @@ class Staged:
         leaves, values = shapes
         self.leaves = list(closed.out_avals[: len(leaves)])  # with their weak types, unlike `shapes`
         self.values = dict(zip(end.cells, values, strict=True))  # shapes of what is written, by cell
-        self._closed = closed
-        self._treedef = jax.tree.structure(shapes)
+        self.code = Code(closed, jax.tree.structure(shapes))
 
     def __call__(self, values: Mapping[Any, Any], leaves: Any) -> tuple[list[Any], dict[Any, Any]]:
         """Run the jaxpr.
@@ -49,9 +64,7 @@ class Staged:
         Returns:
           The leaves of the result, and the written values by cell.
         """
-        flat = jax.tree.leaves(([values[cell] for cell in self.cells], leaves))
-        out = jax.core.eval_jaxpr(self._closed.jaxpr, self._closed.consts, *flat)
-        new_leaves, written = jax.tree.unflatten(self._treedef, out)
+        new_leaves, written = self.code([values[cell] for cell in self.cells], leaves)
         return new_leaves, dict(zip(self.end.cells, written, strict=True))
 
 

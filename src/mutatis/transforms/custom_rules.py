@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from mutatis.control import runs_eagerly
 from mutatis.errors import StructureError, TraceLevelError
 from mutatis.graph import show_path
 from mutatis.lifting import Packed, Scope, Site, Transformed, function_name
-from mutatis.staging import Staged, check_kept, refuse_structure, stage
+from mutatis.staging import Code, Staged, check_kept, refuse_structure, stage
 from mutatis.state import State
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable
@@ -73,15 +73,15 @@ class CustomRule(Transformed):
                 return site.commit(end, values, leaves)
             call = _Call(self, site, args)
             out, written = self._through_jax(call)
-            call.release()
-            for cell, value in written.items():
+            for cell, value in zip(call.written, written, strict=True):
                 transactions.write(cell, jax.tree.map(_constant, value))
             return call.primal.end.fill(out)
 
     _name: str
     _gives_tangents = False
 
-    def _through_jax(self, call: _Call) -> tuple[list[Any], dict[Any, Any]]:
+    def _through_jax(self, call: _Call) -> tuple[list[Any], list[Any]]:
+        """The leaves of the result, and what is written, as JAX gives it. JAX keeps the functions that it is given."""
         raise NotImplementedError
 
 
@@ -113,8 +113,9 @@ class _Call:
         self.owner = owner
         self.site = site
         self.args = args
-        self.fixed = {n % len(args) for n in numbers} | _places_of(function, names)
-        self.places = [n for n in range(len(args)) if n not in self.fixed]
+        fixed = {n % len(args) for n in numbers} | _places_of(function, names)
+        self.fixed = [args[n] for n in sorted(fixed)]
+        self.places = [n for n in range(len(args)) if n not in fixed]
         self.packed = Packed([args[n] for n in self.places])
         self.nodes: list[dict[Any, Variable]] = [site.scope.cells_of(node) for node in self.packed.nodes]
         self.differentiable = {cell for cells in self.nodes for cell in cells.values() if not cell.frozen}
@@ -122,17 +123,6 @@ class _Call:
             site, site.scope.cells, {}, self.packed.leaves, lambda leaves: function(*self.with_leaves(leaves))
         )
         refuse_structure(site, self.primal.end, "a function with a derivative rule")
-        self.count = len(self.primal.leaves)
-        self._again: tuple[Any, Callable[[Any], Any]]  # what the rule is staged with
-
-    def release(self) -> None:
-        """Let go of the values of the call: JAX keeps the rules, and with them this object."""
-        self.args = tuple(arg if n in self.fixed else None for n, arg in enumerate(self.args))
-        self.values.clear()
-        self.packed.leaves = self.site.packed.leaves = []
-        self.site.args, self.site.kwargs = (), {}
-        leaves, call = self._again
-        self._again = (jax.tree.map(_compat.type_of, leaves), call)
 
     def with_leaves(self, leaves: Sequence[Any]) -> list[Any]:
         """All arguments, with other leaves in those that are differentiated."""
@@ -141,7 +131,7 @@ class _Call:
             args[place] = value
         return args
 
-    def discover(self, rule: Any, leaves: Any, arguments: Callable[[Any], list[Any]]) -> None:
+    def discover(self, rule: Any, leaves: Any, arguments: Callable[[Any], list[Any]]) -> _Plan:
         """Stage the rule, and learn what both read and write.
 
         Args:
@@ -149,27 +139,40 @@ class _Call:
           leaves: values or shapes of what it is called with.
           arguments: makes its arguments of them.
         """
-        self._again = (leaves, lambda leaves: rule(*arguments(leaves)))
-        _discovering.rules[self.owner] = False
+        site, owner = self.site, self.owner
+        types = jax.tree.map(_compat.type_of, leaves)
+
+        def call(leaves: Any) -> Any:
+            return rule(*arguments(leaves))
+
+        _discovering.rules[owner] = False
         try:
-            self._rule = stage(self.site, self.site.scope.cells, {}, *self._again)
+            staged = stage(site, site.scope.cells, {}, leaves, call)
         finally:
-            self._recursive = _discovering.rules.pop(self.owner)
-        refuse_structure(self.site, self._rule.end, "a derivative rule")
-        self._check(self._rule)
-        both = (self.primal, self._rule)
-        self.cells: list[Any] = list(dict.fromkeys(cell for staged in both for cell in staged.cells))
-        self.values: list[Any] = self.site.values(self.cells)
-        self._types = {
-            cell: jax.tree.map(_compat.type_of, value) for cell, value in zip(self.cells, self.values, strict=True)
+            recursive = _discovering.rules.pop(owner)
+        refuse_structure(site, staged.end, "a derivative rule")
+        self._check(staged)
+        both = (self.primal, staged)
+        cells: list[Any] = list(dict.fromkeys(cell for part in both for cell in part.cells))
+        self.cells = cells
+        self.values: list[Any] = site.values(cells)
+        self.types = {
+            cell: jax.tree.map(_compat.type_of, value) for cell, value in zip(cells, self.values, strict=True)
         }
         self.written: list[Any] = list(
-            dict.fromkeys(cell for staged in both for cell in staged.end.cells if cell not in staged.end.born)
+            dict.fromkeys(cell for part in both for cell in part.end.cells if cell not in part.end.born)
         )
-        for staged in both:
+        for part in both:
             for cell in self.written:
-                if cell in staged.values:
-                    check_kept(self.site, staged, cell, self._types[cell], "in a function with a derivative rule")
+                if cell in part.values:
+                    check_kept(site, part, cell, self.types[cell], "in a function with a derivative rule")
+        self.rule = staged
+        again = functools.partial(self._stage_again, types, call) if recursive else None
+        return _Plan(self, again)
+
+    def _stage_again(self, leaves: Any, call: Callable[[Any], Any]) -> Staged:
+        """The staged rule, for when it is differentiated: its inner calls of the function have their rule."""
+        return stage(self.site, self.cells, self.types, leaves, call, _Late)
 
     def _check(self, rule: Staged) -> None:
         expected = Packed(self.primal.end.fill(self.primal.leaves)).structure
@@ -203,29 +206,79 @@ class _Call:
                     cure="Leave out `optimize_remat`: `f.defvjp(fwd, bwd)`.",
                 )
 
-    def rule(self) -> Staged:
-        """The staged rule, for when it is differentiated: its inner calls of the function have their rule."""
-        return stage(self.site, self.cells, self._types, *self._again, _Late) if self._recursive else self._rule
 
-    def run(self, staged: Staged, values: Sequence[Any], leaves: Any) -> tuple[list[Any], list[Any], dict[Any, Any]]:
+class _Plan:
+    """What JAX keeps of a call with its program: code over the values of states by position, and names for messages.
+
+    It holds no states and no arguments, so that a program does not keep alive the model that it was traced with. (Of a rule that
+    calls its own function it does: the rule is staged anew when it is differentiated.)
+    """
+
+    def __init__(self, call: _Call, again: Callable[[], Staged] | None) -> None:
+        site = call.site
+        self._place = {cell: place for place, cell in enumerate(call.cells)}
+        self.label = site.label
+        self.count = len(call.primal.leaves)
+        self.written = [self._place[cell] for cell in call.written]
+        self.primal = self.by_position(call.primal)
+        self._rule = self.by_position(call.rule)
+        self._again = again
+        self.structure = call.packed.structure
+        self.arguments = len(call.places)
+        self.nodes = [
+            (type(node).__name__, {path: self._place.get(cell) for path, cell in by_path.items()})
+            for node, by_path in zip(call.packed.nodes, call.nodes, strict=True)
+        ]
+        self._captured = {
+            place: (site.describe(cell), site.scope.locate(cell))
+            for cell, place in self._place.items()
+            if cell not in call.differentiable
+        }
+
+    def places(self, cells: Sequence[Any]) -> list[int]:
+        """The places of cells."""
+        return [self._place[cell] for cell in cells]
+
+    def forget_cells(self) -> _Plan:
+        """Let go of the cells: from now on there are only places."""
+        self._place = {}
+        return self
+
+    def by_position(self, staged: Staged) -> tuple[Code, list[int], list[int | None]]:
+        """The code of a staged function, and the places of what it reads and writes."""
+        place = self._place
+        return staged.code, [place[cell] for cell in staged.cells], [place.get(cell) for cell in staged.end.cells]
+
+    def rule(self) -> tuple[Code, list[int], list[int | None]]:
+        """The rule, for when it is differentiated."""
+        if self._again is None:
+            return self._rule
+        staged = self._again()
+        cells = {cell: place for place, cell in enumerate(staged.cells)}
+        return staged.code, [*cells.values()], [cells.get(cell) for cell in staged.end.cells]
+
+    def run(self, part: tuple[Code, list[int], list[int | None]], values: Sequence[Any], leaves: Any) -> Any:
         """A staged function: its leaves, what all written states hold then, and all states."""
-        now = dict(zip(self.cells, values, strict=True))
-        out, new = staged(now, leaves)
-        after = {**now, **new}
-        return out, [after[cell] for cell in self.written], after
+        code, reads, writes = part
+        out, new = code([values[place] for place in reads], leaves)
+        after = list(values)
+        for place, value in zip(writes, new, strict=True):
+            if place is not None:
+                after[place] = value
+        return out, [after[place] for place in self.written], after
 
-    def refuse_captured(self, perturbed: Mapping[Any, bool]) -> None:
+    def refuse_captured(self, perturbed: Sequence[bool]) -> None:
         """Raise if a state is differentiated for which the rule says nothing.
 
         Raises:
           StructureError: it is; the message names the first.
         """
-        for cell, is_perturbed in perturbed.items():
-            if is_perturbed and cell not in self.differentiable:
+        for place, (name, path) in self._captured.items():
+            if perturbed[place]:
                 raise StructureError(
-                    f"state {transactions.describe(cell)} is differentiated, but the rule says nothing of it",
-                    path=self.site.scope.locate(cell),
-                    where=self.site.label,
+                    f"state {name} is differentiated, but the rule says nothing of it",
+                    path=path,
+                    where=self.label,
                     expected="differentiated states in modules that are arguments (and not in `nondiff_argnums`)",
                     got="a state that the function names",
                     cure="Pass the module as an argument; the rule gives a `mu.State` for it.",
@@ -309,7 +362,7 @@ def custom_vjp(
 
     ``fwd(*args) -> (out, residuals)`` and ``bwd(residuals, cotangent) -> cotangents``, a tuple with one for each argument that
     is differentiated: for a Module or Variable a `State` of cotangents by path, of those of its float states that
-    have one; None for nothing. Residuals may hold modules.
+    have one; None for nothing. Residuals may hold modules; a program that runs the rule then keeps them alive.
 
     What the function or its forward rule writes is committed, and is a constant for derivatives. A backward rule may read
     states: it finds what they held when the forward rule had run. It may not write any.
@@ -368,7 +421,7 @@ class CustomVJP(CustomRule):
         """
         self._define((fwd, bwd), {"symbolic_zeros": symbolic_zeros, "optimize_remat": optimize_remat, **options})
 
-    def _through_jax(self, call: _Call) -> tuple[list[Any], dict[Any, Any]]:
+    def _through_jax(self, call: _Call) -> tuple[list[Any], list[Any]]:
         fwd, bwd = self.rules
         options = dict(self._options)
         symbolic = options.pop("symbolic_zeros")
@@ -376,62 +429,76 @@ class CustomVJP(CustomRule):
         def arguments(leaves: Sequence[Any]) -> list[Any]:
             return call.with_leaves([CustomVJPPrimal(leaf, True) for leaf in leaves] if symbolic else leaves)
 
-        call.discover(fwd, call.packed.leaves, arguments)
+        plan = call.discover(fwd, call.packed.leaves, arguments)
         if options["optimize_remat"]:
             call.refuse_more_writes()
-        end = call._rule.end
-        nodes = Packed(end.fill(call._rule.leaves)[1]).nodes
-        nodes += Packed([call.args[n] for n in sorted(call.fixed)]).nodes
-        reached = Scope([*search(bwd).roots, *(("residuals", node) for node in nodes)]).cells
-        kept = [cell for cell in reached if cell in set(call.cells)]
-        perturbed: dict[Any, bool] = {}
+        rule = jax.custom_vjp(functools.partial(_run_primal, plan))
+        backward = _BackwardRule(plan, call, bwd, symbolic)
+        forward = functools.partial(_run_forward, plan, backward, options["optimize_remat"])
+        rule.defvjp(forward, backward, symbolic_zeros=not options["optimize_remat"], **options)
+        plan.forget_cells()
+        return rule(call.values, call.packed.leaves)  # type: ignore[no-any-return]
 
-        def plain(values: list[Any], leaves: list[Any]) -> Any:
-            return call.run(call.primal, values, leaves)[:2]
 
-        def run_forward(values: list[Any], leaves: list[Any]) -> Any:
-            if not options["optimize_remat"]:
-                for cell, value in zip(call.cells, values, strict=True):
-                    leaves_of_it = jax.tree.leaves(value, is_leaf=_is_primal)
-                    perturbed[cell] = any(leaf.perturbed and _is_float(leaf.value) for leaf in leaves_of_it)
-                call.refuse_captured(perturbed)
-                values, leaves = jax.tree.map(lambda leaf: leaf.value, (values, leaves), is_leaf=_is_primal)
-            out, written, after = call.run(call.rule(), values, leaves)
-            return (out[: call.count], written), (out[call.count :], [after[cell] for cell in kept])
+def _run_primal(plan: _Plan, values: list[Any], leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+    out, written, _ = plan.run(plan.primal, values, leaves)
+    return out, written
 
-        def run_backward(residuals: Any, cotangents: Any) -> Any:
-            leaves, values = residuals
-            out, _ = cotangents
-            if not symbolic:
-                out = _instantiate(out)
-            with _Backward(f"bwd of {call.site.label}", locate=call.site.scope.locate) as tx:
-                tx.fill(dict(zip(kept, values, strict=True)))
-                contents = Contents(call.site.scope.containers, copies=True)
-                result, residual = end.fill([*out, *leaves])
-                fixed = [call.args[n] for n in sorted(call.fixed)]
-                try:
-                    given = bwd(*fixed, residual, result)
-                finally:
-                    for container, then in contents.changed():
-                        tx.note(container, "", then)
-                tx.refuse_changes()
-                cells, rest = _cotangents(call, given, perturbed)
-                return [cells.get(cell) for cell in call.cells], rest
 
-        rule = jax.custom_vjp(plain)
-        rule.defvjp(run_forward, run_backward, symbolic_zeros=not options["optimize_remat"], **options)
-        out, written = rule(call.values, call.packed.leaves)
-        return out, dict(zip(call.written, written, strict=True))
+def _run_forward(plan: _Plan, backward: _BackwardRule, optimize_remat: bool, values: Any, leaves: Any) -> Any:
+    if not optimize_remat:
+        perturbed = [
+            any(leaf.perturbed and _is_float(leaf.value) for leaf in jax.tree.leaves(value, is_leaf=_is_primal))
+            for value in values
+        ]
+        plan.refuse_captured(perturbed)
+        backward.perturbed = perturbed
+        values, leaves = jax.tree.map(lambda leaf: leaf.value, (values, leaves), is_leaf=_is_primal)
+    out, written, after = plan.run(plan.rule(), values, leaves)
+    return (out[: plan.count], written), (out[plan.count :], [after[place] for place in backward.places])
+
+
+class _BackwardRule:
+    """The user's backward rule as JAX calls it. It holds the states that the rule reaches, and no others."""
+
+    def __init__(self, plan: _Plan, call: _Call, function: Any, symbolic: bool) -> None:
+        self._plan = plan
+        self._function = function
+        self._symbolic = symbolic
+        self._end = call.rule.end.without_cells()
+        self._fixed = call.fixed
+        residuals = Packed(call.rule.end.fill(call.rule.leaves)[1])
+        nodes = [*residuals.nodes, *Packed(call.fixed).nodes]
+        self._scope = Scope([*search(function).roots, *(("residuals", node) for node in nodes)])
+        self._cells = [cell for cell in self._scope.cells if cell in set(call.cells)]
+        self.places = plan.places(self._cells)
+        self.perturbed: list[bool] = [False] * len(call.cells)  # by place: which states are differentiated
+
+    def __call__(self, residuals: Any, cotangents: Any) -> Any:
+        leaves, values = residuals
+        out, _ = cotangents
+        if not self._symbolic:
+            out = _instantiate(out)
+        with _Backward(f"bwd of {self._plan.label}", locate=self._scope.locate) as tx:
+            tx.fill(dict(zip(self._cells, values, strict=True)))
+            contents = Contents(self._scope.containers, copies=True)
+            result, residual = self._end.fill([*out, *leaves])
+            try:
+                given = self._function(*self._fixed, residual, result)
+            finally:
+                for container, then in contents.changed():
+                    tx.note(container, "", then)
+            tx.refuse_changes()
+            return _cotangents(self._plan, given, self.perturbed)
 
 
 def _is_primal(x: Any) -> bool:
     return isinstance(x, CustomVJPPrimal)
 
 
-def _cotangents(call: _Call, given: Any, perturbed: Mapping[Any, bool]) -> tuple[dict[Any, Any], list[Any]]:
-    """What a backward rule returned, by state and for the leaves of the arguments."""
-    where = call.site.label
-    treedef, places = call.packed.structure
+def _cotangents(plan: _Plan, given: Any, perturbed: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """What a backward rule returned: for each state by place, and for the leaves of the arguments."""
+    treedef, places = plan.structure
     try:
         parts = treedef.flatten_up_to(_nothing_as_leaves(list(given), treedef))
     except (ValueError, TypeError):
@@ -440,35 +507,37 @@ def _cotangents(call: _Call, given: Any, perturbed: Mapping[Any, bool]) -> tuple
     if parts is None or any(p is not None and not _is_leaf(p) for i, p in enumerate(parts) if i not in at):
         raise StructureError(
             "a backward rule does not return a cotangent for each argument",
-            where=where,
-            expected=f"a tuple of {len(call.places)}, each in the structure of its argument",
+            where=plan.label,
+            expected=f"a tuple of {plan.arguments}, each in the structure of its argument",
             got=f"{given!r:.60}",
             cure="Return a tuple: a cotangent or None for each argument, a `mu.State` for a Module or Variable.",
         )
-    cells: dict[Any, Any] = {}
-    for place, node, by_path in zip(places, call.packed.nodes, call.nodes, strict=True):
-        part = parts[place]
+    states: list[Any] = [None] * len(perturbed)
+    for where, (kind, by_path) in zip(places, plan.nodes, strict=True):
+        part = parts[where]
         flat = {} if part is None else part.flat() if isinstance(part, State) else None
         if flat is None or not set(flat) <= set(by_path):
             raise StructureError(
-                f"a backward rule gives cotangents for states that a {type(node).__name__} does not have",
-                where=where,
+                f"a backward rule gives cotangents for states that a {kind} does not have",
+                where=plan.label,
                 expected=f"None, or a State over some of {', '.join(map(show_path, by_path))}",
                 got=type(part).__name__ if flat is None else ", ".join(map(show_path, flat)),
                 cure="`mu.State({path: cotangent})`, with the paths of `mu.variables(module)`.",
             )
         for path, value in flat.items():
-            cell = by_path[path]
-            cells[cell] = jax.tree.map(jnp.add, cells[cell], value) if cell in cells else value
-        for path, cell in by_path.items():
-            if perturbed.get(cell) and cell not in cells:
+            place = by_path[path]
+            if place is not None:
+                states[place] = value if states[place] is None else jax.tree.map(jnp.add, states[place], value)
+    for _, by_path in plan.nodes:
+        for path, place in by_path.items():
+            if place is not None and perturbed[place] and states[place] is None:
                 raise StructureError(
                     f"state `{show_path(path)}` is differentiated, but the backward rule gives no cotangent for it",
                     path=show_path(path),
-                    where=where,
+                    where=plan.label,
                     cure=f"Add it to the State: zeros, if there is none: `mu.State({{{path!r}: jnp.zeros_like(w), ...}})`.",
                 )
-    return cells, [part for index, part in enumerate(parts) if index not in at]
+    return states, [part for index, part in enumerate(parts) if index not in at]
 
 
 def _is_leaf(x: Any) -> bool:
@@ -550,7 +619,7 @@ class CustomJVP(CustomRule):
 
         self.defjvp(jvp)
 
-    def _through_jax(self, call: _Call) -> tuple[list[Any], dict[Any, Any]]:
+    def _through_jax(self, call: _Call) -> tuple[list[Any], list[Any]]:
         (jvp,) = self.rules
         tangent_cells = [
             [(path, cell) for path, cell in by_path.items() if cell in call.differentiable and _is_float(cell.get())]
@@ -568,33 +637,27 @@ class CustomJVP(CustomRule):
                 for pairs in tangent_cells
             ]
             primals = call.with_leaves(primal_leaves)
-            fixed = [primals[n] for n in sorted(call.fixed)]
-            return [*fixed, tuple(primals[n] for n in call.places), tuple(call.packed.fill(every, states))]
+            return [*call.fixed, tuple(primals[n] for n in call.places), tuple(call.packed.fill(every, states))]
 
         moving = [leaf for leaf in call.packed.leaves if _is_float(leaf)]
         types = (call.packed.leaves, moving, [cell.get() for cell in flat_cells])
-        call.discover(jvp, types, arguments)
+        plan = call.discover(jvp, types, arguments)
+        rule = jax.custom_jvp(functools.partial(_run_primal, plan))
+        push = functools.partial(_push_forward, plan, plan.places(flat_cells))
+        rule.defjvp(push, symbolic_zeros=True)
+        plan.forget_cells()
+        return rule(call.values, call.packed.leaves)  # type: ignore[no-any-return]
 
-        def plain(values: list[Any], leaves: list[Any]) -> Any:
-            return call.run(call.primal, values, leaves)[:2]
 
-        def push_forward(primals: Any, tangents: Any) -> Any:
-            values, leaves = primals
-            by_cell = dict(zip(call.cells, tangents[0], strict=True))
-            call.refuse_captured({cell: not _is_zero(tangent) for cell, tangent in by_cell.items()})
-            along = [_instantiate(by_cell[cell]) for cell in flat_cells]
-            own = [_instantiate(t) for t, leaf in zip(tangents[1], leaves, strict=True) if _is_float(leaf)]
-            out, written, _ = call.run(call.rule(), values, (leaves, own, along))
-            still = jax.tree.map(_no_tangent, written)
-            ends = [
-                t if _is_float(p) else _no_tangent(p) for p, t in zip(out[: call.count], out[call.count :], strict=True)
-            ]
-            return (out[: call.count], written), (ends, still)
-
-        rule = jax.custom_jvp(plain)
-        rule.defjvp(push_forward, symbolic_zeros=True)
-        out, written = rule(call.values, call.packed.leaves)
-        return out, dict(zip(call.written, written, strict=True))
+def _push_forward(plan: _Plan, places: list[int], primals: Any, tangents: Any) -> Any:
+    values, leaves = primals
+    plan.refuse_captured([not _is_zero(tangent) for tangent in tangents[0]])
+    along = [_instantiate(tangents[0][place]) for place in places]
+    own = [_instantiate(t) for t, leaf in zip(tangents[1], leaves, strict=True) if _is_float(leaf)]
+    out, written, _ = plan.run(plan.rule(), values, (leaves, own, along))
+    still = jax.tree.map(_no_tangent, written)
+    ends = [t if _is_float(p) else _no_tangent(p) for p, t in zip(out[: plan.count], out[plan.count :], strict=True)]
+    return (out[: plan.count], written), (ends, still)
 
 
 def _is_float(value: Any) -> bool:
