@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,7 +12,6 @@ from mutatis.errors import AxisError
 from mutatis.filters import Filter, FilterLike, Path, as_filter
 from mutatis.graph import variables
 from mutatis.lifting import Site
-from mutatis.modules import is_node
 from mutatis.variables import Variable, raw_value, spelled
 
 
@@ -133,16 +132,6 @@ class StateSharding(ByFilter):
     @staticmethod
     def _normal(entry: Any) -> Any:
         return jax.sharding.PartitionSpec() if entry is None else entry
-
-
-def broadcast(prefix: Any, tree: Any, is_entry: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
-    """Each leaf and node of a tree with the entry that a prefix of the tree says."""
-    entries, treedef = jax.tree.flatten(prefix, is_leaf=is_entry)
-    return [
-        (entry, item)
-        for entry, part in zip(entries, treedef.flatten_up_to(tree), strict=True)
-        for item in jax.tree.leaves(part, is_leaf=is_node)
-    ]
 
 
 def assign(

@@ -20,7 +20,7 @@ from mutatis.cells import UNSET, Deferred
 from mutatis.errors import DeferredStateError, FilterError, StructureError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import show_path, variables
-from mutatis.lifting import Packed, Site, fill, function_name, write_back
+from mutatis.lifting import Packed, Site, broadcast, fill, function_name, write_back
 from mutatis.state import State
 from mutatis.values import show_type
 from mutatis.variables import Variable, raw_value
@@ -211,6 +211,19 @@ class Differentiation(Site):
         self.inputs = self.values(self._cells), [leaves for _, _, leaves in chosen[self._has_of :]]
         self._out: Any = None  # the structure of what is differentiated
 
+    def flags(self, prefix: Any) -> Any:
+        """A prefix of the positional arguments, of bools, as one of the inputs; True for what `of` names."""
+        entries = iter(broadcast(tuple(prefix) if isinstance(prefix, list) else prefix, self.args, _is_flag))
+        cells: list[bool] = [True] * self._targets[0].count if self._has_of else []
+        leaves: list[tuple[bool, ...]] = []
+        for target in self._targets[self._has_of :]:
+            nodes = iter(target.kinds)
+            treedef, places = target.structure
+            own = [(next(entries)[0], place in places) for place in range(treedef.num_leaves)]
+            cells += [flag for flag, is_node in own if is_node for _ in next(nodes)]
+            leaves.append(tuple(flag for flag, is_node in own if not is_node))
+        return ((tuple(cells), tuple(leaves)),)
+
     def pure(self, inputs: tuple[list[Any], list[list[Any]]]) -> tuple[list[Any], Any]:
         """The leaves of what is differentiated, and all that the run gave besides."""
         values, leaves = inputs
@@ -352,3 +365,7 @@ def _position(name: str, function: Any, number: int, count: int) -> int:
             cure="Say which, `argnums=0`, or differentiate what the function names: `of=model`.",
         )
     return number % count
+
+
+def _is_flag(x: Any) -> bool:
+    return isinstance(x, bool)

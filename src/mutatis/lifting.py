@@ -74,6 +74,16 @@ def fill(structure: Any, leaves: Sequence[Any], nodes: Sequence[Any]) -> Any:
     return jax.tree.unflatten(treedef, everything)
 
 
+def broadcast(prefix: Any, tree: Any, is_entry: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
+    """Each leaf and node of a tree with the entry that a prefix of the tree says."""
+    entries, treedef = jax.tree.flatten(prefix, is_leaf=is_entry)
+    return [
+        (entry, item)
+        for entry, part in zip(entries, treedef.flatten_up_to(tree), strict=True)
+        for item in jax.tree.leaves(part, is_leaf=is_node)
+    ]
+
+
 class End:
     """How one run of the function ended: the shape of its result, and the cells it wrote or made.
 

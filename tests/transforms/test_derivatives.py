@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -793,3 +794,26 @@ def test_the_function_is_traced_once(traces: Any) -> None:
     step(net)
     step(net)
     assert traces[f] == 3
+
+
+@pytest.mark.skipif("in_nzs" not in inspect.signature(jax.vjp).parameters, reason="new in JAX 0.12")
+def test_options_of_new_jax() -> None:
+    net = mu.Module()
+    net.w, net.v = mu.Param(jnp.float32(2)), mu.Param(jnp.float32(3))
+
+    def f(x: Any, m: Any, y: Any) -> Any:
+        return x * m.w.value * m.v.value, y["a"]
+
+    args = (jnp.float32(5), net, {"a": jnp.float32(7), "b": jnp.float32(0)})
+    _, pull = mu.vjp(f, *args, in_nzs=(False, True, {"a": False, "b": True}))
+    dx, dm, dy = pull((jnp.float32(1), jnp.float32(1)))
+    assert (float(dx), float(dm["w"]), float(dm["v"]), float(dy["a"])) == (0, 15, 10, 0)
+    assert pull.args[0].out_nzs == [True, False]
+    _, push = mu.linearize(f, *args, in_nzs=(False, True, False))
+    assert push.args[0].out_nzs == [True, False]
+
+    _, pull = mu.vjp(f, *args, saveable_args=(True, False, True))
+    ((cells, leaves),) = pull.args[0].args_res
+    assert [type(cell).__name__ for cell in cells] == ["NotSaveable", "NotSaveable"]
+    with pytest.raises(TypeError, match="bogus"):
+        mu.vjp(f, *args, bogus=True)

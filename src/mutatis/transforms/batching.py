@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis import _compat, transactions
-from mutatis.axes import Shared, StateAxes, assign, broadcast, check_axis
+from mutatis.axes import Shared, StateAxes, assign, check_axis
 from mutatis.errors import AxisError, LaneError
 from mutatis.lanes import LaneTransaction, unite
-from mutatis.lifting import End, Site, Transformed
+from mutatis.lifting import End, Site, Transformed, broadcast
 from mutatis.modules import is_node
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable, spelled

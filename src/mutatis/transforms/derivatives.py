@@ -62,6 +62,7 @@ def vjp(
     reduce_axes: Sequence[Any] = (),
     wrt: FilterLike = Param,
     of: Any = None,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """The value of a function and its pullback; as `jax.vjp`, with states.
 
@@ -72,11 +73,12 @@ def vjp(
       reduce_axes: as in `jax.vjp`.
       wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
       of: nodes that the function names and that are differentiated besides.
+      **options: `saveable_args` and `in_nzs` of the `jax.vjp` of JAX 0.12: bools for the primals, one for each Module.
 
     Returns:
       The value and the pullback (and the auxiliary result). The pullback takes a cotangent of the value and gives a tuple of
       cotangents of the primals, with a `State` for each Module or Variable; with `of`, a pair of a State for it and that
-      tuple (a State only, without primals).
+      tuple (a State only, without primals). JAX's own pullback, with its attributes, is ``pullback.args[0]``.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -87,7 +89,8 @@ def vjp(
       (Array([3., 0.], dtype=float32), 1.0)
     """
     with _site("vjp", fun, primals, has_aux, wrt, of) as site:
-        out, pull, aux = jax.vjp(site.pure, site.inputs, has_aux=True, reduce_axes=reduce_axes)
+        flags = {name: site.flags(value) for name, value in options.items()}
+        out, pull, aux = jax.vjp(site.pure, site.inputs, has_aux=True, reduce_axes=reduce_axes, **flags)
         linear = jax.tree_util.Partial(functools.partial(_pull_back, site.form), pull)
         return _result(site, out, aux, has_aux, linear)
 
@@ -98,7 +101,12 @@ def _pull_back(form: Form, pull: Any, cotangent: Any) -> Any:
 
 
 def linearize(
-    fun: Callable[..., Any], *primals: Any, has_aux: bool = False, wrt: FilterLike = Param, of: Any = None
+    fun: Callable[..., Any],
+    *primals: Any,
+    has_aux: bool = False,
+    wrt: FilterLike = Param,
+    of: Any = None,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """The value of a function and its derivative there as a function of tangents; as `jax.linearize`, with states.
 
@@ -108,9 +116,11 @@ def linearize(
       has_aux: as in `jax.linearize`.
       wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
       of: nodes that the function names and that are differentiated besides; their tangents, a State, come first.
+      **options: `in_nzs` of the `jax.linearize` of JAX 0.12: bools for the primals, one for each Module.
 
     Returns:
-      The value and the linear map (and the auxiliary result). The map takes a tangent for each primal, as `mu.jvp`.
+      The value and the linear map (and the auxiliary result). The map takes a tangent for each primal, as `mu.jvp`. JAX's own
+      map, with its attributes, is ``map.args[0]``.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -120,7 +130,8 @@ def linearize(
       (Array(6., dtype=float32), Array(8., dtype=float32))
     """
     with _site("linearize", fun, primals, has_aux, wrt, of) as site:
-        out, push, aux = jax.linearize(site.pure, site.inputs, has_aux=True)
+        flags = {name: site.flags(value) for name, value in options.items()}
+        out, push, aux = jax.linearize(site.pure, site.inputs, has_aux=True, **flags)
         linear = jax.tree_util.Partial(functools.partial(_push_forward, site.form), push)
         return _result(site, out, aux, has_aux, linear)
 

@@ -12,11 +12,11 @@ import jax
 from jax.sharding import PartitionSpec
 
 from mutatis import _compat, transactions
-from mutatis.axes import Shared, StateSharding, assign, broadcast
+from mutatis.axes import Shared, StateSharding, assign
 from mutatis.errors import LaneError, OptionError
 from mutatis.kinds import RngState
 from mutatis.lanes import LaneTransaction, unite
-from mutatis.lifting import End, Site, Transformed
+from mutatis.lifting import End, Site, Transformed, broadcast
 from mutatis.modules import is_node
 from mutatis.staging import refuse_structure
 from mutatis.transactions import Transaction
