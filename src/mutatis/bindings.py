@@ -53,11 +53,12 @@ class Split:
       restructures: whether the call changes or makes more than values.
     """
 
-    __slots__ = ("donating_at", "first", "read", "restructures", "variant", "written")
+    __slots__ = ("donating_at", "first", "number", "read", "restructures", "variant", "written")
 
     def __init__(self, cells: list[Variable], variant: Variant, number: int, *, restructures: bool) -> None:
         self.variant = variant
         self.restructures = restructures
+        self.number = number
         self.first = None if number in variant.called else number  # JAX makes the first call of a program in Python
         self.written = [cells[i] for i in variant.written]
         taken = set(variant.written)
@@ -137,7 +138,20 @@ class Binding:
 class Request:
     """One call of a program, for the case that it has to be traced."""
 
-    __slots__ = ("args", "binding", "fast", "function", "functions", "key", "kwargs", "outer", "program", "traced")
+    __slots__ = (
+        "args",
+        "binding",
+        "facts",
+        "fast",
+        "function",
+        "functions",
+        "key",
+        "kwargs",
+        "outer",
+        "program",
+        "times",
+        "traced",
+    )
 
     def __init__(
         self,
@@ -154,6 +168,8 @@ class Request:
         self.kwargs = kwargs
         self.fast = False  # whether the call holds a lease and should not trace
         self.traced = False  # whether the function was run
+        self.times: list[float] = []  # of a compilation: when tracing began, when it ended, when compiling ended
+        self.facts: dict[str, str]  # what decided about the program that is compiled
         self.outer = _compat.current_trace()
         self.binding: Binding
         self.program: Program

@@ -56,6 +56,7 @@ class Captures:
         "_seen",
         "ephemeral",
         "ignored",
+        "named",
         "roots",
         "token",
     )
@@ -63,6 +64,7 @@ class Captures:
     def __init__(self, ignored: frozenset[Slot] = frozenset()) -> None:
         self.roots: list[tuple[str, Any]] = []
         self.token: list[Hashable] = []
+        self.named: dict[str, str] = {}  # the numbers and strings that were found, for explanations
         self.ephemeral = False  # a tracer is captured: what is made from this search must not be kept
         self.ignored = ignored
         self._inside: Hashable = None  # the code of the function that is looked into
@@ -129,6 +131,7 @@ class Captures:
             self.token.append(Identity(value))
         elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
             self.token.append(static_key(value))
+            self.named[name] = f"{value!r:.100}"
         elif id(value) in self._seen:
             self.token.append("again")
         else:

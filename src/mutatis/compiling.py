@@ -10,8 +10,10 @@ A binding is for given types of arguments too, so each call knows its trace.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
+import time
 import warnings
 import weakref
 from collections import deque
@@ -27,7 +29,8 @@ from mutatis import _compat, contexts, transactions
 from mutatis.bindings import Binding, Layout, Request, Split
 from mutatis.captures import Captures, Slot, search
 from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock, take
-from mutatis.errors import CapturedStateWarning
+from mutatis.compilations import Log, facts_of
+from mutatis.errors import CapturedStateWarning, StructureError
 from mutatis.interrupts import held_back
 from mutatis.lifting import Packed, Site, function_name
 from mutatis.modules import is_node
@@ -68,7 +71,8 @@ def _type_of(leaf: Any) -> Any:
     """What of a leaf decides which trace it needs."""
     if isinstance(leaf, jax.Array):
         return leaf.aval
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray | np.generic) else type(leaf)
+    is_array = isinstance(leaf, np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return (type(leaf), leaf.shape, leaf.dtype) if is_array else type(leaf)
 
 
 def _abstract(array: Any) -> Any:
@@ -95,6 +99,7 @@ class Compiler:
         self.bindings: dict[Hashable, weakref.ref[Binding]] = {}
         self._captured: dict[Hashable, Binding] = {}  # those for captures only
         self.ignored: frozenset[Slot] = frozenset()  # names that tracing itself rebinds
+        self.log = Log()
 
     def __call__(
         self,
@@ -111,6 +116,34 @@ class Compiler:
           kwargs: its keyword arguments.
           functions: the functions whose captures count, if not `function`.
         """
+        eager = transactions.current() is None and _compat.current_trace() is _compat.EVAL_TRACE
+        return self._call(self._dispatch if eager else self._inline, function, args, kwargs, functions)
+
+    def lower(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, int, Any]:
+        """Lower the program of a call without calling it: the program, the number of its record, and what JAX lowered."""
+        return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
+
+    def call_compiled(
+        self, program: Program, number: int, compiled: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call what JAX compiled of a program, and of one of its records, before.
+
+        Raises:
+          StructureError: the program is for arguments of another structure, or the call is inside a transform.
+        """
+        return self._call(functools.partial(self._run_compiled, program, number, compiled), function, args, kwargs)
+
+    def _call(
+        self,
+        act: Callable[[Request, list[Any]], Any],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        functions: tuple[Any, ...] | None = None,
+    ) -> Any:
+        """Find the binding of a call, and do something with it."""
         flat, key = self._divide(args, kwargs)
         if contexts.active():
             key = (*key, contexts.key())
@@ -123,7 +156,6 @@ class Compiler:
         binding = None if reference is None else reference()
         if binding is None or not binding.holds():
             binding = self._bind(request, key, [] if binding is None else binding.extras)
-        eager = transactions.current() is None and _compat.current_trace() is _compat.EVAL_TRACE
         before = calls.request
         calls.request = request
         try:
@@ -132,7 +164,7 @@ class Compiler:
                 try:
                     if _compat.jit_disabled():
                         return self._run(request)
-                    result = self._dispatch(request, flat) if eager else self._inline(request, flat)
+                    result = act(request, flat)
                     if request.traced:
                         self._bind_again(request, key, request.binding)
                     return result
@@ -144,7 +176,7 @@ class Compiler:
                     binding = self._bind(request, key, [*binding.extras, *found.cells])
         finally:
             calls.request = before
-            if eager:
+            if request.outer is _compat.EVAL_TRACE:
                 _compat.restore_eager_trace()
 
     # -- binding ---------------------------------------------------------------------------------------------
@@ -317,26 +349,57 @@ class Compiler:
         request.fast = False
         # Types, not arrays: another thread may donate those meanwhile.
         types = [jax.tree.map(_abstract, cell._value) for cell in binding.cells]
+        started = time.perf_counter()
         with structure_lock:  # before JAX's own lock on the trace, always
             traced = program.plain.trace(*types, *flat)
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
         binding.split = Split(binding.cells, program.variant_for(record), number, restructures=not record.plain)
+        if binding.split.first is not None:
+            request.times = [started, time.perf_counter()]
+            request.facts = facts_of(request)
         return binding.split
+
+    def _lower(self, request: Request, flat: list[Any]) -> tuple[Program, int, Any]:
+        split = self._prepare(request, flat)
+        types = [jax.tree.map(_abstract, cell._value) for cell in request.binding.cells]
+        return request.program, split.number, split.variant.jitted.lower(*types, *flat)
+
+    def _run_compiled(self, program: Program, number: int, compiled: Any, request: Request, flat: list[Any]) -> Any:
+        binding = request.binding
+        if binding.program is not program or transactions.current() is not None:
+            inside = "is called inside another transform" if binding.program is program else "is called with others"
+            raise StructureError(
+                f"`{binding.label}` was compiled for arguments of one structure and for itself, and {inside}",
+                where=transactions.where(),
+                cure="Call what `mu.jit` returned: it compiles when it needs to. Or lower it for these arguments.",
+            )
+        record = program.records[number]
+        split = Split(binding.cells, program.variant_for(record), number, restructures=not record.plain)
+        split.first = None
+        with structure_lock if split.restructures else contextlib.nullcontext():
+            return self._finish(request, *self._launch(request, split, flat, compiled))
 
     def _dispatch(self, request: Request, flat: list[Any], *, locked: bool = False) -> Any:
         """The call of a compiled program from ordinary Python: donates, and commits to the cells."""
-        binding, program = request.binding, request.program
+        binding = request.binding
         split = binding.split or self._prepare(request, flat)
         if split.restructures and not locked:
             return self._restructure(request, flat)
         request.fast = True
         try:
-            number, made, leaves = self._launch(binding.cells, split, program, flat)
+            number, made, leaves = self._launch(request, split, flat)
         except NeedsTraceError:
-            number, made, leaves = self._launch(binding.cells, self._prepare(request, flat), program, flat)
-        record = program.records[number]
+            number, made, leaves = self._launch(request, self._prepare(request, flat), flat)
+        if len(request.times) == 3:
+            self.log.add(binding.label, request.times, request.facts)
+        return self._finish(request, number, made, leaves)
+
+    @staticmethod
+    def _finish(request: Request, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
+        """The user's result, and what became of structure."""
+        binding, record = request.binding, request.program.records[number]
         if record.plain and record.out.plain:
             return record.structure[0].unflatten(leaves)
         return replay(record, binding.cells, binding.live_objects(), made, leaves)
@@ -350,14 +413,17 @@ class Compiler:
 
     @staticmethod
     def _launch(
-        cells: list[Variable], split: Split, program: Program, flat: list[Any]
+        request: Request, split: Split, flat: list[Any], compiled: Any = None
     ) -> tuple[int, list[Any], list[Any]]:
         """Take the buffers, run, commit."""
+        cells, program = request.binding.cells, request.program
         variant = split.variant
         written = split.written
-        donating = bool(variant.donated) and _donation_is_safe()
+        donating = bool(variant.donated) and (compiled is not None or _donation_is_safe())
         values: list[Any] = []
         jitted = variant.jitted if donating or not variant.donated else program.plain
+        if compiled is not None:
+            jitted = compiled
         box: list[Any] = []
         lease = my_lease()
         exposed: list[int] = []
@@ -369,6 +435,7 @@ class Compiler:
             values += flat
             if split.first is not None:
                 jitted.lower(*values).compile()
+                request.times.append(time.perf_counter())
                 with held_back():
                     box.append(jitted(*values))
                 variant.called.add(split.first)

@@ -124,6 +124,10 @@ class CapturedStateWarning(UserWarning):
     """Tracing found a state that neither the arguments nor the names used by the function lead to."""
 
 
+class RecompilationWarning(UserWarning):
+    """A function was compiled many times because of one static value or one shape."""
+
+
 def shorten(lines: Iterable[str], most: int = 10) -> list[str]:
     """The first `most` lines, and a count of the rest."""
     every = list(lines)

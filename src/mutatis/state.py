@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from mutatis import transactions
@@ -160,7 +163,23 @@ def _unflatten(aux: Any, children: Iterable[Any]) -> State:
     return state
 
 
+def _write_structure(aux: Any) -> bytes:
+    paths, kinds = aux
+    return json.dumps([[list(path) for path in paths], [f"{k.__module__}:{k.__qualname__}" for k in kinds]]).encode()
+
+
+def _read_structure(text: bytes) -> Any:
+    paths, kinds = json.loads(bytes(text))
+    return tuple(map(tuple, paths)), tuple(map(pkgutil.resolve_name, kinds))
+
+
 jax.tree_util.register_pytree_with_keys(State, _flatten_with_keys, _unflatten, _flatten)
+jax.export.register_pytree_node_serialization(
+    State,
+    serialized_name="mutatis.State",
+    serialize_auxdata=_write_structure,
+    deserialize_auxdata=_read_structure,
+)
 
 
 # -- taking values out ----------------------------------------------------------------------------------------------

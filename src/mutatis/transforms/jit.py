@@ -13,7 +13,7 @@ from mutatis import _compat
 from mutatis.compiling import Compiler
 from mutatis.errors import OptionError
 from mutatis.lifting import Transformed, function_name
-from mutatis.programs import Options
+from mutatis.programs import Options, Program
 
 
 class Jitted(Transformed):
@@ -25,6 +25,69 @@ class Jitted(Transformed):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiler(self.__wrapped__, args, kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+        """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
+
+        Arrays may be `jax.ShapeDtypeStruct`; modules are given as they are.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, mutatis as mu
+          >>> total = mu.Variable(0.0)
+          >>> @mu.jit
+          ... def add(x):
+          ...     total.value += x
+          >>> compiled = add.lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
+          >>> compiled(jnp.float32(2)), float(total)
+          (None, 2.0)
+        """
+        return Lowered(self, *self._compiler.lower(self.__wrapped__, args, kwargs))
+
+
+class Lowered:
+    """A function lowered for given types: `compile` it, or look at the program (`as_text`, `cost_analysis`, ...).
+
+    Everything but `compile` is what JAX's own `Lowered` has.
+    """
+
+    def __init__(self, function: Jitted, program: Program, number: int, lowered: Any) -> None:
+        self._function = function
+        self._program = program
+        self._number = number
+        self._lowered = lowered
+
+    def compile(self, compiler_options: dict[str, Any] | None = None) -> Compiled:
+        """Compile it, for calls with arguments of these types and modules of this structure."""
+        options = {} if compiler_options is None else {"compiler_options": compiler_options}
+        return Compiled(self._function, self._program, self._number, self._lowered.compile(**options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lowered, name)
+
+
+class Compiled:
+    """A function compiled for given types. A call reads and writes the states of what it is called with.
+
+    Everything else (`cost_analysis`, `memory_analysis`, `as_text`, ...) is what JAX's own `Compiled` has.
+    """
+
+    def __init__(self, function: Jitted, program: Program, number: int, compiled: Any) -> None:
+        self._function = function
+        self._program = program
+        self._number = number
+        self._compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it.
+
+        Raises:
+          StructureError: it was compiled for arguments of another structure, or the call is inside a transform.
+        """
+        f = self._function
+        return f._compiler.call_compiled(self._program, self._number, self._compiled, f.__wrapped__, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
 
 
 def jit(
