@@ -555,6 +555,7 @@ def test_an_interrupt_where_signals_are_held_back(alarm: Alarm, every: int) -> N
     interrupt_first_calls(alarm, lambda whole: range(whole.moments, 0, -every), "mutatis.interrupts")
 
 
+@pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")
 @pytest.mark.parametrize("hits", [15, pytest.param(500, marks=pytest.mark.slow)])
 def test_interrupts_while_a_program_is_made(alarm: Alarm, hits: int) -> None:
     """No state is half written, holds a tracer or cannot be stepped on; what was handed out before is not donated."""
@@ -572,7 +573,8 @@ def test_interrupts_while_a_program_is_made(alarm: Alarm, hits: int) -> None:
         except ValueError as problem:
             if "KeyboardInterrupt" not in str(problem):
                 raise
-        alarm.disarm()
+        finally:
+            alarm.disarm()
         assert loop.count() in (count + loop.done, count + loop.done + 1)
         loops[0].step()
 

@@ -141,7 +141,7 @@ class Request:
     __slots__ = (
         "args",
         "binding",
-        "facts",
+        "compilation",
         "fast",
         "function",
         "functions",
@@ -149,7 +149,7 @@ class Request:
         "kwargs",
         "outer",
         "program",
-        "times",
+        "seconds",
         "traced",
     )
 
@@ -168,8 +168,8 @@ class Request:
         self.kwargs = kwargs
         self.fast = False  # whether the call holds a lease and should not trace
         self.traced = False  # whether the function was run
-        self.times: list[float] = []  # of a compilation: when tracing began, when it ended, when compiling ended
-        self.facts: dict[str, str]  # what decided about the program that is compiled
+        self.compilation: Any = None  # the entry of the log, if it compiles
+        self.seconds: list[float] = []  # what tracing and compiling took
         self.outer = _compat.current_trace()
         self.binding: Binding
         self.program: Program

@@ -10,10 +10,9 @@ import dataclasses
 import datetime
 import re
 import sys
-import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +40,7 @@ class Compilation:
 
     Attributes:
       number: which it is, from 1.
-      at: when it began.
+      at: when tracing had ended.
       tracing: the seconds that tracing took.
       compiling: the seconds that lowering and compiling took.
       facts: what decided about the program, by path.
@@ -89,27 +88,28 @@ class Log:
         self._count = 0
         self._warned: set[str] = set()
 
-    def add(self, name: str, times: Sequence[float], facts: Mapping[str, str]) -> None:
-        """Note a compilation, and warn if there were many for one reason.
+    def begin(self, name: str, facts: Mapping[str, str]) -> Compilation:
+        """Describe a compilation that begins, and warn if there were many for one reason.
 
         Args:
-          name: what was compiled.
-          times: readings of `time.perf_counter`: when tracing began, when it ended, and when compiling ended.
+          name: what is compiled.
           facts: what decided about the program.
         """
-        started, traced, compiled = times
-        self._count += 1
         facts = {sys.intern(path): sys.intern(text) for path, text in facts.items()}  # most are the same each time
         differences = [(_differences(entry.facts, facts), entry.number) for entry in self.entries]
         changes, nearest = min(differences, key=lambda pair: (len(pair[0]), -pair[1]), default=({}, None))
-        at = datetime.datetime.now() - datetime.timedelta(seconds=time.perf_counter() - started)
-        entry = Compilation(self._count, at, traced - started, compiled - traced, facts, nearest, changes)
-        self.entries.append(entry)
+        entry = Compilation(self._count + 1, datetime.datetime.now(), 0.0, 0.0, facts, nearest, changes)
         if len(changes) == 1:
-            self._warn(name, *changes)
+            self._warn(name, next(iter(changes)), entry)
+        return entry
 
-    def _warn(self, name: str, path: str) -> None:
-        for_it = [entry for entry in self.entries if [*entry.changes] == [path]]
+    def end(self, entry: Compilation, tracing: float, compiling: float) -> None:
+        """Note a compilation that has ended, and the seconds that it took."""
+        self._count += 1
+        self.entries.append(dataclasses.replace(entry, tracing=tracing, compiling=compiling))
+
+    def _warn(self, name: str, path: str, latest: Compilation) -> None:
+        for_it = [entry for entry in (*self.entries, latest) if [*entry.changes] == [path]]
         if len(for_it) < _MANY or path in self._warned:
             return
         self._warned.add(path)
@@ -124,7 +124,7 @@ class Log:
             f"`{name}` was compiled {len(for_it)} times only because `{path}` was another: {', '.join(seen[:6])}"
             f"{', ...' if len(seen) > 6 else ''}. {cure}. `mu.inspect.explain` lists the compilations.",
             RecompilationWarning,
-            stacklevel=7,
+            stacklevel=8,
         )
 
 

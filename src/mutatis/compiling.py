@@ -342,8 +342,7 @@ class Compiler:
 
     # -- calling ---------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _prepare(request: Request, flat: list[Any]) -> Split:
+    def _prepare(self, request: Request, flat: list[Any]) -> Split:
         """Trace, unless JAX has the trace, and learn from the record how to call."""
         binding, program = request.binding, request.program
         request.fast = False
@@ -357,8 +356,8 @@ class Compiler:
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
         binding.split = Split(binding.cells, program.variant_for(record), number, restructures=not record.plain)
         if binding.split.first is not None:
-            request.times = [started, time.perf_counter()]
-            request.facts = facts_of(request)
+            request.seconds = [time.perf_counter() - started]
+            request.compilation = self.log.begin(binding.label, facts_of(request))
         return binding.split
 
     def _lower(self, request: Request, flat: list[Any]) -> tuple[Program, int, Any]:
@@ -392,9 +391,10 @@ class Compiler:
             number, made, leaves = self._launch(request, split, flat)
         except NeedsTraceError:
             number, made, leaves = self._launch(request, self._prepare(request, flat), flat)
-        if len(request.times) == 3:
-            self.log.add(binding.label, request.times, request.facts)
-        return self._finish(request, number, made, leaves)
+        result = self._finish(request, number, made, leaves)
+        if request.compilation is not None:
+            self.log.end(request.compilation, *request.seconds)
+        return result
 
     @staticmethod
     def _finish(request: Request, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
@@ -434,8 +434,9 @@ class Compiler:
                 _copy_exposed(values, split, exposed)
             values += flat
             if split.first is not None:
+                started = time.perf_counter()
                 jitted.lower(*values).compile()
-                request.times.append(time.perf_counter())
+                request.seconds.append(time.perf_counter() - started)
                 with held_back():
                     box.append(jitted(*values))
                 variant.called.add(split.first)
