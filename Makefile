@@ -32,7 +32,7 @@ test: $(READY)
 	$(PYTEST) $(ARGS)
 
 test-all: $(READY)
-	$(PYTEST) -m "" $(ARGS)
+	$(PYTEST) -m "" -o faulthandler_timeout=3600 $(ARGS)
 
 test-leaks: $(READY)
 	MUTATIS_TEST_LEAKS=1 $(PYTEST) $(ARGS)

@@ -26,6 +26,8 @@ import pytest
 import mutatis as mu
 from mutatis import compiling, programs
 
+pytestmark = pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")  # each thread has its shape
+
 THREADS = 8
 LIMIT = 120.0  # seconds
 

@@ -11,7 +11,6 @@ import datetime
 import re
 import sys
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -84,7 +83,7 @@ class Log:
     """The latest compilations of one function."""
 
     def __init__(self) -> None:
-        self.entries: deque[Compilation] = deque(maxlen=_KEPT)
+        self.entries: tuple[Compilation, ...] = ()  # another one each time: threads may look at it meanwhile
         self._count = 0
         self._warned: set[str] = set()
 
@@ -106,7 +105,8 @@ class Log:
     def end(self, entry: Compilation, tracing: float, compiling: float) -> None:
         """Note a compilation that has ended, and the seconds that it took."""
         self._count += 1
-        self.entries.append(dataclasses.replace(entry, tracing=tracing, compiling=compiling))
+        ended = dataclasses.replace(entry, tracing=tracing, compiling=compiling)
+        self.entries = (*self.entries, ended)[-_KEPT:]
 
     def _warn(self, name: str, path: str, latest: Compilation) -> None:
         for_it = [entry for entry in (*self.entries, latest) if [*entry.changes] == [path]]

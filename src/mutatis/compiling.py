@@ -392,7 +392,7 @@ class Compiler:
         except NeedsTraceError:
             number, made, leaves = self._launch(request, self._prepare(request, flat), flat)
         result = self._finish(request, number, made, leaves)
-        if request.compilation is not None:
+        if len(request.seconds) == 2:  # else another thread compiled it meanwhile
             self.log.end(request.compilation, *request.seconds)
         return result
 

@@ -36,4 +36,4 @@ def explain(step: Any) -> Explanation:
             got=type(step).__name__,
             cure="`step = mu.jit(f)`, then `mu.inspect.explain(step)`.",
         )
-    return Explanation(function_name(function), tuple(function._compiler.log.entries))
+    return Explanation(function_name(function), function._compiler.log.entries)
