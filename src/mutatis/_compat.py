@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.extend.core
+from jax._src import array as _array
 from jax._src import config as _config
 from jax._src import core, traceback_util
 from jax._src.interpreters import batching, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
 
 __all__ = [
+    "ARRAY",
     "EVAL_TRACE",
     "UNSPECIFIED",
     "Trace",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 Trace = core.Trace
+ARRAY = _array.ArrayImpl  # the class of concrete arrays; the public way, `type(jnp.zeros(()))`, starts the devices
 
 # `get_opaque_trace_state` is the public twin of `trace_ctx.trace`, three times slower, and it cannot tell
 # which kind of transform is tracing.
@@ -60,7 +62,7 @@ def weak_trace(trace: Any) -> Any:
 @contextlib.contextmanager
 def at_trace(trace: Any) -> Iterator[None]:
     """Run operations at an enclosing trace, so that their results belong to it."""
-    with jax.extend.core.set_current_trace(trace):
+    with core.set_current_trace(trace):  # in `jax.extend.core` too, which imports thirty modules
         yield
 
 

@@ -39,7 +39,7 @@ from mutatis.statics import Identity, Static
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable, raw_value
 
-_ARRAY = type(jnp.zeros(()))
+_ARRAY = _compat.ARRAY
 _NUMBERS = frozenset({bool, int, float, complex})
 _set_value = Cell.__dict__["_value"].__set__  # the slot's own setter, written in C
 

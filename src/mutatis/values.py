@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mutatis import transactions
+from mutatis import _compat, transactions
 from mutatis.cells import UNSET, Cell
 from mutatis.errors import StateTypeError
 
-_ARRAY = type(jnp.zeros(()))
+_ARRAY = _compat.ARRAY
 
 
 def as_value(value: Any, owner: Any = None) -> Any:
