@@ -381,6 +381,66 @@ def test_a_thread_toggles_the_mode(together: Together, steps: int) -> None:
     check_all(net, THREADS * steps)
 
 
+def test_a_thread_changes_structure_that_others_walk_over(together: Together, steps: int) -> None:
+    net = Net()
+    net.items = {"first": 1}
+    net.extra = [1]
+
+    @mu.jit
+    def count(net: Net, x: jax.Array) -> jax.Array:
+        return x + len(net.extra) + 10 * len(net.items) + (100 if hasattr(net, "more") else 0) + int(net.mode == "eval")
+
+    def change() -> None:
+        net.eval()
+        net.extra = [*net.extra, 1][-3:]
+        net.items = {**net.items, "second": 2}
+        net.more = 1
+        net.train()
+        del net.more
+        net.items = {"first": 1}
+        time.sleep(0.02)  # else no trace is left alone
+
+    def walk(size: int) -> None:
+        for index in range(steps):
+            count(net, jnp.zeros(size))
+            if index % 10 == 0:
+                mu.graphdef(net)
+                repr(net)
+
+    together(*(lambda size=size: walk(size) for size in range(1, 5)), beside=change)
+    for size in range(1, 5):  # nobody kept what was true of a moment in between
+        assert count(net, jnp.zeros(size))[0] == len(net.extra) + 10
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_another_thread_changes_the_model_while_it_is_traced(times: int) -> None:
+    net = Net()
+    traces = []
+
+    def toggle() -> None:
+        net.fast = not net.fast
+
+    @mu.jit
+    def step(net: Net) -> jax.Array:
+        seen = net.fast
+        if len(traces) < times:
+            traces.append(seen)
+            other = threading.Thread(target=toggle)
+            other.start()
+            other.join()
+        return jnp.ones(1 if seen else 2)
+
+    if times == 1:
+        assert step(net).shape == (2,)
+        toggle()
+        assert step(net).shape == (1,)
+    else:
+        with pytest.raises(mu.errors.StructureError, match="changed by another thread each of the 20 times `step"):
+            step(net)
+        times = 0
+        assert step(net).shape == (1 if net.fast else 2,)
+
+
 @pytest.mark.parametrize("read", [None, *READERS], ids=lambda f: getattr(f, "__name__", "nobody_reads"))
 def test_a_thread_raises_in_the_middle_of_tracing(together: Together, steps: int, read: Any) -> None:
     net = Net()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from operator import is_
 from typing import Any
 
 from mutatis import _compat, contexts
@@ -85,6 +86,7 @@ class Binding:
         "objects",
         "program",
         "references",
+        "specs",
         "split",
         "structural",
     )
@@ -93,8 +95,10 @@ class Binding:
         self.label = label
         self.layout = layout
         self.extras = extras  # states that only tracing found
+        self.epoch = structure.epoch  # from before the walk: what changes meanwhile is looked at again
         self.ambient = contexts.cells()
         self.cells: list[Variable]
+        self.specs: Hashable  # what the walk found
         self.captures: Captures
         self.contents: Contents
         self.program: Program
@@ -106,20 +110,19 @@ class Binding:
     def make_scope(self, nodes: list[tuple[str, Any]], captures: Captures) -> Scope:
         """Walk over arguments and captures."""
         extras = [("captured", cell) for cell in self.extras]
-        return Scope([*nodes, *captures.roots, *extras])
+        return Scope([*nodes, *captures.roots, *extras], watch=True)
 
     def settle(self, scope: Scope, captures: Captures) -> None:
         """Keep of a walk what the calls need."""
         self.cells = scope.cells
+        self.specs = (scope.specs, scope.tail)
         self.captures = captures
-        self.contents = Contents(scope.containers)
+        self.contents = Contents(scope.containers, scope.encoder.held)
         for obj in scope.encoder.objects:
             if isinstance(obj, Module):
-                obj._watch()
                 self.objects.append(weakref.ref(obj))
             else:
                 self.objects.append(obj)
-        self.epoch = structure.epoch
 
     def live_objects(self) -> list[Any]:
         """The modules, lists and dicts, by number."""
@@ -150,6 +153,7 @@ class Request:
         "outer",
         "program",
         "seconds",
+        "stale",
         "traced",
     )
 
@@ -167,6 +171,7 @@ class Request:
         self.args = args
         self.kwargs = kwargs
         self.fast = False  # whether the call holds a lease and should not trace
+        self.stale = 0  # how often its trace found something changed
         self.traced = False  # whether the function was run
         self.compilation: Any = None  # the entry of the log, if it compiles
         self.seconds: list[float] = []  # what tracing and compiling took
@@ -178,11 +183,6 @@ class Request:
         """Say which binding and program the call goes to."""
         self.binding = binding
         self.program = binding.program
-
-    @property
-    def cells(self) -> list[Variable]:
-        """The cells whose values come in."""
-        return self.binding.cells
 
     @property
     def label(self) -> str:
@@ -206,3 +206,9 @@ class Request:
         """A walk over everything that the call can reach, in the order of the binding's cells."""
         captures = search(*self.functions, ignored=self.binding.captures.ignored)
         return self.binding.make_scope(self.nodes(self.binding.layout), captures)
+
+    def bound_to(self, scope: Scope) -> bool:
+        """Whether a walk finds what the program was chosen for: another thread may have changed it."""
+        cells = self.binding.cells
+        same = len(scope.cells) == len(cells) and all(map(is_, scope.cells, cells))
+        return same and (scope.specs, scope.tail) == self.binding.specs

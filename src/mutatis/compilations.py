@@ -159,10 +159,11 @@ def facts_of(request: Request) -> dict[str, str]:
             facts[place] = type(obj).__name__
             facts[f"{place}.mode"] = repr(obj.mode)
             hidden = ("_mode", *getattr(type(obj), "_references_", ()))
-            items = [(f"{place}.{name}", value) for name, value in vars(obj).items() if name not in hidden]
+            items = [(f"{place}.{name}", value) for name, value in dict(vars(obj)).items() if name not in hidden]
         else:
-            facts[place] = f"{len(obj)} items"
-            pairs = enumerate(obj) if isinstance(obj, list) else obj.items()
+            held = obj.copy()
+            facts[place] = f"{len(held)} items"
+            pairs = enumerate(held) if isinstance(held, list) else held.items()
             items = [(f"{place}[{key!r}]", value) for key, value in pairs]
         for item in items:
             facts.update(_static_facts(*item))

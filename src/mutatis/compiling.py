@@ -40,6 +40,7 @@ from mutatis.transactions import Transaction
 from mutatis.variables import Variable, raw_value
 
 _ARRAY = _compat.ARRAY
+_PATIENCE = 20  # traces
 _NUMBERS = frozenset({bool, int, float, complex})
 _set_value = Cell.__dict__["_value"].__set__  # the slot's own setter, written in C
 
@@ -170,6 +171,7 @@ class Compiler:
                     return result
                 except StaleBinding:
                     self._forget(request.program)
+                    self._count_stale(request)
                     binding = self._bind(request, key, binding.extras)
                 except FoundStates as found:
                     self._warn(found.cells, binding)
@@ -178,6 +180,19 @@ class Compiler:
             calls.request = before
             if request.outer is _compat.EVAL_TRACE:
                 _compat.restore_eager_trace()
+
+    @staticmethod
+    def _count_stale(request: Request) -> None:
+        """Give up on a call whose trace other threads do not leave alone."""
+        request.stale += 1
+        if request.stale > _PATIENCE:
+            raise StructureError(
+                f"the model was changed by another thread each of the {_PATIENCE} times `{request.label}` was traced",
+                where="tracing",
+                expected="attributes, modes and layers that stay while a function is traced over them",
+                cure="Call the function once before the threads start, give each thread a model of its own, or hold a "
+                "lock (`threading.Lock`) around the changes and around first calls.",
+            )
 
     # -- binding ---------------------------------------------------------------------------------------------
 
@@ -252,8 +267,7 @@ class Compiler:
             self._static_parts(request, layout),
             layout.positions,
             tuple(layout.mixed.items()),
-            scope.specs,
-            scope.tail,
+            binding.specs,
             tuple(placements),
             tuple(map(Identity, extras)),
             contexts.structure(),

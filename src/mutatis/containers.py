@@ -9,19 +9,22 @@ from typing import Any
 
 
 class Contents:
-    """What plain containers held at one moment, compared by identity: `==` would call the users' code."""
+    """What plain containers held at one moment, compared by identity: `==` would call the users' code.
+
+    Args:
+      containers: plain lists and dicts.
+      held: what each held at that moment; now, if not given.
+      copies: whether they are to be put back.
+    """
 
     __slots__ = ("_lengths", "_saved", "_views", "containers", "copies")
 
-    def __init__(self, containers: Sequence[Any], *, copies: bool = False) -> None:
+    def __init__(self, containers: Sequence[Any], held: Sequence[Any] | None = None, *, copies: bool = False) -> None:
         self.containers = list(containers)
-        self._views: list[Any] = []
-        for container in containers:
-            self._views.append(container)
-            if isinstance(container, dict):
-                self._views.append(container.values())
-        self._lengths = list(map(len, self._views))
-        self._saved = list(chain.from_iterable(self._views))
+        self._views = _views(containers)
+        then = self._views if held is None else _views(held)
+        self._lengths = list(map(len, then))
+        self._saved = list(chain.from_iterable(then))
         self.copies = [container.copy() for container in containers] if copies else []
 
     def unchanged(self) -> bool:
@@ -45,3 +48,13 @@ class Contents:
         if len(mine) != len(theirs) or not all(map(is_, mine, theirs)):
             return False
         return not isinstance(mine, dict) or all(map(is_, mine.values(), theirs.values()))
+
+
+def _views(containers: Sequence[Any]) -> list[Any]:
+    """What to go over: a dict's keys, and its values."""
+    views: list[Any] = []
+    for container in containers:
+        views.append(container)
+        if isinstance(container, dict):
+            views.append(container.values())
+    return views

@@ -61,14 +61,19 @@ class Encoder:
     Args:
       thread: whether what a module merely refers to (an optimizer: its model) is walked over too. It is for
         transforms, which have to thread it, and not for `mu.state`.
+      watch: whether later changes of these modules are counted (`cells.structure`); from before each is looked at, so
+        that none is missed. Other threads may change attributes meanwhile, so a walk goes over copies.
     """
 
-    def __init__(self, *, thread: bool = False) -> None:
+    def __init__(self, *, thread: bool = False, watch: bool = False) -> None:
         self.thread = thread
+        self.watch = watch
         self.cells: dict[Variable, int] = {}
         self.paths: list[Path] = []
+        self.watched: list[tuple[Module, int]] = []
         self.objects: list[Any] = []  # modules, lists and dicts, by number
         self.object_paths: list[Path] = []
+        self.held: list[Any] = []  # what each of the lists and dicts among them held when it was looked at
         self._numbers: dict[int, int] = {}
         self._later: list[tuple[int, str, Any, Path]] = []
         self._keep: list[Any] = []
@@ -99,7 +104,9 @@ class Encoder:
             if number is not None:
                 return ("r", number)
             self._number(value, path)
-            return ("l", self._items(value, path)) if kind is list else ("d", self._entries(value, path))
+            held = value.copy()
+            self.held.append(held)
+            return ("l", self._items(held, path)) if kind is list else ("d", self._entries(held, path))
         if isinstance(value, tuple):
             return ("t", kind, self._items(value, path))
         if isinstance(value, jax.Array | np.ndarray):
@@ -129,6 +136,10 @@ class Encoder:
         """The number of a module, list or dict that was met."""
         return self._numbers.get(id(obj))
 
+    def disturbed(self) -> bool:
+        """Whether another thread has changed the structure of a watched module since the walk, while a lock was held."""
+        return any(module._watched != number for module, number in self.watched)
+
     def _number(self, obj: Any, path: Path) -> int:
         number = len(self.objects)
         self.objects.append(obj)
@@ -141,7 +152,9 @@ class Encoder:
         if number is not None:
             return ("r", number)
         number = self._number(module, path)
-        attributes = module.__dict__
+        if self.watch:
+            self.watched.append((module, module._watch()))
+        attributes = dict(module.__dict__)
         references = getattr(type(module), "_references_", ())
         entries = []
         # What only borrows a node comes last, so that the node's path is where it belongs.

@@ -154,8 +154,8 @@ def named_nodes(names: Sequence[str], values: Sequence[Any]) -> list[tuple[str, 
 class Scope:
     """Everything that some roots lead to: cells with their paths, modules, containers."""
 
-    def __init__(self, roots: Sequence[tuple[str, Any]]) -> None:
-        self.encoder = Encoder(thread=True)
+    def __init__(self, roots: Sequence[tuple[str, Any]], *, watch: bool = False) -> None:
+        self.encoder = Encoder(thread=True, watch=watch)
         with structure_lock:
             self.specs = tuple(self.encoder.encode(node, (name,)) for name, node in roots)
             self.tail = self.encoder.finish()

@@ -59,11 +59,11 @@ class Module:
     _mutatis_node_: ClassVar[bool] = True
     _birth: Any  # weak reference to the raw JAX trace the module was made in; None for an ordinary one
     _bindings: Any  # what compiled programs know about this module as an argument; it dies with it
-    _watched: bool  # whether somebody took this module's structure for granted
+    _watched: int  # 0: nobody took this module's structure for granted; else 1 and the changes made while it was traced
 
     def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
         self = object.__new__(cls)
-        object.__setattr__(self, "_watched", False)
+        object.__setattr__(self, "_watched", 0)
         object.__setattr__(self, "_bindings", None)
         object.__setattr__(self, "_birth", transactions.birth())
         return self
@@ -100,9 +100,11 @@ class Module:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self._set_structure(name, transactions.ABSENT)
 
-    def _watch(self) -> None:
-        """Have the changes of this module's structure counted from now on (`cells.structure`)."""
-        object.__setattr__(self, "_watched", True)
+    def _watch(self) -> int:
+        """Have the changes of this module's structure counted from now on; a number that others' changes move on."""
+        if not self._watched:
+            object.__setattr__(self, "_watched", 1)
+        return self._watched
 
     def _set_structure(self, name: str, value: Any) -> None:
         """Set an attribute, or remove it, in a way that is not a write to a state."""
@@ -117,6 +119,10 @@ class Module:
         transactions.put_back(self, name, value)
         if self._watched:
             structure.changed()
+            if structure_lock.acquire(blocking=False):
+                structure_lock.release()
+            else:  # another thread is tracing, perhaps over this module: it will see the number
+                object.__setattr__(self, "_watched", self._watched + 1)
 
     def _admit(self, name: str, value: Any, old: Any) -> Any:
         """What is stored for a value; refuses what cannot be part of a model."""
@@ -218,7 +224,8 @@ class Module:
             seen.add(id(item))
             if isinstance(item, Module):
                 item.mode = mode
-                pending.extend(v for k, v in item.__dict__.items() if k not in getattr(type(item), "_references_", ()))
+                held = dict(item.__dict__)  # a copy: another thread may set an attribute
+                pending.extend(v for k, v in held.items() if k not in getattr(type(item), "_references_", ()))
             elif isinstance(item, list | tuple | dict):
                 pending.extend(item.values() if isinstance(item, dict) else item)
             elif isinstance(item, Wrapped):
@@ -338,7 +345,7 @@ def _tree_lines(module: Any, indent: str, seen: set[int]) -> list[str]:
     seen.add(id(module))
     lines = [f"{type(module).__name__}("]
     hidden = getattr(type(module), "_references_", ())
-    for name, value in module.__dict__.items():
+    for name, value in dict(module.__dict__).items():
         if name in hidden:
             continue
         shown = _show(value, indent + "  ", seen)

@@ -15,7 +15,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
-from operator import is_
 from typing import Any, Protocol
 
 import jax
@@ -55,15 +54,14 @@ class Tracing(Protocol):
     program: Any
 
     @property
-    def cells(self) -> list[Variable]:
-        """The cells whose values come in."""
-
-    @property
     def label(self) -> str:
         """What the call is, for messages."""
 
     def scope(self) -> Scope:
         """A walk over everything that the call can reach."""
+
+    def bound_to(self, scope: Scope) -> bool:
+        """Whether a walk finds what the program was chosen for: another thread may have changed it."""
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the user's function with JAX's values in the place of the arguments' leaves."""
@@ -322,9 +320,12 @@ class Program:
         request.traced = True
         with structure_lock:
             scope = request.scope()
-            if len(scope.cells) != len(request.cells) or not all(map(is_, scope.cells, request.cells)):
+            if not request.bound_to(scope):
                 raise StaleBinding
-            return self._run(request, flat, scope)
+            result = self._run(request, flat, scope)
+            if scope.encoder.disturbed():
+                raise StaleBinding
+            return result
 
     def _run(self, request: Tracing, flat: Sequence[Any], scope: Scope) -> dict[int, Any]:
         with CompiledTransaction(request.label, scope, request.outer) as tx:
