@@ -188,7 +188,6 @@ class Compiler:
         if request.stale > _PATIENCE:
             raise StructureError(
                 f"the model was changed by another thread each of the {_PATIENCE} times `{request.label}` was traced",
-                where="tracing",
                 expected="attributes, modes and layers that stay while a function is traced over them",
                 cure="Call the function once before the threads start, give each thread a model of its own, or hold a "
                 "lock (`threading.Lock`) around the changes and around first calls.",
