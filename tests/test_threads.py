@@ -435,7 +435,7 @@ def test_another_thread_changes_the_model_while_it_is_traced(times: int) -> None
         toggle()
         assert step(net).shape == (1,)
     else:
-        with pytest.raises(mu.errors.StructureError, match="changed by another thread each of the 20 times `.*step"):
+        with pytest.raises(mu.errors.StructureError, match=r"changed by another thread each of the 20 times `.*step"):
             step(net)
         times = 0
         assert step(net).shape == (1 if net.fast else 2,)

@@ -13,7 +13,7 @@ from typing import Any
 
 from mutatis import _compat, contexts
 from mutatis.captures import Captures, search
-from mutatis.cells import structure
+from mutatis.cells import Group, structure
 from mutatis.containers import Contents
 from mutatis.lifting import Packed, Scope, argument_names, fill, named_nodes
 from mutatis.modules import Module
@@ -54,7 +54,7 @@ class Split:
       restructures: whether the call changes or makes more than values.
     """
 
-    __slots__ = ("donating_at", "first", "number", "read", "restructures", "variant", "written")
+    __slots__ = ("donating_at", "first", "group", "number", "restructures", "variant", "written")
 
     def __init__(self, cells: list[Variable], variant: Variant, number: int, *, restructures: bool) -> None:
         self.variant = variant
@@ -63,7 +63,7 @@ class Split:
         self.first = None if number in variant.called else number  # JAX makes the first call of a program in Python
         self.written = [cells[i] for i in variant.written]
         taken = set(variant.written)
-        self.read = [cell for i, cell in enumerate(cells) if i not in taken]
+        self.group = Group(self.written, [cell for i, cell in enumerate(cells) if i not in taken])
         self.donating_at = [i if i in variant.donated else None for i in variant.written]
 
 

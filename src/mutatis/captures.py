@@ -20,6 +20,8 @@ import sys
 import sysconfig
 import types
 from collections.abc import Hashable
+from itertools import repeat
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import jax
@@ -31,6 +33,7 @@ from mutatis.modules import Module, Wrapped, is_node
 from mutatis.statics import Identity, Static, static_key
 
 _EMPTY = object()
+_get_contents = attrgetter("cell_contents")
 _SMALL = 64  # containers of static values up to this length count
 _MANY = 10_000  # longer containers are data
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
@@ -49,6 +52,7 @@ class Captures:
         "_container_slots",
         "_containers",
         "_contents",
+        "_guards",
         "_inside",
         "_keep",
         "_names",
@@ -73,6 +77,7 @@ class Captures:
         self._containers: list[Any] = []  # small lists and dicts of static values
         self._container_slots: list[Slot] = []
         self._contents: Contents
+        self._guards: tuple[list[Any], list[Any], list[Any], list[int]]  # cells, dicts, keys; what all of them held
         self._keep: list[Any] = []  # keeps the identities of guarded values from being used again
         self._objects: list[tuple[str, Any, set[str]]] = []  # plain objects, with the attributes that were looked at
         self._seen: set[int] = set()
@@ -80,17 +85,13 @@ class Captures:
 
     def unchanged(self) -> bool:
         """Whether every name is still bound to what it was bound to."""
-        for cell, identity, _ in self._cells:
-            try:
-                if id(cell.cell_contents) != identity:
-                    return False
-            except ValueError:  # the closure cell was emptied
-                if identity != id(_EMPTY):
-                    return False
-        for names, key, identity, _ in self._names:
-            if id(names.get(key, _EMPTY)) != identity:
-                return False
-        return self._contents.unchanged()
+        closures, dicts, keys, identities = self._guards
+        try:
+            now = list(map(id, map(_get_contents, closures)))
+        except ValueError:  # one of them was emptied
+            now = [id(_contents(cell)) for cell in closures]
+        now += map(id, map(dict.get, dicts, keys, repeat(_EMPTY)))
+        return now == identities and self._contents.unchanged()
 
     def changed(self) -> frozenset[Slot]:
         """The names that are bound to something else now."""
@@ -105,6 +106,9 @@ class Captures:
         while any(self._object(*entry) for entry in self._objects):
             pass
         self._contents = Contents(self._containers, copies=True)
+        guards = [*self._cells, *self._names]
+        closures, dicts, keys = [g[0] for g in self._cells], [g[0] for g in self._names], [g[1] for g in self._names]
+        self._guards = (closures, dicts, keys, [guard[-2] for guard in guards])
         self._seen.clear()
 
     # -- the search ------------------------------------------------------------------------------------------

@@ -12,14 +12,15 @@ while its buffer was made by a compiled program and no user code holds an array 
 Python takes the lease away: the cell is *exposed*, and the next step copies it instead of donating it. While a
 thread dispatches a step its lease is *busy*: other threads that want a cell under a busy lease wait (for a
 dispatch, no longer), so nobody finds a deleted array and no update is lost. All leases of a step are taken at
-once or not at all, so waiting cannot deadlock.
+once or not at all, so waiting cannot deadlock. The cells of a step are a `Group`, which remembers that they all
+carried a thread's lease: as long as no lease has moved anywhere, the next step looks at none of them.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +71,17 @@ class _Thread(threading.local):
         self.lease = Lease()
 
 
+class _Moves:
+    """How often a lease was put on a cell or taken off, and how many threads wait for one that is busy."""
+
+    __slots__ = ("count", "waiting")
+
+    def __init__(self) -> None:
+        self.count = 0  # changed first, then the leases: an interrupt in between does no harm
+        self.waiting = 0
+
+
+_moves = _Moves()
 _thread = _Thread()
 _mutex = threading.Lock()
 _released = threading.Condition(_mutex)
@@ -105,17 +117,27 @@ def peek(cell: Cell) -> Any:
 def _expose(cell: Cell) -> Any:
     mine = _thread.lease
     with _mutex:
-        lease = _wait_for_donation(cell, mine)
+        _wait_while(lambda: (lease := cell._lease) is not None and lease is not mine and lease.busy and lease.donating)
+        lease = cell._lease
         if lease is not None and not lease.busy:
+            _moves.count += 1
             cell._lease = None
         return cell._value
 
 
-def _wait_for_donation(cell: Cell, mine: Lease) -> Lease | None:
-    # A function, as `_take` is.
-    while (lease := cell._lease) is not None and lease.busy and lease.donating and lease is not mine:
+def _wait_while(busy: Callable[[], bool]) -> None:
+    """Wait, with the mutex, until something is no longer so."""
+    _moves.waiting += 1  # before the first look: who ends a step and sees nobody wait gives no notice
+    try:
+        _wait(busy)
+    finally:
+        _moves.waiting -= 1
+
+
+def _wait(busy: Callable[[], bool]) -> None:
+    # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
+    while busy():
         _released.wait(_MISSED)
-    return lease
 
 
 def poke(cell: Cell, value: Any) -> None:
@@ -125,6 +147,7 @@ def poke(cell: Cell, value: Any) -> None:
             lease: Lease | None = cell._lease  # looked at again: a step may have ended meanwhile
             if lease is not None and lease.busy:
                 lease.broken = True  # the step that is running has to leave this cell alone
+            _moves.count += 1
             cell._lease = None
     cell._value = value
 
@@ -134,58 +157,80 @@ def my_lease() -> Lease:
     return _thread.lease
 
 
-def take(lease: Lease, written: Sequence[Cell], read: Sequence[Cell], donating: bool, exposed: list[int]) -> None:
-    """Make a thread's lease busy over the cells of a step.
+class Group:
+    """The cells of a step.
 
     Args:
-      lease: this thread's lease.
       written: the cells that the step writes.
       read: those that it only reads.
-      donating: whether it deletes the old arrays.
-      exposed: is filled with the places in `written` whose buffers user code may hold.
     """
-    with _mutex:
-        _take(lease, written, read, exposed)
-        lease.busy = True
-        lease.donating = donating
 
+    __slots__ = ("_moves", "_owner", "read", "written")
 
-def _take(lease: Lease, written: Sequence[Cell], read: Sequence[Cell], exposed: list[int]) -> None:
-    # A function: from CPython 3.12 on an interrupt in a loop directly inside `with _mutex` may leave it locked.
-    owners = [cell._lease for cell in written]
-    others = [cell._lease for cell in read]
-    if owners.count(lease) == len(owners) and others.count(lease) + others.count(None) == len(others):
-        return
-    _wait_for_others(lease, written, read)
-    exposed += [i for i, cell in enumerate(written) if cell._lease is None]
-    for cell in written:
-        cell._lease = lease
-    for cell in read:
-        if cell._lease is not None:
-            cell._lease = lease
+    def __init__(self, written: Sequence[Cell], read: Sequence[Cell]) -> None:
+        self.written = written
+        self.read = read
+        self._owner: Lease | None = None  # whose all of the written ones were ...
+        self._moves = 0  # ... when leases had moved this often
 
+    def take(self, lease: Lease, donating: bool, exposed: list[int]) -> None:
+        """Make a thread's lease busy over the cells.
 
-def _wait_for_others(mine: Lease, written: Sequence[Cell], read: Sequence[Cell]) -> None:
-    while any(
-        (lease := cell._lease) is not None and lease is not mine and lease.busy
-        for cells in (written, read)
-        for cell in cells
-    ):
-        _released.wait(_MISSED)
+        Args:
+          lease: this thread's lease.
+          donating: whether the step deletes the old arrays.
+          exposed: is filled with the places in `written` whose buffers user code may hold.
+        """
+        with _mutex:
+            if self._owner is not lease or self._moves != _moves.count:
+                self._take(lease, exposed)
+            lease.busy = True
+            lease.donating = donating
+
+    def _take(self, lease: Lease, exposed: list[int]) -> None:
+        # A function: from CPython 3.12 on an interrupt in a loop directly inside `with _mutex` may leave it locked.
+        owners = [cell._lease for cell in self.written]
+        others = [cell._lease for cell in self.read]
+        if owners.count(lease) < len(owners) or others.count(lease) + others.count(None) < len(others):
+            _wait_while(lambda: self._busy_for(lease))
+            exposed += [i for i, cell in enumerate(self.written) if cell._lease is None]
+            _moves.count += 1
+            for cell in self.written:
+                cell._lease = lease
+            for cell in self.read:
+                if cell._lease is not None:
+                    cell._lease = lease
+        self._moves = _moves.count
+        self._owner = lease
+
+    def _busy_for(self, mine: Lease) -> bool:
+        """Whether another thread dispatches a step over one of the cells."""
+        return any(
+            (lease := cell._lease) is not None and lease is not mine and lease.busy
+            for cells in (self.written, self.read)
+            for cell in cells
+        )
 
 
 def give_back(lease: Lease) -> None:
     """End a dispatch: whoever waits for a cell of this lease goes on."""
-    with _mutex:
-        lease.busy = lease.broken = False
-        _released.notify_all()
+    lease.busy = lease.broken = False
+    if _moves.waiting:  # who begins to wait from now on sees that it is not busy
+        with _mutex:
+            _released.notify_all()
 
 
 def expose(cells: Sequence[Cell]) -> None:
     """Count the present values of these cells as held by user code, whoever made them."""
     with _mutex:
-        for cell in cells:
-            cell._lease = None
+        _moves.count += 1
+        _expose_all(cells)
+
+
+def _expose_all(cells: Sequence[Cell]) -> None:
+    # A function, as `_take` is.
+    for cell in cells:
+        cell._lease = None
 
 
 class _Structure:

@@ -28,7 +28,7 @@ import numpy as np
 from mutatis import _compat, contexts, transactions
 from mutatis.bindings import Binding, Layout, Request, Split
 from mutatis.captures import Captures, Slot, search
-from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock, take
+from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock
 from mutatis.compilations import Log, facts_of
 from mutatis.errors import CapturedStateWarning, StructureError
 from mutatis.interrupts import held_back
@@ -176,10 +176,12 @@ class Compiler:
                 except FoundStates as found:
                     self._warn(found.cells, binding)
                     binding = self._bind(request, key, [*binding.extras, *found.cells])
-        finally:
-            calls.request = before
+        except BaseException:
             if request.outer is _compat.EVAL_TRACE:
                 _compat.restore_eager_trace()
+            raise
+        finally:
+            calls.request = before
 
     @staticmethod
     def _count_stale(request: Request) -> None:
@@ -441,7 +443,7 @@ class Compiler:
         lease = my_lease()
         exposed: list[int] = []
         try:
-            take(lease, written, split.read, donating, exposed)
+            split.group.take(lease, donating, exposed)
             values += [cell._value for cell in cells]
             if exposed and donating:
                 _copy_exposed(values, split, exposed)

@@ -29,8 +29,9 @@ class Contents:
 
     def unchanged(self) -> bool:
         """Whether all containers hold the very same objects."""
-        return list(map(len, self._views)) == self._lengths and all(
-            map(is_, chain.from_iterable(self._views), self._saved)
+        return not self._views or (
+            list(map(len, self._views)) == self._lengths
+            and all(map(is_, chain.from_iterable(self._views), self._saved))
         )
 
     def changed(self) -> list[tuple[Any, Any]]:

@@ -141,4 +141,5 @@ def structure() -> Hashable:
 
 def cells() -> tuple[ContextValue, ...]:
     """The arrays that are set."""
-    return tuple(entry for _, entry in _active.get() if isinstance(entry, ContextValue))
+    active = _active.get()
+    return tuple(entry for _, entry in active if isinstance(entry, ContextValue)) if active else ()
