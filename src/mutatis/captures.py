@@ -106,9 +106,10 @@ class Captures:
         while any(self._object(*entry) for entry in self._objects):
             pass
         self._contents = Contents(self._containers, copies=True)
-        guards = [*self._cells, *self._names]
-        closures, dicts, keys = [g[0] for g in self._cells], [g[0] for g in self._names], [g[1] for g in self._names]
-        self._guards = (closures, dicts, keys, [guard[-2] for guard in guards])
+        identities = [identity for _, identity, _ in self._cells]
+        identities += [identity for _, _, identity, _ in self._names]
+        names = self._names
+        self._guards = ([c for c, _, _ in self._cells], [d for d, *_ in names], [k for _, k, *_ in names], identities)
         self._seen.clear()
 
     # -- the search ------------------------------------------------------------------------------------------
