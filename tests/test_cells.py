@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,16 +87,190 @@ def test_a_copy_is_made_once() -> None:
     assert inside.is_deleted(), "after the copy the state is the program's own again"
 
 
-@pytest.mark.parametrize(
-    "alias", [np.asarray, lambda x: jax.device_put(x, x.sharding), lambda x: x.addressable_data(0)]
-)
-def test_aliases_stay_intact(alias: Any) -> None:
-    model = settled()
-    other = alias(model.v.value)
+ALIASES: dict[str, Callable[[jax.Array], Any]] = {
+    "numpy": np.asarray,
+    "numpy view": lambda x: np.asarray(x)[2:],
+    "buffer protocol": lambda x: memoryview(x) if hasattr(x, "__buffer__") else np.asarray(x),
+    "dlpack to numpy": np.from_dlpack,
+    "dlpack to jax": jnp.from_dlpack,
+    "device_put": lambda x: jax.device_put(x, x.sharding),
+    "device_put may_alias": lambda x: jax.device_put(x, may_alias=True),
+    "addressable_data": lambda x: x.addressable_data(0),
+    "addressable_shards": lambda x: x.addressable_shards[0].data,
+    "single device arrays": lambda x: jax.make_array_from_single_device_arrays(
+        x.shape, x.sharding, [shard.data for shard in x.addressable_shards]
+    ),
+    "jnp.asarray": jnp.asarray,
+    "reshape": lambda x: x.reshape(x.shape),
+}
+
+
+@pytest.mark.parametrize("made_by", ["program", "user"])
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
+def test_aliases_stay_intact(alias: Callable[[jax.Array], Any], made_by: str) -> None:
+    if made_by == "program":
+        model = settled()
+        other = alias(model.v.value)
+    else:
+        array = jnp.arange(1.0, 9.0)
+        other = alias(array)
+        model = Holder(array)
+        del array
     before = np.asarray(other).copy()
     for _ in range(3):
         increment(model)
     np.testing.assert_array_equal(np.asarray(other), before)
+    np.testing.assert_array_equal(np.asarray(model.v), np.arange(1.0, 9.0) + 3)
+
+
+def test_the_data_of_a_random_key_stays_intact() -> None:
+    key = mu.Variable(jax.random.key(0))
+
+    @mu.jit
+    def draw() -> jax.Array:
+        key.value = jax.random.fold_in(key.value, 1)
+        return jax.random.bits(key.value)
+
+    draw()
+    data = jax.random.key_data(key.value)
+    before = np.asarray(data).copy()
+    draw()
+    draw()
+    np.testing.assert_array_equal(np.asarray(data), before)
+
+
+def test_sharded_states_are_donated_and_their_shards_stay_intact() -> None:
+    mesh = jax.make_mesh((4,), ("x",))
+    sharding = jax.NamedSharding(mesh, jax.P("x"))
+    model = Holder(jax.device_put(jnp.arange(8.0), sharding))
+    increment(model)
+    inside = model.v._value
+    increment(model)
+    assert inside.is_deleted()
+    shard = model.v.value.addressable_shards[1].data
+    whole = jax.make_array_from_single_device_arrays(
+        (8,), sharding, [part.data for part in model.v.value.addressable_shards]
+    )
+    increment(model)
+    np.testing.assert_array_equal(np.asarray(shard), [4.0, 5.0])
+    np.testing.assert_array_equal(np.asarray(whole), np.arange(8.0) + 2)
+    assert model.v.value.sharding == sharding
+
+
+def test_one_array_as_state_and_as_argument() -> None:
+    array = jnp.arange(8.0)
+    model = Holder(array)
+
+    @mu.jit
+    def step(model: Holder, x: jax.Array, *, y: jax.Array) -> None:
+        model.v.value = model.v + x + y
+
+    step(model, array, y=array)
+    step(model, array, y=model.v.value)
+    np.testing.assert_array_equal(np.asarray(array), np.arange(8.0))
+    np.testing.assert_array_equal(np.asarray(model.v), np.arange(8.0) * 7)
+
+
+def test_a_step_inside_a_step_leaves_the_outer_one_in_charge() -> None:
+    model = settled()
+
+    @mu.jit
+    def outer(model: Holder) -> jax.Array:
+        before = model.v.value
+        increment(model)
+        increment(model)
+        return 2 * before
+
+    inside = model.v._value
+    out = outer(model)
+    assert inside.is_deleted()
+    np.testing.assert_array_equal(np.asarray(out), 2 * np.arange(8.0) + 2)
+    np.testing.assert_array_equal(np.asarray(model.v), np.arange(8.0) + 3)
+
+
+def test_inside_an_open_transaction_nothing_is_donated() -> None:
+    model = settled()
+
+    def undone() -> None:
+        increment(model)
+        increment(model)
+        raise KeyError("undo")
+
+    with pytest.raises(KeyError, match="undo"):
+        mu.remat(undone)()
+    np.testing.assert_array_equal(np.asarray(model.v), np.arange(8.0) + 1)
+
+
+def test_a_failure_before_the_launch_loses_nothing() -> None:
+    model = settled()
+
+    @mu.jit
+    def step(model: Holder, x: Any) -> None:
+        model.v.value = model.v + x
+
+    step(model, jnp.ones(8))
+    step(model, jnp.ones(8))
+    deleted = jnp.ones(8)
+    deleted.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        step(model, deleted)
+    np.testing.assert_array_equal(np.asarray(model.v), np.arange(8.0) + 3)
+    step(model, jnp.ones(8))
+    np.testing.assert_array_equal(np.asarray(model.v), np.arange(8.0) + 4)
+
+
+def test_what_a_callback_was_given_stays_intact() -> None:
+    kept = []
+    model = settled()
+
+    @mu.jit
+    def step(model: Holder) -> None:
+        jax.debug.callback(kept.append, model.v.value)
+        model.v.value = model.v + 1
+
+    for _ in range(3):
+        step(model)
+    jax.effects_barrier()
+    for index, seen in enumerate(sorted(kept, key=lambda x: float(x[0]))):
+        np.testing.assert_array_equal(np.asarray(seen), np.arange(8.0) + 1 + index)
+
+
+# -- how much is handed over and reused --------------------------------------------------------------------------
+
+
+class Mixed(mu.Module):
+    """States that a step writes, and others that it only reads."""
+
+    def __init__(self, written: int, read: int) -> None:
+        self.written = [mu.Variable(jnp.zeros((4, size + 1))) for size in range(written)]
+        self.read = [mu.Cache(jnp.ones(16)) for _ in range(read)]
+
+
+@mu.jit
+def advance(model: Mixed, x: jax.Array) -> jax.Array:
+    for cell in model.written:
+        cell.value = cell + x + sum(jnp.sum(c.value) for c in model.read)
+    return x + 1
+
+
+@pytest.mark.parametrize("written", [0, 1, 20])
+@pytest.mark.parametrize("read", [0, 3])
+def test_arguments_results_and_donated_bytes(written: int, read: int) -> None:
+    model = Mixed(written, read)
+    compiled = advance.lower(model, jnp.float32(1)).compile()
+    arguments, _ = compiled.args_info
+    flat = jax.tree.leaves(arguments, is_leaf=lambda leaf: hasattr(leaf, "donated"))
+    assert len(flat) == written + read + 1
+    assert sum(info.donated for info in flat) == written, "what is only read stays with its owner"
+    assert (
+        len(jax.tree.leaves(compiled.out_avals if hasattr(compiled, "out_avals") else compiled.out_info)) == written + 1
+    )
+    used = 4 * 16 * read if written else 0  # XLA is given nothing that is not used
+    size = sum(4 * 4 * (index + 1) for index in range(written))
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == size
+    assert memory.argument_size_in_bytes == size + used + 4
+    assert memory.output_size_in_bytes >= size + 4
 
 
 def test_two_cells_may_hold_one_array() -> None:

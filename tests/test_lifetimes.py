@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -99,6 +100,31 @@ def test_fresh_models_share_a_program_and_leave_nothing(traces: Any) -> None:
     compiler = train._compiler
     assert len(compiler.programs) == 1
     assert not compiler.bindings
+
+
+def test_a_loop_over_fresh_models_and_optimizers_is_flat(traces: Any) -> None:
+    @mu.jit
+    @traces.count
+    def train(model: Net, optimizer: mu.Optimizer) -> None:
+        optimizer.update(mu.grad(lambda m: jnp.sum(m.layers[0] * m.layers[1].value))(model))
+
+    def epoch() -> None:
+        model = Net()
+        train(model, mu.Optimizer(model, optax.chain(optax.clip(1.0), optax.sgd(1e-3, momentum=0.9))))
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(gc.get_objects()), len(jax.live_arrays())
+
+    for _ in range(50):
+        epoch()
+    before = held()
+    for _ in range(1000):
+        epoch()
+    after = held()
+    assert traces.total == 1
+    assert after[0] - before[0] < 100, "objects that a round leaves behind would be thousands by now"
+    assert after[1] <= before[1]
 
 
 def test_a_fresh_optimizer_of_the_same_settings_compiles_nothing(traces: Any) -> None:

@@ -24,7 +24,7 @@ from mutatis.lifting import Packed, argument_names, show_root_path
 from mutatis.modules import Module, Wrapped, is_node
 from mutatis.statics import Static, StaticObject
 from mutatis.values import show_type
-from mutatis.variables import Variable, raw_value
+from mutatis.variables import Variable
 
 _KEPT = 30  # compilations of one function that are remembered
 _MANY = 5  # compilations because of one fact after which there is a warning
@@ -189,7 +189,7 @@ def _static_facts(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _show_state(cell: Variable) -> str:
-    value = raw_value(cell)
+    value = cell._value  # its types are all that is looked at: not a read that exposes the state
     spread = [
         str(leaf.sharding)
         for leaf in jax.tree.leaves(value)
