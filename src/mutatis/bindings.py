@@ -67,6 +67,31 @@ class Split:
         self.donating_at = [i if i in variant.donated else None for i in variant.written]
 
 
+class Bindings:
+    """The bindings for given objects: the one in use first, then others over the same cells, whose flags may come back."""
+
+    __slots__ = ("__weakref__", "_all", "first")
+
+    def __init__(self) -> None:
+        self._all: list[Binding] = []
+        self.first: Binding
+
+    def put_first(self, binding: Binding) -> None:
+        """Use this one from now on."""
+        others = [other for other in self._all if other is not binding and other.is_over(binding.cells)]
+        self.first, self._all = binding, [binding, *others][:_REMEMBERED]
+
+    def find(self) -> Binding | None:
+        """One that holds, which is then in use."""
+        binding = next((binding for binding in self._all if binding.holds()), None)
+        if binding is not None:
+            self.put_first(binding)
+        return binding
+
+
+_REMEMBERED = 4  # bindings for the same objects
+
+
 class Binding:
     """What is known about given objects: which cells to hand over, and what proves that this still holds.
 
@@ -127,6 +152,14 @@ class Binding:
     def live_objects(self) -> list[Any]:
         """The modules, lists and dicts, by number."""
         return [obj() if isinstance(obj, weakref.ref) else obj for obj in self.objects]
+
+    def is_over(self, cells: list[Variable]) -> bool:
+        """Whether these are its cells."""
+        return len(self.cells) == len(cells) and all(map(is_, self.cells, cells))
+
+    def invalidate(self) -> None:
+        """Have it hold no more."""
+        self.epoch = -1
 
     def holds(self) -> bool:
         """Whether nothing about the objects has changed."""
@@ -209,6 +242,4 @@ class Request:
 
     def bound_to(self, scope: Scope) -> bool:
         """Whether a walk finds what the program was chosen for: another thread may have changed it."""
-        cells = self.binding.cells
-        same = len(scope.cells) == len(cells) and all(map(is_, scope.cells, cells))
-        return same and (scope.specs, scope.tail) == self.binding.specs
+        return self.binding.is_over(scope.cells) and (scope.specs, scope.tail) == self.binding.specs

@@ -18,7 +18,8 @@ carried a thread's lease: as long as no lease has moved anywhere, the next step 
 
 from __future__ import annotations
 
-import itertools
+import os
+import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -234,17 +235,76 @@ def _expose_all(cells: Sequence[Cell]) -> None:
 
 
 class _Structure:
-    """A count of the changes to what compiled programs took for granted: attributes, frozen marks, placements."""
+    """What compiled programs took for granted, as one number: attributes, frozen marks, placements.
 
-    __slots__ = ("_numbers", "epoch")
+    Each change makes it another number. To put an attribute back makes it the old one again, so who toggles a flag finds
+    what was known of both sides: a value stands for a random number, and the epoch is the exclusive or of all of them.
+
+    What is done with the lock are a few plain assignments, so that no signal handler runs in between either.
+    """
+
+    __slots__ = ("_lock", "epoch", "shape")
 
     def __init__(self) -> None:
-        self._numbers = itertools.count(1)
+        self._lock = threading.RLock()
         self.epoch = 0
+        self.shape = 0  # changes with anything but a flag
 
     def changed(self) -> None:
-        """Begin another epoch. Call it after a change: who looks in between sees the change and looks again."""
-        self.epoch = next(self._numbers)  # numbers are drawn atomically, so two threads cannot begin the same epoch
+        """Begin an epoch that never was. Call it before a change and after it: others may look in between."""
+        fresh = _random_bits(128)
+        with self._lock:
+            self.epoch = self.shape = fresh
+
+    def begin(self) -> tuple[int, int]:
+        """Before flags are changed: the epoch of now, and one that is for the meantime."""
+        meantime = _random_bits(128)
+        with self._lock:
+            before = self.epoch
+            self.epoch = meantime
+        return before, meantime
+
+    def end(self, mark: tuple[int, int], difference: int) -> None:
+        """After flags were changed: the epoch of their values, by the numbers of the old and the new ones."""
+        before, meantime = mark
+        with self._lock:
+            if self.epoch == meantime:  # else something else has changed too: the epoch is one that never was
+                self.epoch = before ^ difference
+
+
+_random_bits = random.Random(os.urandom(16)).getrandbits  # of our own: users seed the global one again and again
+
+
+class Watch:
+    """What is kept about a module since somebody took its structure for granted."""
+
+    __slots__ = ("_numbers", "disturbances", "mode", "submodules")
+
+    def __init__(self) -> None:
+        self.mode = _random_bits(128)  # what the change from one mode to the other makes of the epoch
+        self.disturbances = 0  # changes of its structure while another thread was tracing
+        self.submodules: Any = None  # a walk that was made over it, and what proves that it holds
+        self._numbers: dict[Any, int] = {}
+
+    def difference(self, name: str, old: Any, new: Any) -> int | None:
+        """What a change of a flag makes of the epoch; None for a change of anything but a flag."""
+        if name == "_mode":
+            return self.mode if old != new else 0
+        a, b = type(old), type(new)
+        if a in _FLAGS and b in _FLAGS:
+            return self._number((name, a, old)) ^ self._number((name, b, new))
+        return None
+
+    def _number(self, key: Any) -> int:
+        if key not in self._numbers:
+            if len(self._numbers) > _REMEMBERED:
+                self._numbers.clear()  # from now on, old values make epochs that never were
+            self._numbers[key] = _random_bits(128)
+        return self._numbers[key]
+
+
+_FLAGS = frozenset({bool, int, str, type(None)})
+_REMEMBERED = 64  # values of one module's flags
 
 
 structure = _Structure()

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis import _compat, contexts, transactions
-from mutatis.bindings import Binding, Layout, Request, Split
+from mutatis.bindings import Binding, Bindings, Layout, Request, Split
 from mutatis.captures import Captures, Slot, search
 from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock
 from mutatis.compilations import Log, facts_of
@@ -97,8 +97,8 @@ class Compiler:
         self.options = options
         self.programs: dict[Hashable, Program] = {}
         # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
-        self.bindings: dict[Hashable, weakref.ref[Binding]] = {}
-        self._captured: dict[Hashable, Binding] = {}  # those for captures only
+        self.bindings: dict[Hashable, weakref.ref[Bindings]] = {}
+        self._captured: dict[Hashable, Bindings] = {}  # those for captures only
         self.ignored: frozenset[Slot] = frozenset()  # names that tracing itself rebinds
         self.log = Log()
 
@@ -154,9 +154,11 @@ class Compiler:
             key = (*key, *map(id, functions))
         request = Request(function, functions, args, kwargs, key)
         reference = self.bindings.get(key)
-        binding = None if reference is None else reference()
-        if binding is None or not binding.holds():
-            binding = self._bind(request, key, [] if binding is None else binding.extras)
+        found = None if reference is None else reference()
+        if found is None:
+            binding = self._bind(request, key, [])
+        elif not (binding := found.first).holds():
+            binding = found.find() or self._bind(request, key, binding.extras)
         before = calls.request
         calls.request = request
         try:
@@ -171,10 +173,12 @@ class Compiler:
                     return result
                 except StaleBinding:
                     self._forget(request.program)
+                    binding.invalidate()
                     self._count_stale(request)
                     binding = self._bind(request, key, binding.extras)
                 except FoundStates as found:
                     self._warn(found.cells, binding)
+                    binding.invalidate()
                     binding = self._bind(request, key, [*binding.extras, *found.cells])
         except BaseException:
             if request.outer is _compat.EVAL_TRACE:
@@ -328,7 +332,10 @@ class Compiler:
                 compiler.bindings.pop(key, None)
                 compiler._captured.pop(key, None)
 
-        own = weakref.ref(binding, drop)
+        reference = self.bindings.get(key)
+        bindings = (None if reference is None else reference()) or Bindings()
+        bindings.put_first(binding)
+        own = reference if reference is not None and reference() is bindings else weakref.ref(bindings, drop)
         modules = [node for node in captured if not isinstance(node, Variable)]
         for obj in (*(node for _, node in nodes), *modules, *functions):
             try:
@@ -339,9 +346,9 @@ class Compiler:
             owner = nodes[0][1]
             if owner._bindings is None:
                 object.__setattr__(owner, "_bindings", weakref.WeakKeyDictionary())
-            owner._bindings.setdefault(self, {})[key] = binding
+            owner._bindings.setdefault(self, {})[key] = bindings
         else:
-            self._captured[key] = binding
+            self._captured[key] = bindings
         self.bindings[key] = own
 
     @staticmethod

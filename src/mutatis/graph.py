@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from mutatis import transactions
-from mutatis.cells import structure_lock
+from mutatis.cells import Watch, structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
 from mutatis.modules import Module, Wrapped, borrows, for_each_class, is_node
@@ -70,7 +70,7 @@ class Encoder:
         self.watch = watch
         self.cells: dict[Variable, int] = {}
         self.paths: list[Path] = []
-        self.watched: list[tuple[Module, int]] = []
+        self.watched: list[tuple[Watch, int]] = []
         self.objects: list[Any] = []  # modules, lists and dicts, by number
         self.object_paths: list[Path] = []
         self.held: list[Any] = []  # what each of the lists and dicts among them held when it was looked at
@@ -138,7 +138,7 @@ class Encoder:
 
     def disturbed(self) -> bool:
         """Whether another thread has changed the structure of a watched module since the walk, while a lock was held."""
-        return any(module._watched != number for module, number in self.watched)
+        return any(mark.disturbances != number for mark, number in self.watched)
 
     def _number(self, obj: Any, path: Path) -> int:
         number = len(self.objects)
@@ -153,7 +153,8 @@ class Encoder:
             return ("r", number)
         number = self._number(module, path)
         if self.watch:
-            self.watched.append((module, module._watch()))
+            mark = module._watch()
+            self.watched.append((mark, mark.disturbances))
         attributes = dict(module.__dict__)
         references = getattr(type(module), "_references_", ())
         entries = []

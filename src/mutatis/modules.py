@@ -7,7 +7,9 @@ noted, so that a failing transform can undo it and compiled programs can notice 
 
 from __future__ import annotations
 
+import threading
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -15,13 +17,15 @@ import jax
 import numpy as np
 
 from mutatis import transactions
-from mutatis.cells import structure, structure_lock
+from mutatis.cells import Watch, structure, structure_lock
+from mutatis.containers import Contents
 from mutatis.errors import StaticAttributeError, StructureError
 from mutatis.kinds import Buffer
 from mutatis.statics import StaticObject, check_static, static_key
 from mutatis.variables import Variable
 
 M = TypeVar("M", bound="Module")
+_flips = threading.RLock()  # so that an old value and the epoch's change from it belong together
 
 
 class Wrapped:
@@ -59,11 +63,11 @@ class Module:
     _mutatis_node_: ClassVar[bool] = True
     _birth: Any  # weak reference to the raw JAX trace the module was made in; None for an ordinary one
     _bindings: Any  # what compiled programs know about this module as an argument; it dies with it
-    _watched: int  # 0: nobody took this module's structure for granted; else 1 and the changes made while it was traced
+    _watched: Watch | None  # None: nobody took this module's structure for granted
 
     def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
         self = object.__new__(cls)
-        object.__setattr__(self, "_watched", 0)
+        object.__setattr__(self, "_watched", None)
         object.__setattr__(self, "_bindings", None)
         object.__setattr__(self, "_birth", transactions.birth())
         return self
@@ -100,11 +104,12 @@ class Module:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         self._set_structure(name, transactions.ABSENT)
 
-    def _watch(self) -> int:
-        """Have the changes of this module's structure counted from now on; a number that others' changes move on."""
-        if not self._watched:
-            object.__setattr__(self, "_watched", 1)
-        return self._watched
+    def _watch(self) -> Watch:
+        """Have the changes of this module's structure noticed from now on (`cells.structure`)."""
+        if self._watched is None:
+            object.__setattr__(self, "_watched", Watch())
+        watch: Watch = self._watched  # type: ignore[assignment]
+        return watch
 
     def _set_structure(self, name: str, value: Any) -> None:
         """Set an attribute, or remove it, in a way that is not a write to a state."""
@@ -116,13 +121,29 @@ class Module:
             tx.note(
                 self, name, transactions.Removed(old, tuple(self.__dict__)) if value is transactions.ABSENT else old
             )
-        transactions.put_back(self, name, value)
-        if self._watched:
+        if self._watched is None:
+            transactions.put_back(self, name, value)
+            if self._watched is None:  # nor did another thread begin to watch meanwhile
+                return
+        elif self._flip(name, value):
+            return
+        else:
             structure.changed()
-            if structure_lock.acquire(blocking=False):
-                structure_lock.release()
-            else:  # another thread is tracing, perhaps over this module: it will see the number
-                object.__setattr__(self, "_watched", self._watched + 1)
+            transactions.put_back(self, name, value)
+        structure.changed()
+        _disturb(self)
+
+    def _flip(self, name: str, value: Any) -> bool:
+        """Change an attribute that is a flag and stays one; whether it is."""
+        with _flips:
+            mark = structure.begin()
+            difference = self._watch().difference(name, self.__dict__.get(name, transactions.ABSENT), value)
+            if difference is None:
+                return False
+            transactions.put_back(self, name, value)
+            structure.end(mark, difference)
+        _disturb(self)
+        return True
 
     def _admit(self, name: str, value: Any, old: Any) -> Any:
         """What is stored for a value; refuses what cannot be part of a model."""
@@ -215,22 +236,47 @@ class Module:
         return self._set_modes("eval")
 
     def _set_modes(self: M, mode: str) -> M:
+        modules = self._submodules()
+        if transactions.current() is not None:
+            for module in modules:
+                module.mode = mode
+            return self
+        # All of them as one change: who toggles before each step waits for little else.
+        with _flips:
+            others = _flip_modes(modules, mode)
+        _disturb(*others)
+        return self
+
+    def _submodules(self) -> list[Module]:
+        """This module and all that it holds, walked over only if something has changed."""
+        watch = self._watch()
+        if watch.submodules is not None:
+            shape, contents, references = watch.submodules
+            if shape == structure.shape and contents.unchanged():
+                return [module for reference in references if (module := reference()) is not None]
+        shape = structure.shape
         pending: list[Any] = [self]
         seen: set[int] = set()
+        modules: list[Module] = []
+        containers: list[Any] = []
         while pending:
             item = pending.pop()
             if id(item) in seen:
                 continue
             seen.add(id(item))
             if isinstance(item, Module):
-                item.mode = mode
+                item._watch()
+                modules.append(item)
                 held = dict(item.__dict__)  # a copy: another thread may set an attribute
                 pending.extend(v for k, v in held.items() if k not in getattr(type(item), "_references_", ()))
             elif isinstance(item, list | tuple | dict):
+                if not isinstance(item, tuple):
+                    containers.append(item)
                 pending.extend(item.values() if isinstance(item, dict) else item)
             elif isinstance(item, Wrapped):
                 pending.append(item.__wrapped__)
-        return self
+        watch.submodules = (shape, Contents(containers), list(map(weakref.ref, modules)))
+        return modules
 
     # -- as a Python object ----------------------------------------------------------------------------------
 
@@ -269,6 +315,29 @@ def for_each_class(hook: Callable[[type[Module]], None], *, later: bool = False)
 
 def _new_module(cls: type[Module]) -> Module:
     return cls.__new__(cls)
+
+
+def _flip_modes(modules: list[Module], mode: str) -> list[Module]:
+    # A function: from CPython 3.12 on an interrupt in a loop directly inside `with` may leave the lock locked.
+    mark, difference = structure.begin(), 0
+    others = [module for module in modules if ("_mode" in module.__dict__) != (mode == "eval")]
+    for module in others:
+        if mode == "eval":
+            module.__dict__["_mode"] = mode
+        else:
+            del module.__dict__["_mode"]
+        difference ^= module._watch().mode
+    structure.end(mark, difference)
+    return others
+
+
+def _disturb(*modules: Module) -> None:
+    """Tell who is tracing in another thread that these modules have changed."""
+    if structure_lock.acquire(blocking=False):
+        structure_lock.release()  # nobody is
+        return
+    for module in modules:
+        module._watch().disturbances += 1
 
 
 def is_node(obj: Any) -> bool:

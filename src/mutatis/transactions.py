@@ -232,10 +232,12 @@ class Removed:
 
 def undo(journal: list[tuple[Any, str, Any]]) -> None:
     """Put back what journal entries say, the latest first."""
+    if not journal:
+        return
+    structure.changed()
     for obj, name, old in reversed(journal):
         put_back(obj, name, old)
-    if journal:
-        structure.changed()
+    structure.changed()
 
 
 def put_back(obj: Any, name: str, old: Any) -> None:
@@ -382,6 +384,8 @@ def _write_committed(cell: Cell, value: Any, trace: Any) -> None:
     if trace is not _compat.EVAL_TRACE and not _is_local(cell, trace):
         raise _write_refused(cell, trace)
     same = cell._birth is not None or _same_kind(cell._value, value)
+    if not same:
+        structure.changed()
     poke(cell, value)
     if not same:
         structure.changed()

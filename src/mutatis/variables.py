@@ -506,6 +506,7 @@ def set_frozen(variable: Variable, mark: str | None) -> None:
         tx = transactions.current()
         if tx is not None:
             tx.note(variable, "_frozen", variable._frozen)
+        structure.changed()
         variable._frozen = mark
         structure.changed()
 
