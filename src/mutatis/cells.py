@@ -272,7 +272,7 @@ class _Structure:
                 self.epoch = before ^ difference
 
 
-_random_bits = random.Random(os.urandom(16)).getrandbits  # of our own: users seed the global one again and again
+_random_bits = random.Random(int.from_bytes(os.urandom(16))).getrandbits  # our own: users seed the global one
 
 
 class Watch:

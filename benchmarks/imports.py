@@ -1,0 +1,34 @@
+"""What ``import mutatis`` costs on top of ``import jax``: seconds and modules, in fresh processes."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+import timing
+
+SCRIPT = """
+import sys, time, jax
+before, began = len(sys.modules), time.perf_counter()
+import mutatis
+print(time.perf_counter() - began, len(sys.modules) - before)
+"""
+
+
+def measure(options: argparse.Namespace) -> list[timing.Row]:
+    """Import in one process after the other."""
+    seconds, modules = [], 0.0
+    for _ in range(max(5, options.rounds // 4) + 1):
+        out = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout.split()
+        seconds.append(float(out[0]))
+        modules = float(out[1])
+    return [
+        timing.Row("import mutatis", "import jax", statistics.median(seconds[1:]), 0.15, unit="s"),
+        timing.Row("import mutatis", "import jax", modules, 60, unit="modules"),
+    ]
+
+
+if __name__ == "__main__":
+    timing.main(__doc__, measure)
