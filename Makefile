@@ -21,7 +21,7 @@ help:
 	@echo 'make lint      ruff (format: let ruff rewrite the files)'
 	@echo 'make types     mypy --strict'
 	@echo 'make docs      run the examples in docstrings, README.md and docs/'
-	@echo 'make bench     time a call of a jitted step'
+	@echo 'make bench     measure everything that docs/performance.md shows (ARGS=--write: write it there)'
 	@echo 'make clean     remove all that these targets made'
 	@echo 'Options: PYTHON=python3.13, ARGS="..."'
 
@@ -52,7 +52,7 @@ types: $(READY)
 	$(RUN) -m mypy $(ARGS)
 
 bench: $(READY)
-	$(RUN) benchmarks/dispatch.py $(ARGS)
+	$(RUN) benchmarks/report.py $(ARGS)
 
 # The environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
 $(READY): pyproject.toml constraints.txt

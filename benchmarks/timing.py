@@ -95,6 +95,11 @@ def setup() -> dict[str, Any]:
     }
 
 
+def figure(row: Row) -> str:
+    """The figure as text: ratios to two places."""
+    return f"{row.value:.3g} {row.unit}" if row.unit else f"{row.value:.2f}"
+
+
 def show(rows: Sequence[Row]) -> str:
     """Rows as text."""
     lines = [["what", "against", "figure", "goal", ""]]
@@ -102,7 +107,7 @@ def show(rows: Sequence[Row]) -> str:
         sign = ">=" if row.floor else "<="
         goal = "" if row.goal is None else f"{sign} {row.goal:g}"
         met = {None: "", True: "met", False: "missed"}[row.met]
-        lines.append([row.what, row.against, f"{row.value:.3g} {row.unit}".strip(), goal, f"{met} {row.note}".strip()])
+        lines.append([row.what, row.against, figure(row), goal, f"{met} {row.note}".strip()])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
