@@ -9,10 +9,13 @@ VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
+PEERS := .venv/peers
+
 PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
+PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 PYTEST := $(RUN) -m pytest -n 2
 
-.PHONY: help demo test test-all test-leaks lint format types bench docs clean
+.PHONY: help demo test test-all test-leaks lint format types bench bench-peers docs clean
 
 help:
 	@echo 'make demo      train a net on MNIST, save it, continue it'
@@ -22,6 +25,7 @@ help:
 	@echo 'make types     mypy --strict'
 	@echo 'make docs      run the examples in docstrings, README.md and docs/'
 	@echo 'make bench     measure everything that docs/performance.md shows (ARGS=--write: write it there)'
+	@echo 'make bench-peers  the same beside other libraries, in an environment of its own'
 	@echo 'make clean     remove all that these targets made'
 	@echo 'Options: PYTHON=python3.13, ARGS="..."'
 
@@ -54,6 +58,10 @@ types: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)
 
+bench-peers: $(PEERS)/.ready
+	$(PEERS)/bin/python benchmarks/dispatch.py --peers $(ARGS)
+	$(PEERS)/bin/python benchmarks/graph.py --peers $(ARGS)
+
 # The environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -62,6 +70,18 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The same with the libraries to compare with. What cannot be installed is left out: the benchmarks take what is there.
+$(PEERS)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
+	@echo 'Setting up $(PEERS) (once)'
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS_PIP) hatchling editables
+	@$(PEERS_PIP) --no-build-isolation -e .
+	@for peer in flax brainstate equinox penzai; do \
+	  $(PEERS_PIP) $$peer || echo "$$peer is left out: it does not install with this JAX" >&2; done
 	@touch $@
 
 clean:

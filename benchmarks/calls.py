@@ -18,7 +18,6 @@ import timing
 import mutatis as mu
 
 
-
 def goal(count: int) -> float:
     """The goal beside the donated list: an expert's cost and a little more where there is little else."""
     return 1.10 if count < 300 else 1.05

@@ -135,6 +135,62 @@ def contenders(count: int, peers: bool) -> Iterator[Contender]:
     if peers and (brainstate := installed("brainstate")):
         net = build(count, brainstate.nn.Module, brainstate.ParamState)
         yield stateful("brainstate, model closed over", net, brainstate.transform.jit, argument=False)
+    if peers and (eqx := installed("equinox")):
+        yield returned("eqx.filter_jit, module returned", eqx, count)
+        yield returned("eqx.filter_jit, donated", eqx, count, donate="all")
+    if peers and (pz := installed("penzai.pz")):
+        yield variables("pz.variable_jit", pz, count)
+        yield variables("pz.variable_jit, donated", pz, count, donate_variables=True)
+
+
+def returned(name: str, eqx: Any, count: int, **options: Any) -> Contender:
+    """Equinox: a module of arrays, of which the step returns a new one."""
+    values = iter(start(count))
+
+    def part(names: tuple[str, ...]) -> Any:
+        fields = {"__annotations__": dict.fromkeys(names, jax.Array), "__module__": __name__}
+        return type("Part", (eqx.Module,), fields)
+
+    parts = {name: part(names) for name, names in BLOCK.items()}
+
+    class Block(eqx.Module):  # type: ignore[misc]
+        dense: Any
+        norm: Any
+
+    class Net(eqx.Module):  # type: ignore[misc]
+        blocks: list[Block]
+
+    def block() -> Any:
+        return Block(**{name: parts[name](*(next(values) for _ in names)) for name, names in BLOCK.items()})
+
+    net = Net([block() for _ in range(count // 6)])
+    jitted = eqx.filter_jit(lambda net: jax.tree.map(lambda x: x * FACTOR, net), **options)
+
+    def step() -> None:
+        nonlocal net
+        net = jitted(net)
+
+    return Contender(name, step, lambda: net.blocks[0].dense.bias, lambda: jax.tree.leaves(net))
+
+
+def variables(name: str, pz: Any, count: int, **options: Any) -> Contender:
+    """Penzai: a pytree of mutable variables, which its `variable_jit` unbinds, freezes and updates at each call."""
+    values = iter(start(count))
+
+    def struct(name: str, fields: tuple[str, ...]) -> Any:
+        body = {"__annotations__": dict.fromkeys(fields, Any), "__module__": __name__}
+        return pz.pytree_dataclass(type(name, (pz.Struct,), body))
+
+    parts = {name: struct("Part", names) for name, names in BLOCK.items()}
+    block, net = struct("Block", tuple(BLOCK)), struct("Net", ("blocks",))
+
+    def made(part: str) -> Any:
+        return parts[part](*(pz.StateVariable(next(values)) for _ in BLOCK[part]))
+
+    model = net([block(*map(made, BLOCK)) for _ in range(count // 6)])
+    jitted = pz.variable_jit(update, **options)
+    every = [cell for block in model.blocks for cell in cells(block)]
+    return Contender(name, lambda: jitted(model), lambda: every[0].value, lambda: [cell.value for cell in every])
 
 
 def installed(name: str) -> Any:
@@ -216,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--states", type=sizes, default=[60, 300, 1200], help="how many, e.g. 60,300 (multiples of 6)")
     parser.add_argument("--rounds", type=int, default=100, help="how often each batch of calls is timed")
-    parser.add_argument("--peers", action="store_true", help="flax NNX and BrainState too, if they are installed")
+    parser.add_argument("--peers", action="store_true", help="NNX, BrainState, Equinox and Penzai too, if installed")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     options = parser.parse_args()
 

@@ -113,7 +113,10 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def main(
-    doc: str | None, measure: Callable[[argparse.Namespace], list[Row]], *options: tuple[str, dict[str, Any]]
+    doc: str | None,
+    measure: Callable[[argparse.Namespace], list[Row]],
+    *options: tuple[str, dict[str, Any]],
+    rounds: int = 40,
 ) -> None:
     """Read the command line, measure, print rows as a table or (``--json``) as data.
 
@@ -121,9 +124,10 @@ def main(
       doc: the script's docstring.
       measure: makes the rows.
       *options: further options: a flag and the keywords of `add_argument`.
+      rounds: how often each batch of calls is timed, unless the command line says so.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
-    parser.add_argument("--rounds", type=int, default=40, help="how often each batch of calls is timed")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each batch of calls is timed")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     for flag, keywords in options:
         parser.add_argument(flag, **keywords)

@@ -104,13 +104,20 @@ def type_of(value: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
 
 def has_host_callback(jaxpr: Any) -> bool:
     """Whether a program calls back into Python code of the user's (a debug print does not count)."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("pure_callback", "io_callback", "debug_callback"):
-            return True
-        for inner in core.jaxprs_in_params(equation.params):
-            if has_host_callback(inner):
+    pending = [jaxpr]
+    seen = {id(jaxpr)}
+    while pending:
+        for equation in pending.pop().eqns:
+            if equation.primitive.name in _CALLBACKS:
                 return True
+            for inner in core.jaxprs_in_params(equation.params):
+                if id(inner) not in seen:  # most are there several times
+                    seen.add(id(inner))
+                    pending.append(inner)
     return False
+
+
+_CALLBACKS = frozenset({"pure_callback", "io_callback", "debug_callback"})
 
 
 def jit_disabled() -> bool:

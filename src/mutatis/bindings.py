@@ -179,6 +179,7 @@ class Request:
         "binding",
         "compilation",
         "fast",
+        "found",
         "function",
         "functions",
         "key",
@@ -188,6 +189,7 @@ class Request:
         "seconds",
         "stale",
         "traced",
+        "walked",
     )
 
     def __init__(
@@ -206,6 +208,8 @@ class Request:
         self.fast = False  # whether the call holds a lease and should not trace
         self.stale = 0  # how often its trace found something changed
         self.traced = False  # whether the function was run
+        self.found: Scope | None = None  # what the walk for its binding found, if there was one
+        self.walked: Scope | None = None  # what could be reached when it was run
         self.compilation: Any = None  # the entry of the log, if it compiles
         self.seconds: list[float] = []  # what tracing and compiling took
         self.outer = _compat.current_trace()
@@ -237,6 +241,8 @@ class Request:
 
     def scope(self) -> Scope:
         """A walk over everything that the call can reach, in the order of the binding's cells."""
+        if self.found is not None and self.binding.holds():
+            return self.found
         captures = search(*self.functions, ignored=self.binding.captures.ignored)
         return self.binding.make_scope(self.nodes(self.binding.layout), captures)
 

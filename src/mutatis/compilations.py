@@ -152,7 +152,7 @@ def facts_of(request: Request) -> dict[str, str]:
                     facts[name + jax.tree_util.keystr(path)] = _show_leaf(leaf)
             if (treedef := Packed(value).structure[0]) != _ONE_LEAF:
                 facts[f"structure of {name}"] = str(treedef)
-    scope = request.scope()
+    scope = request.scope() if request.walked is None else request.walked
     for path, obj in zip(scope.encoder.object_paths, scope.encoder.objects, strict=True):
         place = show_root_path(path)
         if isinstance(obj, Module):
@@ -208,6 +208,8 @@ def _show_leaf(leaf: Any) -> str:
 
 def _show(value: Any) -> str:
     value = value.value if isinstance(value, StaticObject | Static) else value
+    if value is None or type(value) in (bool, int, float):
+        return repr(value)
     name = getattr(value, "__qualname__", None)
     return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-f]+", "", f"{value!r:.200}")
 

@@ -82,6 +82,12 @@ def _abstract(array: Any) -> Any:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)
 
 
+def _types(cells: Sequence[Variable]) -> list[Any]:
+    """What JAX traces for cells. Types, not arrays: another thread may donate those meanwhile."""
+    values = [cell._value for cell in cells]
+    return [_abstract(value) if type(value) is _ARRAY else jax.tree.map(_abstract, value) for value in values]
+
+
 def _donation_is_safe() -> bool:
     return not _compat.checks_results() and _HAS_GIL
 
@@ -265,7 +271,7 @@ class Compiler:
         with structure_lock:
             captures = search(*request.functions, ignored=self.ignored)
             nodes = request.nodes(layout)
-            scope = binding.make_scope(nodes, captures)
+            scope = request.found = binding.make_scope(nodes, captures)
             binding.settle(scope, captures)
         placements = [transactions.placement(cell) for cell in scope.cells]
         binding.structural = (
@@ -303,6 +309,8 @@ class Compiler:
 
     def _bind_again(self, request: Request, key: tuple[Hashable, ...], old: Binding) -> None:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
+        if old.holds():
+            return  # and so does its program
         if changed := old.captures.changed():
             self.ignored |= changed
             self._remember(old.structural, search(*request.functions, ignored=self.ignored), old.program)
@@ -364,12 +372,18 @@ class Compiler:
 
     # -- calling ---------------------------------------------------------------------------------------------
 
-    def _prepare(self, request: Request, flat: list[Any]) -> Split:
-        """Trace, unless JAX has the trace, and learn from the record how to call."""
+    def _prepare(self, request: Request, flat: list[Any], types: list[Any] | None = None) -> Split:
+        """Trace, unless JAX has the trace, and learn from the record how to call.
+
+        Args:
+          request: the call.
+          flat: the values of its arguments.
+          types: those of the cells, if it is only to be lowered: that is no compilation, and is not logged.
+        """
         binding, program = request.binding, request.program
         request.fast = False
-        # Types, not arrays: another thread may donate those meanwhile.
-        types = [jax.tree.map(_abstract, cell._value) for cell in binding.cells]
+        logged = types is None
+        types = _types(binding.cells) if types is None else types
         started = time.perf_counter()
         with structure_lock:  # before JAX's own lock on the trace, always
             traced = program.plain.trace(*types, *flat)
@@ -377,14 +391,14 @@ class Compiler:
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
         binding.split = Split(binding.cells, program.variant_for(record), number, restructures=not record.plain)
-        if binding.split.first is not None:
+        if logged and binding.split.first is not None:
             request.seconds = [time.perf_counter() - started]
             request.compilation = self.log.begin(binding.label, facts_of(request))
         return binding.split
 
     def _lower(self, request: Request, flat: list[Any]) -> tuple[Program, int, Any]:
-        split = self._prepare(request, flat)
-        types = [jax.tree.map(_abstract, cell._value) for cell in request.binding.cells]
+        types = _types(request.binding.cells)
+        split = self._prepare(request, flat, types)
         return request.program, split.number, split.variant.jitted.lower(*types, *flat)
 
     def _run_compiled(self, program: Program, number: int, compiled: Any, request: Request, flat: list[Any]) -> Any:

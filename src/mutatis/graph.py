@@ -19,6 +19,7 @@ A specification is a tuple that starts with a letter::
 
 from __future__ import annotations
 
+import functools
 import keyword
 import types
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from mutatis import transactions
+from mutatis import _compat, transactions
 from mutatis.cells import Watch, structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
@@ -63,10 +64,12 @@ class Encoder:
         transforms, which have to thread it, and not for `mu.state`.
       watch: whether later changes of these modules are counted (`cells.structure`); from before each is looked at, so
         that none is missed. Other threads may change attributes meanwhile, so a walk goes over copies.
+      describe: whether static values are described; without it, a walk only finds cells and objects, and is faster.
     """
 
-    def __init__(self, *, thread: bool = False, watch: bool = False) -> None:
+    def __init__(self, *, thread: bool = False, watch: bool = False, describe: bool = True) -> None:
         self.thread = thread
+        self.describe = describe
         self.watch = watch
         self.cells: dict[Variable, int] = {}
         self.paths: list[Path] = []
@@ -75,6 +78,7 @@ class Encoder:
         self.object_paths: list[Path] = []
         self.held: list[Any] = []  # what each of the lists and dicts among them held when it was looked at
         self._numbers: dict[int, int] = {}
+        self._statics: dict[int, Spec] = {}  # of static values by identity; a specification keeps its value alive
         self._later: list[tuple[int, str, Any, Path]] = []
         self._keep: list[Any] = []
 
@@ -88,6 +92,9 @@ class Encoder:
 
     def encode(self, value: Any, path: Path = ()) -> Spec:
         """The specification of a value."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return self._static(value)
         if isinstance(value, Variable):
             return self._cell(value, path)
         if isinstance(value, Module):
@@ -98,7 +105,6 @@ class Encoder:
             return ("w", Static(value.remake), child, parts)
         if isinstance(value, types.MethodType) and borrows(value):
             return ("b", Static(value.__func__), self.encode(value.__self__, path))
-        kind = type(value)
         if kind is list or kind is dict:
             number = self._numbers.get(id(value))
             if number is not None:
@@ -119,7 +125,15 @@ class Encoder:
                 got=kind.__name__,
                 cure="Use the plain container, or `mu.static(...)` for one without states.",
             )
-        return ("s", Static(value))
+        return self._static(value)
+
+    def _static(self, value: Any) -> Spec:
+        if not self.describe:
+            return _NOTHING
+        spec = self._statics.get(id(value))
+        if spec is None:
+            spec = self._statics[id(value)] = ("s", Static(value))
+        return spec
 
     def finish(self) -> tuple[Spec, ...]:
         """Describe what modules refer to without owning it; the last step of a walk."""
@@ -159,7 +173,10 @@ class Encoder:
         references = getattr(type(module), "_references_", ())
         entries = []
         # What only borrows a node comes last, so that the node's path is where it belongs.
-        for name in sorted(attributes, key=lambda name: (borrows(attributes[name]), name)):
+        names = sorted(attributes)
+        if borrowing := [name for name in names if type(attributes[name]) not in _PLAIN and borrows(attributes[name])]:
+            names = [name for name in names if name not in borrowing] + borrowing
+        for name in names:
             value = attributes[name]
             if name in references:
                 self._later.append((number, name, value, (*path, name)))
@@ -174,13 +191,18 @@ class Encoder:
         number = len(self.cells)
         self.cells[cell] = number
         self.paths.append(path)
-        return ("v", number, cell_spec(cell))
+        return ("v", number, cell_spec(cell, self._static) if self.describe else None)
 
     def _items(self, items: Sequence[Any], path: Path) -> Spec:
         return tuple(self.encode(item, (*path, index)) for index, item in enumerate(items))
 
     def _entries(self, items: dict[Any, Any], path: Path) -> Spec:
         return tuple((Static(key), self.encode(item, (*path, key))) for key, item in items.items())
+
+
+# Static at a glance, and owned by no node.
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes, type, types.FunctionType, types.BuiltinFunctionType})
+_NOTHING: Spec = ("s", None)  # a static value that is not described
 
 
 def _bare_array(value: Any, path: Path) -> StructureError:
@@ -194,8 +216,8 @@ def _bare_array(value: Any, path: Path) -> StructureError:
     )
 
 
-def cell_spec(cell: Variable) -> Spec:
-    """What of a cell is static."""
+def cell_spec(cell: Variable, describe: Callable[[Any], Spec] = lambda value: ("s", Static(value))) -> Spec:
+    """What of a cell is static; `describe` gives the specification of a static value."""
     return (
         type(cell),
         cell.name,
@@ -203,7 +225,7 @@ def cell_spec(cell: Variable) -> Spec:
         cell.fixed,
         cell._frozen,
         cell._behind,
-        None if cell._init is None else Static(cell._init),
+        None if cell._init is None else describe(cell._init)[1],
         Static(cell.metadata) if cell.metadata else None,
     )
 
@@ -299,14 +321,16 @@ class GraphDef:
         self.tail = tail
         self.paths = paths
         self.types = types  # shapes and dtypes that the cells had; not part of what makes two definitions equal
-        self._hash = hash((spec, tail))
+        self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GraphDef):
             return NotImplemented
-        return self._hash == other._hash and self.spec == other.spec and self.tail == other.tail
+        return hash(self) == hash(other) and self.spec == other.spec and self.tail == other.tail
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash((self.spec, self.tail))
         return self._hash
 
     def __repr__(self) -> str:
@@ -332,7 +356,14 @@ def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
 
 
 def _type(value: Any) -> Any:
+    if type(value) is _compat.ARRAY:
+        return _struct(value.shape, value.dtype)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def check_node(node: Any) -> Any:
@@ -364,7 +395,7 @@ def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
       [('a',)]
     """
     from_filters = _any(filters)
-    encoder = Encoder()
+    encoder = Encoder(describe=False)
     with structure_lock:
         encoder.encode(check_node(node))
     pairs = zip(encoder.paths, encoder.cells, strict=True)

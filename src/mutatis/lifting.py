@@ -152,10 +152,15 @@ def named_nodes(names: Sequence[str], values: Sequence[Any]) -> list[tuple[str, 
 
 
 class Scope:
-    """Everything that some roots lead to: cells with their paths, modules, containers."""
+    """Everything that some roots lead to: cells with their paths, modules, containers.
+
+    Args:
+      roots: nodes with their names.
+      watch: whether it is for a program: later changes are counted, and `specs` and `tail` describe the structure.
+    """
 
     def __init__(self, roots: Sequence[tuple[str, Any]], *, watch: bool = False) -> None:
-        self.encoder = Encoder(thread=True, watch=watch)
+        self.encoder = Encoder(thread=True, watch=watch, describe=watch)
         with structure_lock:
             self.specs = tuple(self.encoder.encode(node, (name,)) for name, node in roots)
             self.tail = self.encoder.finish()

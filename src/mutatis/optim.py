@@ -7,6 +7,7 @@ vanish; their moments follow.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -81,7 +82,10 @@ class Optimizer(Module):
         updates, state = tx.update(grads, self._present_state(values), values, **extra)
         for path, value in optax.apply_updates(values, updates).flat().items():
             params[path].set(value)
-        names, leaves, _ = _named_leaves(state)
+        leaves, treedef = jax.tree.flatten(state)
+        names, _, expected = _layout(self.tx.init, values)
+        if treedef != expected:
+            names = _named_leaves(state)[0]
         for name, leaf in zip(names, leaves, strict=True):
             self.state[name].set(leaf)
         self.step += 1
@@ -124,7 +128,7 @@ class Optimizer(Module):
 
     def _present_state(self, values: State) -> Any:
         """What optax keeps, for the present parameters: moments of new ones start as optax starts them."""
-        names, shapes, treedef = _named_leaves(jax.eval_shape(self.tx.init, values))
+        names, shapes, treedef = _layout(self.tx.init, values)
         if set(names) != set(self.state):
             fresh = jax.tree.leaves(self.tx.init(values))
             old = self.state
@@ -146,6 +150,23 @@ def _named_leaves(state: Any) -> tuple[list[str], list[Any], Any]:
     entries, treedef = jax.tree_util.tree_flatten_with_path(state)
     names = [jax.tree_util.keystr(keys, simple=True, separator=".") for keys, _ in entries]
     return names, [leaf for _, leaf in entries], treedef
+
+
+_layouts: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _layout(init: Any, values: State) -> tuple[list[str], list[Any], Any]:
+    """The names and types of what optax keeps for parameters, and its structure; `init` is asked once for their types."""
+    leaves, treedef = jax.tree.flatten(values)
+    key = treedef, tuple(map(jax.typeof, leaves))
+    try:
+        known = _layouts.setdefault(init, {})
+    except TypeError:  # no weak references to it, or no hash
+        known = {}
+    if key not in known:
+        known[key] = _named_leaves(jax.eval_shape(init, values))
+    layout: tuple[list[str], list[Any], Any] = known[key]
+    return layout
 
 
 def _check_gradients(grads: Any, values: State) -> State:

@@ -50,6 +50,7 @@ class Tracing(Protocol):
 
     fast: bool  # the call holds a lease and should not trace: it goes back for a record first
     traced: bool  # the user's function has been run
+    walked: Any  # the walk that this began with
     outer: Any  # the trace at which the call was made
     program: Any
 
@@ -319,7 +320,7 @@ class Program:
         """Run the user's function on JAX's tracers; called by JAX."""
         request.traced = True
         with structure_lock:
-            scope = request.scope()
+            scope = request.walked = request.scope()
             if not request.bound_to(scope):
                 raise StaleBinding
             result = self._run(request, flat, scope)
@@ -373,7 +374,8 @@ class Program:
         nodes = tuple(encoder.encode(node, ("out",)) for node in packed.nodes)
         encoder.finish()
 
-        written: list[Any] = [cell for cell in tx.written if cell in known.cells]
+        # In the order of the inputs: JAX gives a result the first donated buffer of its type, which is to be its own.
+        written: list[Any] = [cell for cell in known.cells if cell in tx.written]
         numbers = [known.cells[cell] for cell in written]
         new = [self._keep_placement(known.cells[cell], tx.values[cell]) for cell in written]
         same = [i for i, value in zip(numbers, new, strict=True) if _same_avals(flat[i], value)]

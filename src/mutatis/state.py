@@ -6,6 +6,8 @@ import difflib
 import json
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from operator import lt
 from typing import Any, TypeVar
 
 import jax
@@ -51,7 +53,7 @@ class State(Mapping[Any, Any]):
 
     def __init__(self, flat: Mapping[Path, Any], kinds: Mapping[Path, type[Variable]] | None = None) -> None:
         kinds = {} if kinds is None else kinds
-        paths = sorted(flat, key=_order)
+        paths = _sorted(flat)
         self._flat = {path: flat[path] for path in paths}
         self._kinds = {path: kinds.get(path, Variable) for path in paths}
 
@@ -139,6 +141,17 @@ class State(Mapping[Any, Any]):
     def __repr__(self) -> str:
         lines = [f"  {show_path(p) or '.'}: {self._kinds[p].__name__} {show_type(v)}," for p, v in self._flat.items()]
         return "State({\n" + "\n".join(lines) + "\n})" if lines else "State({})"
+
+
+def _sorted(given: Iterable[Path]) -> list[Path]:
+    """Paths in order. Those of a model mostly are, and compare as they are: names with names, indices with indices."""
+    paths = list(given)
+    try:
+        if set(map(type, chain.from_iterable(paths))) <= {int, str} and all(map(lt, paths, paths[1:])):
+            return paths
+    except TypeError:  # a name and an index in the same place
+        pass
+    return sorted(paths, key=_order)
 
 
 def _order(path: Path) -> tuple[Any, ...]:
@@ -271,8 +284,9 @@ def merge(definition: GraphDef, *states: Any) -> Any:
     values: dict[Path, Any] = {}
     for part in states:
         values.update(_flat_for(part, definition.paths))
+    known = set(definition.paths)
     missing = [f"missing:    {show_path(p)}" for p in definition.paths if p not in values]
-    extra = [f"unexpected: {show_path(p)}" for p in values if p not in set(definition.paths)]
+    extra = [f"unexpected: {show_path(p)}" for p in values if p not in known]
     if missing or extra:
         raise StructureError(
             "the states do not fit the graph definition",

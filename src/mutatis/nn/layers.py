@@ -87,8 +87,16 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
 def promote(dtype: DTypeLike | None, *arrays: jax.Array | None) -> list[Any]:
     """Arrays in the dtype to compute in: the one asked for, else what they promote to. None stays None."""
     if dtype is None:
+        given = [array for array in arrays if array is not None]
+        if all(isinstance(a, jax.Array) and a.dtype == given[0].dtype and not a.weak_type for a in given):
+            return list(arrays)
         dtype = jnp.result_type(*(array for array in arrays if array is not None))
     return [None if array is None else jnp.asarray(array, dtype) for array in arrays]
+
+
+def convert(array: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`array.astype(dtype)`, which takes its time to do nothing."""
+    return array if array.dtype == dtype and not array.weak_type else array.astype(dtype)
 
 
 def widen(dtype: DTypeLike) -> Any:
@@ -98,7 +106,12 @@ def widen(dtype: DTypeLike) -> Any:
 
 
 def stretch(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """A vector along one axis, with axes of size 1 around it: what broadcasts to `ndim` axes by rank."""
+    """A vector along one axis, with axes of size 1 around it: what broadcasts to `ndim` axes by rank.
+
+    Along the last axis `jax.numpy` comes to the same by itself and traces it faster, unless it was told to refuse.
+    """
+    if axis % ndim == ndim - 1 and jax.config.jax_numpy_rank_promotion == "allow":
+        return vector
     return jnp.expand_dims(vector, [other for other in range(ndim) if other != axis % ndim])
 
 

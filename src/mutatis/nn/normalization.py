@@ -15,7 +15,17 @@ from mutatis.cells import Deferred
 from mutatis.errors import StructureError
 from mutatis.kinds import BatchStat, Param
 from mutatis.modules import Module
-from mutatis.nn.layers import check_input, first_said, materialize, param_key, parameter, promote, stretch, widen
+from mutatis.nn.layers import (
+    check_input,
+    convert,
+    first_said,
+    materialize,
+    param_key,
+    parameter,
+    promote,
+    stretch,
+    widen,
+)
 from mutatis.random import Rngs
 
 
@@ -126,19 +136,19 @@ class BatchNorm(Module):
         wide = widen(result.dtype)
 
         def place(vector: jax.Array) -> jax.Array:
-            return stretch(vector.astype(wide), self.axis, x.ndim)
+            return stretch(convert(vector, wide), self.axis, x.ndim)
 
-        factor = lax.rsqrt(place(var) + self.epsilon)
+        factor = lax.rsqrt(convert(var, wide) + self.epsilon)
         if scale is not None:
-            factor *= place(scale)
-        y = (x.astype(wide) - place(mean)) * factor
+            factor *= convert(scale, wide)
+        y = (convert(x, wide) - place(mean)) * place(factor)
         if bias is not None:
             y += place(bias)
-        return y.astype(result.dtype)
+        return convert(y, result.dtype)
 
     def _batch_statistics(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The mean and variance of a batch; in two passes, which does not cancel where the mean is large."""
-        x = x.astype(widen(x.dtype))
+        x = convert(x, widen(x.dtype))
         others = [axis for axis in range(x.ndim) if axis != self.axis % x.ndim]
 
         def average(values: jax.Array) -> jax.Array:
@@ -163,7 +173,7 @@ class BatchNorm(Module):
             ) from None
 
     def _move(self, running: BatchStat, new: jax.Array) -> None:
-        new = lax.stop_gradient(new).astype(running.dtype)
+        new = convert(lax.stop_gradient(new), running.dtype)
         running.value = self.momentum * running.value + (1 - self.momentum) * new
 
     def _parameter(self, init: Initializer, rngs: Rngs | None) -> Param:
@@ -180,8 +190,14 @@ class BatchNorm(Module):
 
 def _statistic(init: Initializer, features: int | None, dtype: DTypeLike) -> BatchStat:
     """A running statistic that `mu.reset` starts anew."""
-    start = _waiting if features is None else functools.partial(init, None, (features,), dtype)
+    start = _waiting if features is None else _start(init, features, dtype)
     return BatchStat(start(), init=start)
+
+
+@functools.lru_cache(maxsize=1024)
+def _start(init: Initializer, features: int, dtype: DTypeLike) -> functools.partial[jax.Array]:
+    """How a statistic starts; one object for all that start alike, so that a walk over them describes it once."""
+    return functools.partial(init, None, (features,), dtype)
 
 
 def _waiting() -> Deferred:
