@@ -136,10 +136,10 @@ def toggling(count: int, rounds: int) -> list[timing.Row]:
     return [timing.Row(what, "two functions, donated list", timing.ratio(times, "ours", "hand"), 1.5)]
 
 
-def growth(rounds: int) -> list[timing.Row]:
+def growth(counts: list[int], rounds: int) -> list[timing.Row]:
     """The cost of a call by the number of its states, beside what the donated list costs."""
     rows = []
-    for count in (12, 30, 102, 300, 1002, 3000, 10_002):
+    for count in counts:
         net = dispatch.build(count, mu.Module, mu.Variable)
         step = mu.jit(dispatch.update)
         hand = dispatch.threaded("", dispatch.start(count), lambda values: values[0], donate_argnums=0)
@@ -147,7 +147,7 @@ def growth(rounds: int) -> list[timing.Row]:
         times = timing.interleave(
             {"hand": hand.step, "ours": lambda step=step, net=net: step(net)},
             calls=calls_for(count),
-            rounds=max(4, rounds // 4),
+            rounds=max(1, rounds // 4),
             wait=lambda name, hand=hand, first=first: hand.one() if name == "hand" else first._value,
         )
         ours = sorted(times["ours"])[len(times["ours"]) // 2]
@@ -163,13 +163,16 @@ def measure(options: argparse.Namespace) -> list[timing.Row]:
     for count in options.states:
         rows += steps(count, options.rounds)
         rows += training(count, options.rounds)
-    rows += reading(1200, options.rounds)
-    for count in (60, 300):
+    rows += reading(options.states[-2:][0], options.rounds)
+    for count in options.states[:2]:
         rows += toggling(count, options.rounds)
-    return rows + growth(options.rounds)
+    return rows + growth(options.growth, options.rounds)
 
 
 if __name__ == "__main__":
     timing.main(
-        __doc__, measure, ("--states", {"type": dispatch.sizes, "default": [60, 300, 1200, 4998], "help": "how many"})
+        __doc__,
+        measure,
+        ("--states", {"type": dispatch.sizes, "default": [60, 300, 1200, 4998], "help": "how many"}),
+        ("--growth", {"type": dispatch.sizes, "default": [12, 30, 102, 300, 1002, 3000, 10_002], "help": "how many"}),
     )
