@@ -1,7 +1,8 @@
 """Bindings: what is known about the objects of a call, so that the next call with them does no walking.
 
-A binding keeps the list of cells to hand to the program, and what proves cheaply that nothing has changed: one counter for
-attributes, the elements of plain containers, the names that the function uses. It refers to modules weakly.
+A binding keeps the list of cells to hand to the program, and what proves cheaply that nothing has changed: one number for
+all attributes (`cells.structure`), the elements of plain containers, the names that the function uses. A flag that is put back
+brings the number back, and with it the binding of that time. A binding refers to modules weakly.
 """
 
 from __future__ import annotations
