@@ -18,7 +18,7 @@ from mutatis.cells import Group, structure
 from mutatis.containers import Contents
 from mutatis.lifting import Packed, Scope, argument_names, fill, named_nodes
 from mutatis.modules import Module
-from mutatis.programs import Program, Variant
+from mutatis.programs import Program, Record, Variant
 from mutatis.variables import Variable
 
 
@@ -52,14 +52,16 @@ class Split:
       cells: the binding's cells.
       variant: the variant.
       number: the number of the record.
-      restructures: whether the call changes or makes more than values.
+      record: the record: what the call does besides writing values, and what it returns.
     """
 
-    __slots__ = ("donating_at", "first", "group", "number", "restructures", "variant", "written")
+    __slots__ = ("donating_at", "first", "group", "number", "restructures", "treedef", "variant", "written")
 
-    def __init__(self, cells: list[Variable], variant: Variant, number: int, *, restructures: bool) -> None:
+    def __init__(self, cells: list[Variable], variant: Variant, number: int, record: Record) -> None:
         self.variant = variant
-        self.restructures = restructures
+        self.restructures = not record.plain
+        # Of the result, if that is all which is to be done after a call.
+        self.treedef: Any = record.structure[0] if record.plain and record.out.plain else None
         self.number = number
         self.first = None if number in variant.called else number  # JAX makes the first call of a program in Python
         self.written = [cells[i] for i in variant.written]

@@ -34,7 +34,7 @@ from mutatis.errors import CapturedStateWarning, StructureError
 from mutatis.interrupts import held_back
 from mutatis.lifting import Packed, Site, function_name
 from mutatis.modules import is_node
-from mutatis.programs import FoundStates, NeedsTraceError, Options, Program, StaleBinding, calls, replay
+from mutatis.programs import REPLAY, FoundStates, NeedsTraceError, Options, Program, StaleBinding, calls, replay
 from mutatis.statics import Identity, Static
 from mutatis.transactions import Transaction
 from mutatis.variables import Variable, raw_value
@@ -123,8 +123,36 @@ class Compiler:
           kwargs: its keyword arguments.
           functions: the functions whose captures count, if not `function`.
         """
-        eager = transactions.current() is None and _compat.current_trace() is _compat.EVAL_TRACE
-        return self._call(self._dispatch if eager else self._inline, function, args, kwargs, functions)
+        if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
+            return self._call(self._inline, function, args, kwargs, functions)
+        flat, key = self._key(args, kwargs, functions)
+        reference = self.bindings.get(key)
+        found = None if reference is None else reference()
+        if found is not None and (binding := found.first).holds():
+            split = binding.split
+            if split is not None and split.first is None and split.treedef is not None and not _compat.jit_disabled():
+                try:
+                    return self._replay(binding, split, flat)
+                except NeedsTraceError:
+                    pass
+        return self._call(self._dispatch, function, args, kwargs, functions)
+
+    def _replay(self, binding: Binding, split: Split, flat: list[Any]) -> Any:
+        """The call that most calls are: nothing to find out, and nothing to do but to run and to store.
+
+        Raises:
+          NeedsTraceError: it has to be traced after all, say because a setting of JAX is another. Nothing has been done.
+        """
+        before = calls.request
+        calls.request = REPLAY
+        try:
+            number, made, leaves = self._launch(binding, split, flat)
+        except BaseException:
+            _compat.restore_eager_trace()
+            raise
+        finally:
+            calls.request = before
+        return split.treedef.unflatten(leaves) if number == split.number else _finish(binding, number, made, leaves)
 
     def lower(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,13 +179,9 @@ class Compiler:
         functions: tuple[Any, ...] | None = None,
     ) -> Any:
         """Find the binding of a call, and do something with it."""
-        flat, key = self._divide(args, kwargs)
-        if contexts.active():
-            key = (*key, contexts.key())
+        flat, key = self._key(args, kwargs, functions)
         if functions is None:
             functions = (function,)
-        else:
-            key = (*key, *map(id, functions))
         request = Request(function, functions, args, kwargs, key)
         reference = self.bindings.get(key)
         found = None if reference is None else reference()
@@ -206,6 +230,17 @@ class Compiler:
             )
 
     # -- binding ---------------------------------------------------------------------------------------------
+
+    def _key(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], functions: tuple[Any, ...] | None
+    ) -> tuple[list[Any], tuple[Hashable, ...]]:
+        """JAX's positional arguments of a call, and what its bindings go by."""
+        flat, key = self._divide(args, kwargs)
+        if contexts.active():
+            key = (*key, contexts.key())
+        if functions is not None:
+            key = (*key, *map(id, functions))
+        return flat, key
 
     def _divide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Hashable, ...]]:
         """JAX's positional arguments of a call, and the key of its objects."""
@@ -390,7 +425,7 @@ class Compiler:
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
-        binding.split = Split(binding.cells, program.variant_for(record), number, restructures=not record.plain)
+        binding.split = Split(binding.cells, program.variant_for(record), number, record)
         if logged and binding.split.first is not None:
             request.seconds = [time.perf_counter() - started]
             request.compilation = self.log.begin(binding.label, facts_of(request))
@@ -411,10 +446,10 @@ class Compiler:
                 cure="Call what `mu.jit` returned: it compiles when it needs to. Or lower it for these arguments.",
             )
         record = program.records[number]
-        split = Split(binding.cells, program.variant_for(record), number, restructures=not record.plain)
+        split = Split(binding.cells, program.variant_for(record), number, record)
         split.first = None
         with structure_lock if split.restructures else contextlib.nullcontext():
-            return self._finish(request, *self._launch(request, split, flat, compiled))
+            return _finish(binding, *self._launch(binding, split, flat, compiled))
 
     def _dispatch(self, request: Request, flat: list[Any], *, locked: bool = False) -> Any:
         """The call of a compiled program from ordinary Python: donates, and commits to the cells."""
@@ -424,21 +459,13 @@ class Compiler:
             return self._restructure(request, flat)
         request.fast = True
         try:
-            number, made, leaves = self._launch(request, split, flat)
+            outcome = self._launch(binding, split, flat, seconds=request.seconds)
         except NeedsTraceError:
-            number, made, leaves = self._launch(request, self._prepare(request, flat), flat)
-        result = self._finish(request, number, made, leaves)
+            outcome = self._launch(binding, self._prepare(request, flat), flat, seconds=request.seconds)
+        result = _finish(binding, *outcome)
         if len(request.seconds) == 2:  # else another thread compiled it meanwhile
             self.log.end(request.compilation, *request.seconds)
         return result
-
-    @staticmethod
-    def _finish(request: Request, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
-        """The user's result, and what became of structure."""
-        binding, record = request.binding, request.program.records[number]
-        if record.plain and record.out.plain:
-            return record.structure[0].unflatten(leaves)
-        return replay(record, binding.cells, binding.live_objects(), made, leaves)
 
     def _restructure(self, request: Request, flat: list[Any]) -> Any:
         """A call that changes structure: no other thread changes it between our look at it and our change."""
@@ -449,12 +476,18 @@ class Compiler:
 
     @staticmethod
     def _launch(
-        request: Request, split: Split, flat: list[Any], compiled: Any = None
-    ) -> tuple[int, list[Any], list[Any]]:
-        """Take the buffers, run, commit."""
-        cells, program = request.binding.cells, request.program
-        variant = split.variant
-        written = split.written
+        binding: Binding, split: Split, flat: list[Any], compiled: Any = None, seconds: list[float] | None = None
+    ) -> tuple[int, Sequence[Any], Sequence[Any]]:
+        """Take the buffers, run, commit.
+
+        Args:
+          binding: which cells.
+          split: how to call.
+          flat: the values of the arguments.
+          compiled: what to run in place of the split's own program.
+          seconds: is given what compiling took, if this is the first call.
+        """
+        program, variant, written = binding.program, split.variant, split.written
         donating = bool(variant.donated) and (compiled is not None or _donation_is_safe())
         values: list[Any] = []
         jitted = variant.jitted if donating or not variant.donated else program.plain
@@ -465,14 +498,15 @@ class Compiler:
         exposed: list[int] = []
         try:
             split.group.take(lease, donating, exposed)
-            values += [cell._value for cell in cells]
+            values += [cell._value for cell in binding.cells]
             if exposed and donating:
                 _copy_exposed(values, split, exposed)
             values += flat
             if split.first is not None:
                 started = time.perf_counter()
                 jitted.lower(*values).compile()
-                request.seconds.append(time.perf_counter() - started)
+                if seconds is not None:
+                    seconds.append(time.perf_counter() - started)
                 with held_back():
                     box.append(jitted(*values))
                 variant.called.add(split.first)
@@ -522,6 +556,14 @@ class Compiler:
         with site:
             end, leaves, values = site.run({}, make=functools.partial(Transaction, compiled=True))
             return site.commit(end, values, leaves)
+
+
+def _finish(binding: Binding, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
+    """The user's result, and what became of structure."""
+    record = binding.program.records[number]
+    if record.plain and record.out.plain:
+        return record.structure[0].unflatten(leaves)
+    return replay(record, binding.cells, binding.live_objects(), made, leaves)
 
 
 def _received(box: list[Any], program: Program, values: list[Any]) -> tuple[int, Sequence[Any], Any, Any]:

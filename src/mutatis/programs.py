@@ -68,6 +68,9 @@ class Tracing(Protocol):
         """Run the user's function with JAX's values in the place of the arguments' leaves."""
 
 
+REPLAY: Any = object()  # in the place of a call that is not to trace, and of which nothing else is known
+
+
 class _Calls(threading.local):
     request: Tracing | None = None
 
@@ -286,6 +289,8 @@ class Program:
         def pure(*flat: Any) -> dict[int, Any]:
             program = me()
             request = calls.request
+            if request is REPLAY:
+                raise NeedsTraceError
             if program is None or request is None or request.program is not program:
                 raise MutatisError(f"`{label}` was traced outside a call", cure="Call it, or use `mu.make_jaxpr`.")
             if request.fast:
