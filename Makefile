@@ -59,8 +59,8 @@ bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)
 
 bench-peers: $(PEERS)/.ready
-	$(PEERS)/bin/python benchmarks/dispatch.py --peers $(ARGS)
-	$(PEERS)/bin/python benchmarks/graph.py --peers $(ARGS)
+	$(PEERS)/bin/python benchmarks/dispatch.py --peers
+	$(PEERS)/bin/python benchmarks/report.py --only graph $(ARGS)
 
 # The environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
 $(READY): pyproject.toml constraints.txt

@@ -1,6 +1,7 @@
 """Run all benchmarks and write their rows, with the goals beside the figures, into docs/performance.md, with a plot.
 
-Each benchmark runs in a process of its own, one after the other. Without ``--write`` the tables are only printed.
+Each benchmark runs in a process of its own, one after the other. Without ``--write`` the tables are only printed. What was
+written is kept as data too, so that one benchmark can be run again without the others.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ import timing
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
-PLOT = HERE.parent / "docs" / "performance.svg"
+PLOT = PAGE.with_suffix(".svg")
+DATA = PAGE.with_suffix(".json")
 SCRIPTS = {
     "calls": "What a call costs",
     "programs": "What is compiled, and how long that takes",
     "decoding": "Decoding, one jitted call per token",
-    "graph": "State operations, a train step, and building a model",
     "imports": "The import",
     "packing": "Packed states: a trial in plain JAX, not in the library",
+    "graph": "State operations, a train step, and building a model, beside other libraries",
 }
 
 
 def run(script: str, arguments: list[str]) -> dict[str, Any]:
     """The rows of one benchmark, and where it ran."""
-    command = [sys.executable, str(HERE / f"{script}.py"), "--json", *arguments]
+    peers = ["--peers"] if script == "graph" else []
+    command = [sys.executable, str(HERE / f"{script}.py"), "--json", *peers, *arguments]
     print(f"{script} ...", file=sys.stderr, flush=True)
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, Any] = json.loads(out)
@@ -47,7 +50,7 @@ def table(rows: list[timing.Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(every: dict[str, list[timing.Row]]) -> None:
+def plot(every: list[timing.Row]) -> None:
     """All ratios that have a goal, each as a dot beside its goal."""
     import matplotlib
 
@@ -55,7 +58,7 @@ def plot(every: dict[str, list[timing.Row]]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "mutatis"
     from matplotlib import pyplot
 
-    rows = [row for rows in every.values() for row in rows if row.goal and not row.unit and row.value > 0][::-1]
+    rows = [row for row in every if row.goal and not row.unit and row.value > 0][::-1]
     figure, axes = pyplot.subplots(figsize=(9, 0.22 * len(rows) + 1))
     for place, row in enumerate(rows):
         axes.plot([row.value], [place], "o", color="tab:green" if row.met else "tab:red", markersize=5)
@@ -80,22 +83,28 @@ def write(title: str, text: str) -> None:
 def main() -> None:
     """Run, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(SCRIPTS), help="calls,imports,...")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[*SCRIPTS][:-1], help="calls,imports,...")
     parser.add_argument("--rounds", help="how often each batch of calls is timed, instead of each script's own number")
     parser.add_argument("--write", action="store_true", help="put the tables and the plot into docs/")
     options = parser.parse_args()
 
     arguments = ["--rounds", options.rounds] if options.rounds else []
-    every: dict[str, list[timing.Row]] = {}
+    data: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
     for script in options.only:
-        found = run(script, arguments)
-        every[script] = [timing.Row(**row) for row in found.pop("rows")]
-        where = ", ".join(f"{key} {value}" for key, value in found.items())
-        print(f"\n{SCRIPTS[script]} ({where})\n\n{timing.show(every[script])}\n", flush=True)
+        data[script] = run(script, arguments)
+        rows = rows_of(data[script])
+        where = ", ".join(f"{key} {value}" for key, value in data[script].items() if key != "rows")
+        print(f"\n{SCRIPTS[script]} ({where})\n\n{timing.show(rows)}\n", flush=True)
         if options.write:
-            write(script, f"Measured with {where}.\n\n{table(every[script])}")
+            write(script, f"Measured with {where}.\n\n{table(rows)}")
+            DATA.write_text(json.dumps(data, indent=1) + "\n")
     if options.write:
-        plot(every)
+        plot([row for script in SCRIPTS if script in data for row in rows_of(data[script])])
+
+
+def rows_of(found: dict[str, Any]) -> list[timing.Row]:
+    """The rows in what a benchmark printed."""
+    return [timing.Row(**row) for row in found["rows"]]
 
 
 if __name__ == "__main__":
