@@ -79,7 +79,7 @@ $(PEERS)/.ready: pyproject.toml constraints.txt
 	@echo 'Setting up $(PEERS) (once)'
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS_PIP) hatchling editables
-	@$(PEERS_PIP) --no-build-isolation -e .
+	@$(PEERS_PIP) --no-build-isolation -e ".[dev]"
 	@for peer in flax brainstate equinox penzai; do \
 	  $(PEERS_PIP) $$peer || echo "$$peer is left out: it does not install with this JAX" >&2; done
 	@touch $@
