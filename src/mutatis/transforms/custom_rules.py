@@ -75,7 +75,9 @@ class CustomRule(Transformed):
             out, written = self._through_jax(call)
             for cell, value in zip(call.written, written, strict=True):
                 transactions.write(cell, jax.tree.map(_constant, value))
-            return call.primal.end.fill(out)
+            result = call.primal.end.fill(out)
+            call.forget_values()
+            return result
 
     _name: str
     _gives_tangents = False
@@ -174,6 +176,13 @@ class _Call:
         """The staged rule, for when it is differentiated: its inner calls of the function have their rule."""
         return stage(self.site, self.cells, self.types, leaves, call, _Late)
 
+    def forget_values(self) -> None:
+        """Let go of arrays and tracers: what JAX keeps of a rule that calls its own function holds this call."""
+        self.args = tuple(None if place in self.places else value for place, value in enumerate(self.args))
+        self.site.args, self.site.kwargs = (), {}
+        self.packed.leaves, self.site.packed.leaves, self.values = [], [], []
+        del self.primal, self.rule
+
     def _check(self, rule: Staged) -> None:
         expected = Packed(self.primal.end.fill(self.primal.leaves)).structure
         result = rule.end.fill(rule.leaves)
@@ -211,7 +220,7 @@ class _Plan:
     """What JAX keeps of a call with its program: code over the values of states by position, and names for messages.
 
     It holds no states and no arguments, so that a program does not keep alive the model that it was traced with. (Of a rule that
-    calls its own function it does: the rule is staged anew when it is differentiated.)
+    calls its own function it holds the modules: the rule is staged anew when it is differentiated.)
     """
 
     def __init__(self, call: _Call, again: Callable[[], Staged] | None) -> None:
