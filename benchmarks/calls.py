@@ -23,21 +23,9 @@ def goal(count: int) -> float:
     return 1.10 if count < 300 else 1.05
 
 
-def calls_for(count: int) -> int:
-    """How many calls make a batch."""
-    return max(4, 3000 // count)
-
-
 def steps(count: int, rounds: int) -> list[timing.Row]:
     """A step that reads and writes every state; the model as an argument, and closed over."""
-    every = {contender.name: contender for contender in dispatch.contenders(count, peers=False)}
-    times = timing.interleave(
-        {name: contender.step for name, contender in every.items()},
-        calls=calls_for(count),
-        rounds=rounds,
-        wait=lambda name: every[name].one(),
-    )
-    dispatch.check(list(every.values()))
+    times = dispatch.measure(count, rounds, peers=False)
     rows = []
     for name in ("mu.jit, model as argument", "mu.jit, model closed over"):
         what = f"{name}: {count} states"
@@ -75,7 +63,7 @@ def training(count: int, rounds: int) -> list[timing.Row]:
     first = next(iter(mu.variables(net).values()))
     times = timing.interleave(
         {"hand": hand, "ours": lambda: step(net, optimizer, metrics)},
-        calls=calls_for(count),
+        calls=dispatch.calls_for(count),
         rounds=rounds,
         wait=lambda name: params[0] if name == "hand" else first._value,
     )
@@ -95,7 +83,7 @@ def reading(count: int, rounds: int) -> list[timing.Row]:
     hand = jax.jit(lambda values, x: x + sum(value[0] for value in values))
     x = jnp.float32(1)
     times = timing.interleave(
-        {"hand": lambda: hand(values, x), "ours": lambda: step(net, x)}, calls=calls_for(count), rounds=rounds
+        {"hand": lambda: hand(values, x), "ours": lambda: step(net, x)}, calls=dispatch.calls_for(count), rounds=rounds
     )
     return [timing.Row(f"a step that only reads {count} states", "list", timing.ratio(times, "ours", "hand"), 1.10)]
 
@@ -128,7 +116,7 @@ def toggling(count: int, rounds: int) -> list[timing.Row]:
     first = net.blocks[0].dense.bias
     times = timing.interleave(
         {"hand": hand, "ours": ours},
-        calls=calls_for(count),
+        calls=dispatch.calls_for(count),
         rounds=rounds,
         wait=lambda name: values[0] if name == "hand" else first._value,
     )
@@ -146,7 +134,7 @@ def growth(counts: list[int], rounds: int) -> list[timing.Row]:
         first = net.blocks[0].dense.bias
         times = timing.interleave(
             {"hand": hand.step, "ours": lambda step=step, net=net: step(net)},
-            calls=calls_for(count),
+            calls=dispatch.calls_for(count),
             rounds=max(1, rounds // 4),
             wait=lambda name, hand=hand, first=first: hand.one() if name == "hand" else first._value,
         )

@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
-import importlib
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,12 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timing
 
 import mutatis as mu
 
 BLOCK = {"dense": ("bias", "kernel"), "norm": ("bias", "mean", "scale", "var")}  # six states, as JAX sorts them
 FACTOR = 1.0001
-WARMUP = 3  # rounds that do not count
 BASELINE, DONATED = "jax.jit, flat list", "jax.jit, flat list, donated"
 
 
@@ -129,16 +124,16 @@ def contenders(count: int, peers: bool) -> Iterator[Contender]:
     yield threaded("jax.jit, nested dicts", nested(count), lambda values: values["blocks"][0]["dense"]["bias"])
     yield stateful("mu.jit, model as argument", build(count, mu.Module, mu.Variable), mu.jit, argument=True)
     yield stateful("mu.jit, model closed over", build(count, mu.Module, mu.Variable), mu.jit, argument=False)
-    if peers and (nnx := installed("flax.nnx")):
+    if peers and (nnx := timing.installed("flax.nnx")):
         net = build(count, nnx.Module, nnx.Variable, nnx.List)
         yield stateful("nnx.jit, model as argument", net, nnx.jit, argument=True)
-    if peers and (brainstate := installed("brainstate")):
+    if peers and (brainstate := timing.installed("brainstate")):
         net = build(count, brainstate.nn.Module, brainstate.ParamState)
         yield stateful("brainstate, model closed over", net, brainstate.transform.jit, argument=False)
-    if peers and (eqx := installed("equinox")):
+    if peers and (eqx := timing.installed("equinox")):
         yield returned("eqx.filter_jit, module returned", eqx, count)
         yield returned("eqx.filter_jit, donated", eqx, count, donate="all")
-    if peers and (pz := installed("penzai.pz")):
+    if peers and (pz := timing.installed("penzai.pz")):
         yield variables("pz.variable_jit", pz, count)
         yield variables("pz.variable_jit, donated", pz, count, donate_variables=True)
 
@@ -193,14 +188,6 @@ def variables(name: str, pz: Any, count: int, **options: Any) -> Contender:
     return Contender(name, lambda: jitted(model), lambda: every[0].value, lambda: [cell.value for cell in every])
 
 
-def installed(name: str) -> Any:
-    """A module, or None if it is not there."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
 def check(every: list[Contender]) -> None:
     """All contenders have computed the same."""
     first = [np.asarray(value) for value in every[0].values()]
@@ -210,36 +197,31 @@ def check(every: list[Contender]) -> None:
             sys.exit(f"`{other.name}` did not compute what `{every[0].name}` did")
 
 
+def calls_for(count: int) -> int:
+    """How many calls make a batch."""
+    return max(4, 3000 // count)
+
+
 def measure(count: int, rounds: int, peers: bool) -> dict[str, list[float]]:
     """Seconds per call of each contender, by round."""
-    every = list(contenders(count, peers))
-    calls = max(4, 3000 // count)
-    times: dict[str, list[float]] = {contender.name: [] for contender in every}
-    for number in range(rounds + WARMUP):
-        shift = number % len(every)
-        for contender in every[shift:] + every[:shift]:
-            contender.step()  # after a look at its values, which may cost the next call something
-            begin = time.perf_counter()
-            for _ in range(calls):
-                contender.step()
-            jax.block_until_ready(contender.one())
-            times[contender.name].append((time.perf_counter() - begin) / calls)
-        gc.collect()
-    check(every)
-    return {name: seconds[WARMUP:] for name, seconds in times.items()}
+    every = {contender.name: contender for contender in contenders(count, peers)}
+    times = timing.interleave(
+        {name: contender.step for name, contender in every.items()},
+        calls=calls_for(count),
+        rounds=rounds,
+        wait=lambda name: every[name].one(),
+    )
+    check(list(every.values()))
+    return times
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Microseconds, and the ratios to both baselines."""
-
-    def ratio(name: str, base: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
-
     return {
         name: {
             "microseconds": statistics.median(seconds) * 1e6,
-            "ratio": ratio(name, BASELINE),
-            "ratio_to_donated": ratio(name, DONATED),
+            "ratio": timing.ratio(times, name, BASELINE),
+            "ratio_to_donated": timing.ratio(times, name, DONATED),
         }
         for name, seconds in times.items()
     }
@@ -253,15 +235,12 @@ def table(results: dict[int, dict[str, dict[str, float]]]) -> str:
         rows.append(
             [name, *(f"{f['ratio']:5.2f} ({f['ratio_to_donated']:.2f}) {f['microseconds']:6.0f} us" for f in figures)]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )
+    return timing.aligned(rows, str.rjust, gap="   ")
 
 
 def sizes(text: str) -> list[int]:
     """The argument of ``--states``."""
-    counts = [int(part) for part in text.split(",")]
+    counts = timing.numbers(text)
     if any(count <= 0 or count % 6 for count in counts):
         raise argparse.ArgumentTypeError("multiples of 6, the states of a block")
     return counts
@@ -278,14 +257,7 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", "'.value' ", DeprecationWarning)  # of NNX: the others know no other word
     results = {count: summary(measure(count, options.rounds, options.peers)) for count in options.states}
-    device = jax.devices()[0]
-    setup = {
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.platform} ({device.device_kind})",
-        "cores": os.cpu_count(),
-        "rounds": options.rounds,
-    }
+    setup = {**timing.setup(), "rounds": options.rounds}
     if options.json:
         print(json.dumps({**setup, "results": results}, indent=1))
         return

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import inspect
 import itertools
 import math
@@ -28,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from timing import Row, interleave, main, ratio
+from timing import Row, installed, interleave, main, numbers, ratio
 
 import mutatis as mu
 from mutatis import nn
@@ -40,14 +39,6 @@ OPERATIONS = ("state", "split", "merge", "update")
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX records it once for each program that is compiled
 
 Calls = dict[str, Callable[[], Any]]
-
-
-def installed(name: str) -> Any:
-    """A module, or None if it is not there."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
 
 
 def build(depth: int, module: type, layers: Any, rngs: Any, sequence: Callable[[Any], Any] = list) -> Any:
@@ -405,11 +396,6 @@ def measure(options: argparse.Namespace) -> list[Row]:
     rows += making(options.layers, options.rounds, nnx)
     rows += compiling(options.jitted_layers, nnx)
     return rows
-
-
-def numbers(text: str) -> list[int]:
-    """The argument of ``--depths``."""
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from timing import Row, interleave, main, ratio
+from timing import Row, interleave, main, numbers, ratio
 
 Step = Callable[[list[Any], Any], list[Any]]  # states, and what is only read -> new states
 FLAT, STACKED = "flat list, donated", "stacked by hand"
@@ -350,11 +350,6 @@ def measure(options: argparse.Namespace) -> list[Row]:
             work = scaling(count)
             rows += compare(work, both(work), rounds)
     return rows
-
-
-def numbers(text: str) -> list[int]:
-    """The argument of ``--growth``."""
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import importlib
 import json
 import os
 import platform
@@ -84,6 +85,25 @@ def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
+def installed(name: str) -> Any:
+    """A module, or None if it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def numbers(text: str) -> list[int]:
+    """The argument of an option that takes several: ``5,50``."""
+    return [int(part) for part in text.split(",")]
+
+
+def aligned(rows: Sequence[Sequence[str]], place: Callable[..., str] = str.ljust, gap: str = "  ") -> str:
+    """Rows of text in columns, the first to the left and the others as `place` puts them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(gap.join([row[0].ljust(widths[0]), *map(place, row[1:], widths[1:])]).rstrip() for row in rows)
+
+
 def setup() -> dict[str, Any]:
     """Where this runs."""
     device = jax.devices()[0]
@@ -108,8 +128,7 @@ def show(rows: Sequence[Row]) -> str:
         goal = "" if row.goal is None else f"{sign} {row.goal:g}"
         met = {None: "", True: "met", False: "missed"}[row.met]
         lines.append([row.what, row.against, figure(row), goal, f"{met} {row.note}".strip()])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 def main(
