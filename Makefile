@@ -11,8 +11,7 @@ READY := $(VENV)/.ready
 
 PEERS := .venv/peers
 
-PIP := $(RUN) -m pip --disable-pip-version-check -qq install -c constraints.txt
-PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 PYTEST := $(RUN) -m pytest -n 2
 
 .PHONY: help demo test test-all test-leaks lint format types bench bench-peers docs clean
@@ -62,27 +61,19 @@ bench-peers: $(PEERS)/.ready
 	$(PEERS)/bin/python benchmarks/dispatch.py --peers
 	$(PEERS)/bin/python benchmarks/report.py --only graph $(ARGS)
 
-# The environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
-$(READY): pyproject.toml constraints.txt
+# An environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
+$(READY) $(PEERS)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
-	@echo 'Setting up $(VENV) (once)'
-	@$(PYTHON) -m venv $(VENV)
+	@echo 'Setting up $(@D) (once)'
+	@$(PYTHON) -m venv $(@D)
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[dev]'
+	@for peer in $(OTHERS); do $(PIP) $$peer || echo "$$peer is left out: it does not install with this JAX" >&2; done
 	@touch $@
 
-# The same with the libraries to compare with. What cannot be installed is left out: the benchmarks take what is there.
-$(PEERS)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
-	@echo 'Setting up $(PEERS) (once)'
-	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS_PIP) hatchling editables
-	@$(PEERS_PIP) --no-build-isolation -e ".[dev]"
-	@for peer in flax brainstate equinox penzai; do \
-	  $(PEERS_PIP) $$peer || echo "$$peer is left out: it does not install with this JAX" >&2; done
-	@touch $@
+# That of the libraries to compare with. What cannot be installed is left out: the benchmarks take what is there.
+$(PEERS)/.ready: OTHERS := flax brainstate equinox penzai
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

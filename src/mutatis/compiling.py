@@ -126,8 +126,7 @@ class Compiler:
         if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
             return self._call(self._inline, function, args, kwargs, functions)
         flat, key = self._key(args, kwargs, functions)
-        reference = self.bindings.get(key)
-        found = None if reference is None else reference()
+        found = self._known(key)
         if found is not None and (binding := found.first).holds():
             split = binding.split
             if split is not None and split.first is None and split.treedef is not None and not _compat.jit_disabled():
@@ -183,8 +182,7 @@ class Compiler:
         if functions is None:
             functions = (function,)
         request = Request(function, functions, args, kwargs, key)
-        reference = self.bindings.get(key)
-        found = None if reference is None else reference()
+        found = self._known(key)
         if found is None:
             binding = self._bind(request, key, [])
         elif not (binding := found.first).holds():
@@ -241,6 +239,11 @@ class Compiler:
         if functions is not None:
             key = (*key, *map(id, functions))
         return flat, key
+
+    def _known(self, key: tuple[Hashable, ...]) -> Bindings | None:
+        """The bindings for the objects of a key."""
+        reference = self.bindings.get(key)
+        return None if reference is None else reference()
 
     def _divide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Hashable, ...]]:
         """JAX's positional arguments of a call, and the key of its objects."""
