@@ -206,7 +206,10 @@ def _in_blocks(loop: Callable[..., Any], start: Any, xs: Any, count: int, size: 
         return loop(start, xs, count)
     number = count // size
     whole = number * size
-    block = jax.checkpoint(loop, static_argnums=2)
+
+    def block(carry: Any, x: Any, length: int) -> Any:
+        # Not `static_argnums`, which keeps `loop`, and the tracers it closes over, in a cache of JAX.
+        return jax.checkpoint(lambda carry, x: loop(carry, x, length))(carry, x)
 
     def blocks(carry: Any) -> Any:
         stacked = jax.tree.map(lambda x: x[:whole].reshape(number, size, *x.shape[1:]), xs)
