@@ -63,6 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU, runs on {jax.default_backend()}")
+    if item.get_closest_marker("jax_leaks") and item.config.getoption("--leaks"):
+        pytest.skip("JAX finds a leak in this program when it is threaded by hand, too")
 
 
 class Compilations:

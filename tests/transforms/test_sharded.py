@@ -459,6 +459,7 @@ def test_explicit_mesh_with_specs(compiled: bool) -> None:
 # -- inside other transforms -----------------------------------------------------------------------------------
 
 
+@pytest.mark.jax_leaks
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradients(compiled: bool) -> None:
     net, state = Net(), start()
@@ -562,6 +563,7 @@ def test_scan(where: str) -> None:
     check(net, state, placed=False)
 
 
+@pytest.mark.jax_leaks
 @pytest.mark.parametrize("where", ["outside", "inside"])
 def test_remat(where: str) -> None:
     net, state = Net(), start()
