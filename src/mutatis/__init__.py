@@ -1,15 +1,15 @@
 """Explicit, typed, mutable state for JAX models, understood by every transform: `import mutatis as mu`."""
 
-from mutatis import checkpoint as checkpoint
+import importlib
+from typing import TYPE_CHECKING
+
 from mutatis import errors as errors
-from mutatis import inspect as inspect
-from mutatis import metrics as metrics
-from mutatis import nn as nn
 from mutatis.axes import Carry as Carry
 from mutatis.axes import Shared as Shared
 from mutatis.axes import StateAxes as StateAxes
 from mutatis.axes import StateSharding as StateSharding
 from mutatis.contexts import Context as Context
+from mutatis.eager import transaction as transaction
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
 from mutatis.filters import All as All
@@ -83,24 +83,17 @@ from mutatis.transforms.rematerialize import remat as remat
 from mutatis.transforms.sharded import shard_map as shard_map
 from mutatis.variables import Variable as Variable
 
+if TYPE_CHECKING:
+    from mutatis import checkpoint as checkpoint
+    from mutatis import functional as functional
+    from mutatis import inspect as inspect
+    from mutatis import metrics as metrics
+    from mutatis import nn as nn
+
+# Imported at their first use: who wants a state and a step does not pay for them.
+_LATER = ("checkpoint", "functional", "inspect", "metrics", "nn")
+
 __all__ = [
-    "replace",
-    "modules",
-    "sow",
-    "perturb",
-    "intercept",
-    "capture",
-    "Context",
-    "shard_map",
-    "StateSharding",
-    "custom_vjp",
-    "custom_jvp",
-    "jacrev",
-    "jacfwd",
-    "hessian",
-    "vjp",
-    "linearize",
-    "jvp",
     "All",
     "Any",
     "BatchStat",
@@ -108,6 +101,7 @@ __all__ = [
     "Cache",
     "CapturedStateWarning",
     "Carry",
+    "Context",
     "Everything",
     "Filter",
     "GraphDef",
@@ -129,41 +123,69 @@ __all__ = [
     "Shared",
     "State",
     "StateAxes",
+    "StateSharding",
     "Variable",
     "WithTag",
+    "capture",
     "checkpoint",
     "clone",
     "cond",
+    "custom_jvp",
+    "custom_vjp",
     "errors",
     "eval_shape",
     "for_loop",
     "fori_loop",
     "freeze",
+    "functional",
     "functionalize",
     "grad",
     "graphdef",
+    "hessian",
     "inspect",
+    "intercept",
+    "jacfwd",
+    "jacrev",
     "jit",
+    "jvp",
+    "linearize",
     "make_jaxpr",
     "map",
     "merge",
     "metrics",
+    "modules",
     "nn",
+    "perturb",
     "pop",
     "remat",
+    "replace",
     "reseed",
     "reset",
     "scan",
+    "shard_map",
     "snapshot",
+    "sow",
     "split",
     "state",
     "static",
     "switch",
     "thaw",
+    "transaction",
     "update",
     "value_and_grad",
     "variables",
     "view",
+    "vjp",
     "vmap",
     "while_loop",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return importlib.import_module(f"mutatis.{name}")
+    raise AttributeError(f"module 'mutatis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -193,7 +193,7 @@ class Compiler:
             while True:
                 request.bind(binding)
                 try:
-                    if _compat.jit_disabled():
+                    if _compat.jit_disabled() or transactions.is_recorded():
                         return self._run(request)
                     result = act(request, flat)
                     if request.traced:
@@ -550,11 +550,12 @@ class Compiler:
             transactions.write(binding.cells[index], value)
         for index in record.restarted:
             transactions.restart(binding.cells[index])
+        transactions.note_reads(binding.cells[index] for index in record.seen)
         return replay(record, binding.cells, binding.live_objects(), made, leaves)
 
     @staticmethod
     def _run(request: Request) -> Any:
-        """Under `jax.disable_jit`: the function itself, all or nothing."""
+        """The function itself, all or nothing: under `jax.disable_jit`, and where it is to be seen what it does."""
         site = Site("jit", request.function, request.args, request.kwargs, functions=request.functions)
         with site:
             end, leaves, values = site.run({}, make=functools.partial(Transaction, compiled=True))

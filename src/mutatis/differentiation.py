@@ -267,7 +267,7 @@ class Differentiation(Site):
     def finish(self, out: Sequence[Any], aux: Any) -> Any:
         """Write what the function wrote, and give its result around the leaves that JAX gave back."""
         rest, written = aux
-        write_back(self.end, written)
+        write_back(self.end.cells, self.end.born, written)
         return self.end.fill([*out, *rest])
 
     @property

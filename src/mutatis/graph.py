@@ -352,7 +352,7 @@ def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
         spec = encoder.encode(check_node(node))
         tail = encoder.finish()
     cells = list(encoder.cells)
-    return GraphDef(spec, tail, tuple(encoder.paths), tuple(_type(raw_value(cell)) for cell in cells)), cells
+    return GraphDef(spec, tail, tuple(encoder.paths), tuple(_type(transactions.glimpse(cell)) for cell in cells)), cells
 
 
 def _type(value: Any) -> Any:

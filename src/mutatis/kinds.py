@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis import transactions
+from mutatis.errors import RandomStreamError
 from mutatis.variables import Variable
 
 
@@ -84,7 +85,27 @@ class RngState(Variable):
 
     value = property(Variable.get, set, doc="The value, read and written through the current transaction.")
 
+    def _create(self) -> Any:
+        name = self.metadata.get("tag", "default")
+        raise RandomStreamError(
+            f"random stream `{name}` has no key to draw from",
+            path=transactions.path_of(self) or name,
+            where=transactions.where(),
+            made_at=self.made_at,
+            cure=f"Give it one: `functional.apply(..., rngs={{'{name}': key}})`, `mu.reseed(model, {name}=key)`.",
+        )
+
 
 def stream_value(key: jax.Array) -> dict[str, Any]:
     """The value of a stream that starts at `key`."""
     return {"key": key, "count": jnp.zeros((), jnp.uint32)}
+
+
+def kind_of(collection: str) -> type[Variable] | None:
+    """The kind of a collection: ours, or the first that a user declared; None if there is none."""
+    pending: list[type[Variable]] = [Variable]
+    for kind in pending:
+        if kind.collection == collection:
+            return kind
+        pending += kind.__subclasses__()
+    return None

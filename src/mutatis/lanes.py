@@ -49,6 +49,10 @@ class LaneTransaction(Transaction):
             key = _fold(_fold(value["key"], value["count"]), jnp.broadcast_to(self._lane, value["count"].shape))
             return {"key": key, "count": jnp.zeros_like(value["count"])}
 
+    def is_forked(self, cell: Cell) -> bool:
+        """Whether each lane has a stream of its own in the place of this one."""
+        return cell in self._streams
+
     def forget(self) -> None:
         """Let go of the values that live inside."""
         self._streams.clear()

@@ -22,7 +22,7 @@ import functools
 import inspect
 import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -218,6 +218,7 @@ class Site:
         self.scope = Scope([*nodes, *self.captures.roots, *further])
         self.outer = _compat.current_trace()
         self.end: End
+        self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
         self._contents = Contents(self.scope.containers, copies=True)
         self._journal: list[tuple[Any, str, Any]] = []
 
@@ -263,6 +264,7 @@ class Site:
         """
         with make(self.label, locate=self.scope.locate, outer=self.outer) as tx:
             tx.fill(overlay)
+            tx.repeats = self.repeats
             try:
                 if call is None:
                     args, kwargs = self.packed.fill(self.packed.leaves if leaves is None else leaves)
@@ -299,7 +301,7 @@ class Site:
             value = obj.__dict__.get(name) if isinstance(obj, Module) else None
             if isinstance(value, Variable) and value in end.born:
                 transactions.check_outlived(obj, name)
-        write_back(end, values)
+        write_back(end.cells, end.born, values)
         return end.fill(leaves)
 
     def undo(self, keep: Sequence[Any] = ()) -> None:
@@ -442,10 +444,10 @@ def _names_nodes(option: Any) -> bool:
     return any(is_node(leaf) or borrows(leaf) for leaf in jax.tree.leaves(option, is_leaf=is_node))
 
 
-def write_back(end: End, values: Sequence[Any]) -> None:
-    """Write the values that JAX gave back for the cells that a run wrote or made."""
-    for cell, value in zip(end.cells, values, strict=True):
-        if cell in end.born:
+def write_back(cells: Iterable[Any], born: Mapping[Any, None], values: Iterable[Any]) -> None:
+    """Write the values that a run left in the cells that it wrote or made."""
+    for cell, value in zip(cells, values, strict=True):
+        if cell in born:
             transactions.create(cell, value)
         else:
             transactions.write(cell, value)

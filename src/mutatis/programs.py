@@ -210,6 +210,7 @@ class Record:
       changes: what became of attributes and containers.
       marks: the cells that were frozen or thawed, by number, with their new marks.
       restarted: the numbers of the random streams that were set.
+      seen: the numbers of the cells that the function read.
     """
 
     __slots__ = (
@@ -224,6 +225,7 @@ class Record:
         "plain",
         "restarted",
         "same_type",
+        "seen",
         "structure",
         "waits",
         "written",
@@ -240,6 +242,7 @@ class Record:
         changes: list[tuple[int, str | None, Spec | None]],
         marks: list[tuple[int, str | None]],
         restarted: list[int],
+        seen: list[int],
     ) -> None:
         self.written = tuple(written)
         self.same_type = tuple(same_type)
@@ -252,6 +255,7 @@ class Record:
         self.changes = changes
         self.marks = marks
         self.restarted = restarted
+        self.seen = seen
         self.plain = not (made or nodes or changes or marks)
         self.waits = False  # it calls back into Python, so it may fail at run time
 
@@ -396,7 +400,8 @@ class Program:
             Crossing(self.options.constrain_outputs(packed)),
         )
         restarted = [number for cell, number in known.cells.items() if cell in tx.restarted]
-        return Record(numbers, same, crossings, specs, packed.structure, nodes, changes, marks, restarted)
+        seen = [number for cell, number in known.cells.items() if cell in tx.seen]
+        return Record(numbers, same, crossings, specs, packed.structure, nodes, changes, marks, restarted, seen)
 
     def _keep_placement(self, number: int, value: Any) -> Any:
         shardings = self.placements[number]

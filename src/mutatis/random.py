@@ -14,10 +14,11 @@ import numpy as np
 
 from mutatis import transactions
 from mutatis.errors import RandomStreamError
-from mutatis.filters import FilterLike
+from mutatis.filters import FilterLike, Path
 from mutatis.graph import variables
 from mutatis.kinds import RngState, stream_value
 from mutatis.modules import Module
+from mutatis.variables import raw_value
 
 
 class Rngs(Module):
@@ -157,8 +158,7 @@ def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
         name = name if name in keys else "default"
         if name in keys:
             used.add(name)
-            place = zlib.crc32(repr(path).encode())
-            new[cell] = stream_value(jax.random.fold_in(keys[name], np.uint32(place)))
+            new[cell] = restarted(path, keys[name], raw_value(cell))
     if unknown := set(keys) - used:
         raise RandomStreamError(
             f"the model has no random stream `{sorted(unknown)[0]}`",
@@ -167,3 +167,10 @@ def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
         )
     for cell, value in new.items():
         cell.set(value)
+
+
+def restarted(path: Path, key: jax.Array, old: Any) -> Any:
+    """The start of the stream at a path of a model, whose own key is made of a key for many; stacked streams stay stacked."""
+    key = jax.random.fold_in(key, np.uint32(zlib.crc32(repr(path).encode())))
+    shape = jax.tree.leaves(old)[0].shape if jax.tree.leaves(old) else ()
+    return jax.vmap(stream_value)(jax.random.split(key, shape)) if shape else stream_value(key)

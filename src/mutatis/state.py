@@ -283,7 +283,7 @@ def merge(definition: GraphDef, *states: Any) -> Any:
         )
     values: dict[Path, Any] = {}
     for part in states:
-        values.update(_flat_for(part, definition.paths))
+        values.update(flat_for(part, definition.paths))
     known = set(definition.paths)
     missing = [f"missing:    {show_path(p)}" for p in definition.paths if p not in values]
     extra = [f"unexpected: {show_path(p)}" for p in values if p not in known]
@@ -351,7 +351,7 @@ def update(node: Any, *states: Any, cast: bool = False) -> None:
     cells = variables(node)
     writes: dict[Path, Any] = {}
     for part in states:
-        writes.update(_flat_for(part, cells))
+        writes.update(flat_for(part, cells))
     problems = []
     for path, value in writes.items():
         if path not in cells:
@@ -388,7 +388,7 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
     return f" (nearest: {near[0]})" if near else ""
 
 
-def _flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
+def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
     """A State or nested dictionary by path; a dictionary at a full path is a value."""
     if isinstance(part, State):
         return part.flat()

@@ -18,8 +18,9 @@ notes that it needs the cell as an input, `vmap` gives each lane its own random 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +38,7 @@ _CONTAINERS = (dict, list, tuple)
 class _Open(threading.local):
     def __init__(self) -> None:
         self.top: Transaction | None = None
+        self.recorder: Callable[[Transaction], None] | None = None
 
 
 _open = _Open()
@@ -45,6 +47,21 @@ _open = _Open()
 def current() -> Transaction | None:
     """The innermost open transaction of this thread."""
     return _open.top
+
+
+@contextlib.contextmanager
+def recorded(recorder: Callable[[Transaction], None]) -> Iterator[None]:
+    """Hand each transaction of this thread that ends well to a function, the inner ones first."""
+    before, _open.recorder = _open.recorder, recorder
+    try:
+        yield
+    finally:
+        _open.recorder = before
+
+
+def is_recorded() -> bool:
+    """Whether transactions are recorded, so that what is known already has to be traced again."""
+    return _open.recorder is not None
 
 
 class Transaction:
@@ -68,7 +85,9 @@ class Transaction:
         "outer",
         "parent",
         "pinned",
+        "repeats",
         "restarted",
+        "seen",
         "trace",
         "values",
         "written",
@@ -88,8 +107,10 @@ class Transaction:
         self.compiled: bool = compiled or (self.parent is not None and self.parent.compiled)
         self.outer = _compat.current_trace() if outer is None else outer
         self.trace: Any = None
+        self.repeats: int | None = 1  # how often what runs here once is run in a call; None if that is not known
         self.values: dict[Cell, Any] = {}
-        self.written: dict[Cell, None] = {}
+        self.seen: dict[Cell, None] = {}  # what the function read, here and further in
+        self.written: dict[Cell, int] = {}  # and wrote, how often
         self._through: set[Cell] = set()  # cells whose values come from further out
         self._lent: dict[Cell, list[Any]] = {}  # the leaves that containers held when they came here
         self.born: dict[Cell, None] = {}
@@ -106,6 +127,11 @@ class Transaction:
         _open.top = self.parent
         if kind is not None:
             self.undo()
+        else:
+            if self.parent is not None:
+                self.parent.seen |= self.seen
+            if _open.recorder is not None:
+                _open.recorder(self)
         self.close()
 
     def close(self) -> None:
@@ -118,7 +144,12 @@ class Transaction:
     # -- values ----------------------------------------------------------------------------------------------
 
     def read(self, cell: Cell, trace: Any) -> Any:
-        """The value of a cell for code that runs at `trace`."""
+        """The value of a cell, read by code that runs at `trace`."""
+        self.seen[cell] = None
+        return self.look(cell, trace)
+
+    def look(self, cell: Cell, trace: Any) -> Any:
+        """The same for a transform, which hands the value to code that may read it."""
         value = self.values.get(cell, _MISSING)
         if value is _MISSING and cell._birth is not None:
             return _read_local(self.parent, cell)
@@ -176,13 +207,13 @@ class Transaction:
                 "in `mu` (`mu.scan` for `jax.lax.scan`, ...), or write the state before the raw transform.",
             )
         self._hold(cell, value)
-        self.written[cell] = None
+        self.written[cell] = self.written.get(cell, 0) + 1
         self._through.discard(cell)
 
     def adopt(self, cell: Cell, value: Any) -> None:
         """Take in a cell that was made just now."""
         self._hold(cell, value)
-        self.written[cell] = None
+        self.written[cell] = 1
         self.born[cell] = None
 
     def commit(self) -> None:
@@ -190,13 +221,19 @@ class Transaction:
         for cell in self.written:
             write_outside(self, cell, self.values[cell])
 
+    def drop(self, cell: Cell) -> None:
+        """Forget what was written to a cell, unless it was made here."""
+        if cell not in self.born:
+            for known in (self.written, self.values, self._lent):
+                known.pop(cell, None)
+
     def settle(self) -> None:
         """Count values that were changed in place (dictionaries, lists) as written. Call it before the end."""
         for cell, before in self._lent.items():
             after = jax.tree.leaves(self.values[cell])
             if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
                 self.values[cell] = cell.admit(self.values[cell])
-                self.written[cell] = None
+                self.written[cell] = self.written.get(cell, 0) + 1
                 self.restart(cell)
 
     def restart(self, cell: Cell) -> None:
@@ -269,10 +306,23 @@ def reorder(attributes: dict[str, Any], order: Iterable[str]) -> None:
 
 
 def read(cell: Cell) -> Any:
-    """The value of a cell for the code that runs now."""
+    """The value of a cell, read by the code that runs now."""
     tx = _open.top
     trace = _compat.current_trace()
     return _read_committed(cell, trace) if tx is None else tx.read(cell, trace)
+
+
+def note_reads(cells: Iterable[Cell]) -> None:
+    """Note that a program, which has been called for the code that runs now, reads these cells."""
+    if _open.top is not None:
+        _open.top.seen.update(dict.fromkeys(cells))
+
+
+def look(cell: Cell) -> Any:
+    """The same for a transform, which hands the value to code that may read it."""
+    tx = _open.top
+    trace = _compat.current_trace()
+    return _read_committed(cell, trace) if tx is None else tx.look(cell, trace)
 
 
 def write(cell: Cell, value: Any) -> None:
@@ -341,7 +391,7 @@ def read_outside(tx: Transaction, cell: Cell) -> Any:
     """What a cell holds outside a transaction, where that was opened."""
     if tx.parent is None:
         return _read_committed(cell, tx.outer)
-    return tx.parent.read(cell, tx.outer)
+    return tx.parent.look(cell, tx.outer)
 
 
 def write_outside(tx: Transaction, cell: Cell, value: Any) -> None:
@@ -354,16 +404,16 @@ def write_outside(tx: Transaction, cell: Cell, value: Any) -> None:
 
 def holds_value(cell: Cell) -> bool:
     """Whether a cell has a value (or a placeholder for one) for the code that runs now."""
-    return _glimpse(cell) is not UNSET
+    return glimpse(cell) is not UNSET
 
 
 def is_deferred(cell: Cell) -> bool:
     """Whether a cell has no value yet for the code that runs now."""
-    value = _glimpse(cell)
+    value = glimpse(cell)
     return value is UNSET or type(value) is Deferred
 
 
-def _glimpse(cell: Cell) -> Any:
+def glimpse(cell: Cell) -> Any:
     """The value of a cell, only to look at what kind of thing it is: this is no read, and nobody's hold on it changes."""
     tx = _open.top
     while tx is not None:

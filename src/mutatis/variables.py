@@ -84,7 +84,7 @@ class Variable(Cell, metaclass=_Kind):
         self._frozen: str | None = None
         self._behind = False
         self._init = init
-        self._made_at = _caller()
+        self._made_at: tuple[str, int, str] | None = _caller()
         self.name = name
         self.sharding = sharding
         self.fixed = type(self)._fixed_by_kind if fixed is None else fixed
@@ -165,8 +165,10 @@ class Variable(Cell, metaclass=_Kind):
         return self._init
 
     @property
-    def made_at(self) -> str:
-        """The file, line and function in which the state was made."""
+    def made_at(self) -> str | None:
+        """The file, line and function in which the state was made; None for a copy that was made of another."""
+        if self._made_at is None:
+            return None
         file, line, function = self._made_at
         return f"{os.path.basename(file)}:{line} in {function}"
 
@@ -429,7 +431,7 @@ def detached(kind: type[V]) -> V:
     variable._frozen = "detached"
     variable._behind = False
     variable._init = None
-    variable._made_at = ("jax", 0, "tree_unflatten")
+    variable._made_at = None
     variable.name = variable.sharding = None
     variable.fixed = kind._fixed_by_kind
     variable.metadata = {}
@@ -456,7 +458,7 @@ def spelled(kind: type) -> str:
 
 def raw_value(variable: Variable) -> Any:
     """The value of a state for the code that runs now, or its placeholder if it is deferred: reading creates nothing."""
-    return transactions.read(variable) if transactions.holds_value(variable) else UNSET
+    return transactions.look(variable) if transactions.holds_value(variable) else UNSET
 
 
 def initial(variable: Variable) -> Any:

@@ -3,7 +3,29 @@
 from mutatis.compilations import Compilation as Compilation
 from mutatis.compilations import Explanation as Explanation
 from mutatis.inspect.explanation import explain as explain
+from mutatis.inspect.ledger import Collective as Collective
+from mutatis.inspect.ledger import Entry as Entry
+from mutatis.inspect.ledger import Ledger as Ledger
+from mutatis.inspect.ledger import LedgerDiff as LedgerDiff
+from mutatis.inspect.ledger import ledger as ledger
 from mutatis.inspect.summary import StateTable as StateTable
 from mutatis.inspect.summary import state_table as state_table
+from mutatis.inspect.tabulation import Call as Call
+from mutatis.inspect.tabulation import Tabulation as Tabulation
+from mutatis.inspect.tabulation import tabulate as tabulate
 
-__all__ = ["Compilation", "Explanation", "StateTable", "explain", "state_table"]
+__all__ = [
+    "Call",
+    "Tabulation",
+    "tabulate",
+    "Collective",
+    "Compilation",
+    "Entry",
+    "Explanation",
+    "Ledger",
+    "LedgerDiff",
+    "StateTable",
+    "explain",
+    "ledger",
+    "state_table",
+]

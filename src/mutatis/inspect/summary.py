@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from mutatis.graph import variables
+from mutatis.inspect.tables import Table, show_bytes
 from mutatis.variables import raw_value
 
 
@@ -35,44 +36,29 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class StateTable:
+class StateTable(Table):
     """States by kind; `print` shows it as text, `rich.print` as a table."""
 
     rows: tuple[Row, ...]
+    header = ("kind", "states", "elements", "size")
+    left = ("kind",)
 
     @property
     def total(self) -> Row:
         """The sum of all rows."""
         return sum(self.rows, Row("total"))
 
-    def _cells(self) -> list[tuple[str, str, str, str]]:
-        return [
-            (row.kind, f"{row.states:,}", f"{row.elements:,}", _show_bytes(row.bytes))
-            for row in (*self.rows, self.total)
-        ]
+    def cells(self) -> list[tuple[str, ...]]:
+        """The text of each row."""
+        return [*map(_cells, self.rows)]
 
-    def __str__(self) -> str:
-        lines = [_HEADER, *self._cells()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join([kind.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]) for kind, *numbers in lines
-        )
-
-    def __rich__(self) -> Any:
-        from rich.table import Table  # only `rich` calls this, so it is there
-
-        table = Table()
-        for name in _HEADER:
-            table.add_column(name, justify="left" if name == "kind" else "right")
-        *cells, total = self._cells()
-        for row in cells:
-            table.add_row(*row)
-        table.add_section()
-        table.add_row(*total, style="bold")
-        return table
+    def footer(self) -> tuple[str, ...]:
+        """The text of the sums."""
+        return _cells(self.total)
 
 
-_HEADER = ("kind", "states", "elements", "size")
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.kind, f"{row.states:,}", f"{row.elements:,}", show_bytes(row.bytes)
 
 
 def state_table(node: Any) -> StateTable:
@@ -98,11 +84,3 @@ def state_table(node: Any) -> StateTable:
         one = Row(kind, 1, sum(leaf.size for leaf in leaves), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
         rows[kind] = rows.get(kind, Row(kind)) + one
     return StateTable(tuple(rows.values()))
-
-
-def _show_bytes(count: int) -> str:
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"

@@ -26,7 +26,7 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
         `f` names. The paths of the state are those in the one node, or start with the names of several.
 
     Raises:
-      StructureError: `state` has other paths than the one given.
+      StructureError: `state` has other paths than the one given, or `f` writes to a state that is not in it.
 
     Example:
       >>> import jax, mutatis as mu
@@ -59,6 +59,15 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
             end, leaves, values = site.run({cell: state[path] for path, cell in cells.items()})
             written = dict(zip(end.cells, values, strict=True))
             site.refuse_changes("a pure function")
+            known = {*cells.values(), *end.born}
+            for cell in written.keys() - known:
+                raise StructureError(
+                    f"state {site.describe(cell)} was written by a pure function that was not made of it",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    made_at=cell.made_at,
+                    cure="Its new value would be lost. Name its owner, too: `mu.functionalize(f, of=[model, other])`.",
+                )
             new = {path: written.get(cell, state[path]) for path, cell in cells.items()}
             return end.fill(leaves), State(new, {path: type(cell) for path, cell in cells.items()})
 

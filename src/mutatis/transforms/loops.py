@@ -137,7 +137,7 @@ def _scan(
                 axes.setdefault(cell, 0)
         sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
         stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
-        count = _length(name, length, slices.leaves, stacks)
+        count = site.repeats = _length(name, length, slices.leaves, stacks)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
 
         def one_step(leaves: Any) -> Any:
@@ -329,6 +329,7 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
     with Site(name, body_fun, others=[("init_val", init_val)], functions=[cond_fun, *functions]) as site:
         carry = Packed(init_val)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
+        site.repeats = None
         cells = site.scope.cells
         body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.fill(leaves)),))
         while _promote(carry, body):

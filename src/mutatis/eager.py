@@ -1,0 +1,125 @@
+"""`mu.transaction`: what every transform is, around ordinary code.
+
+Inside, writes go to an overlay; at the end they are committed together, or dropped. So a step can be tried: speculative
+decoding, a line search, the accept or reject of a sampler, an update that is undone if the loss is not finite.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from mutatis import transactions
+from mutatis.containers import Contents
+from mutatis.filters import FilterLike, Path, as_filter
+from mutatis.graph import Encoder, check_node, show_path
+from mutatis.interrupts import held_back
+from mutatis.lifting import write_back
+from mutatis.modules import Module
+from mutatis.transactions import Transaction
+
+
+class EagerTransaction:
+    """A block of ordinary code as a transaction; see `transaction`."""
+
+    __slots__ = ("_contents", "_paths", "_tx")
+
+    def __init__(self, nodes: tuple[Any, ...]) -> None:
+        encoder = Encoder(describe=False)
+        encoder.encode(check_node(nodes[0] if len(nodes) == 1 else nodes))
+        self._paths: dict[Any, Path] = dict(zip(encoder.cells, encoder.paths, strict=True))
+        containers = [obj for obj in encoder.objects if not isinstance(obj, Module)]
+        self._contents = Contents(containers, copies=True)
+        self._tx = Transaction("transaction", locate=self._locate)
+
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """The Variables that were read so far, in order."""
+        return tuple(self._tx.seen)
+
+    @property
+    def writes(self) -> tuple[Any, ...]:
+        """The Variables that were written so far, in order, without those that were rolled back."""
+        return tuple(self._tx.written)
+
+    def rollback(self, *filters: FilterLike) -> None:
+        """Take back what the block has done so far; it goes on from there.
+
+        Args:
+          *filters: which states, whose values are put back. Without filters it is all of them, and attributes and
+            containers, too. (To propose anew, keep the random streams: ``tx.rollback(mu.Not(mu.RngState))``.)
+        """
+        selects = as_filter(filters if filters else ...)
+        self._tx.settle()
+        for cell in [*self._tx.written]:
+            if selects(self._paths.get(cell, ()), cell):
+                self._tx.drop(cell)
+        if not filters:
+            transactions.undo(self._journal())
+
+    def _journal(self) -> list[tuple[Any, str, Any]]:
+        """What the block has changed of structure, which is from now on the caller's to undo."""
+        changes = [(container, "", then) for container, then in self._contents.changed()]
+        journal = [*self._tx.journal, *changes]
+        self._tx.journal.clear()
+        return journal
+
+    def _locate(self, cell: Any) -> str | None:
+        return show_path(self._paths[cell]) if cell in self._paths else None
+
+    def __enter__(self) -> Self:
+        self._tx.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
+        with held_back():
+            if kind is None:
+                self._commit()
+            else:
+                self._abandon()
+
+    def _commit(self) -> None:
+        tx = self._tx
+        try:
+            tx.settle()
+        except BaseException:
+            self._abandon()
+            raise
+        journal = self._journal()
+        after = [tx.values[cell] for cell in tx.written]
+        tx.__exit__(None, None, None)
+        outside = transactions.current()
+        if outside is not None:
+            outside.journal += journal
+        write_back(tx.written, tx.born, after)
+
+    def _abandon(self) -> None:
+        journal = self._journal()
+        self._tx.__exit__(BaseException, None, None)
+        transactions.undo(journal)
+
+
+def transaction(*nodes: Any) -> EagerTransaction:
+    """All or nothing for the code inside a ``with`` block: commit at its end, roll back at an exception.
+
+    Values of all states and attributes of all modules are rolled back; what plain lists and dicts hold is, in the nodes that are
+    named. Transactions nest: what an inner one commits an outer one may still drop. Jitted functions and all other transforms
+    mean inside what they mean outside; they donate nothing there.
+
+    It keeps pointers to the arrays of before, no copies. A state that was read inside is held by user code from then on, so the
+    next donating step copies it, once.
+
+    Args:
+      *nodes: Modules, Variables, or lists, tuples or dicts of them.
+
+    Example:
+      >>> import mutatis as mu
+      >>> n = mu.Variable(1)
+      >>> with mu.transaction() as tx:
+      ...     n.value = 5
+      ...     if n > 3:
+      ...         tx.rollback()
+      >>> n, tx.reads == (n,), tx.writes
+      (Variable(1, int32), True, ())
+    """
+    return EagerTransaction(nodes)

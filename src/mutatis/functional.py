@@ -1,0 +1,309 @@
+"""Stateless models, as in Flax Linen: `init` gives the states as plain dictionaries, `apply` takes them.
+
+    definition = mu.eval_shape(lambda: Net(rngs=mu.Rngs(0)))         # shapes only: nothing is allocated
+    variables = init(lambda rngs: Net(rngs=rngs), key, x)            # {"params": ..., "batch_stats": ...}
+    out, updates = apply(definition, variables, x, mutable=["batch_stats"], rngs={"dropout": key})
+
+The states are plain arrays in nested dictionaries by path, one dictionary for each collection, so that raw JAX, optax and orbax
+work on them. `apply` builds the model anew around them and runs it in a transaction; what it wrote is returned, and the
+rest of the world does not change. Random streams are not in the dictionaries: each call is given the keys that it may use.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mutatis import transactions
+from mutatis.cells import UNSET, Cell
+from mutatis.errors import FrozenStateError, StructureError
+from mutatis.filters import FilterLike, Path, as_filter
+from mutatis.graph import describe_graph, show_path, variables
+from mutatis.interventions import capture
+from mutatis.kinds import Intermediate, Perturbation, RngState, kind_of
+from mutatis.modules import Module
+from mutatis.random import Rngs, as_key, restarted
+from mutatis.state import State, flat_for, merge, pop, thaw
+from mutatis.surgery import modules
+from mutatis.transactions import Transaction
+from mutatis.transforms.abstract import eval_shape
+from mutatis.variables import Variable, raw_value
+
+_PASSING = (Intermediate, Perturbation)  # states that a call makes where they are missing
+
+
+def init(
+    ctor: Callable[[Rngs], Module],
+    rngs: Any,
+    *inputs: Any,
+    method: str | Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """The states of a new model, by collection and path.
+
+    With inputs the model is called once, which makes the states whose sizes are taken from the input. Each state is what it
+    starts as: what the call writes to it afterwards is dropped. (One that is made inside a transform of the model, say in a
+    `mu.remat`, is what that transform leaves.)
+
+    Args:
+      ctor: makes the model from random streams.
+      rngs: a key or a seed, a dictionary of them by stream, or `mu.Rngs`.
+      *inputs: example inputs.
+      method: what is called with them, as in `apply`.
+      **kwargs: further example inputs.
+
+    Returns:
+      ``{collection: nested dictionary by path}``, with arrays at the leaves; without random streams.
+
+    Raises:
+      StructureError: `ctor` makes no Module.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> variables = mu.functional.init(lambda rngs: mu.nn.Linear(None, 3, rngs=rngs), 0, jnp.ones((1, 2)))
+      >>> jax.tree.map(jnp.shape, variables)
+      {'params': {'bias': (3,), 'kernel': (2, 3)}}
+    """
+    module = _started(ctor, rngs, inputs, method, kwargs)
+    return _collections({path: (type(cell), raw_value(cell)) for path, cell in variables(module).items()})
+
+
+def definition(
+    ctor: Callable[[Rngs], Module], *inputs: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
+) -> Any:
+    """The model of shapes that `apply` wants, with all that a first call makes; nothing is computed or allocated.
+
+    ``mu.eval_shape(lambda: Net(...))`` will do for a model whose layers and states are all there from the start.
+
+    Args:
+      ctor: makes the model from random streams.
+      *inputs: example inputs; `jax.ShapeDtypeStruct` will do.
+      method: what is called with them, as in `apply`.
+      **kwargs: further example inputs.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> layer = mu.functional.definition(lambda rngs: mu.nn.Linear(None, 3, rngs=rngs), jnp.ones((1, 2)))
+      >>> layer.kernel.value
+      ShapeDtypeStruct(shape=(2, 3), dtype=float32)
+    """
+    module = eval_shape(lambda *args, **kwargs: _started(ctor, 0, args, method, kwargs), *inputs, **kwargs)
+    pop(module, *_PASSING)
+    return module
+
+
+def apply(
+    definition: Module,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    mutable: FilterLike = False,
+    rngs: Any = None,
+    method: str | Callable[..., Any] | None = None,
+    capture_intermediates: FilterLike = False,
+    **kwargs: Any,
+) -> Any:
+    """Call a model with these states. Pure: goes through every raw JAX transform.
+
+    Args:
+      definition: the model, of which the structure counts and not the values: ``mu.eval_shape(lambda: Net(...))``,
+        `definition`, or any Module.
+      variables: what `init` gave, or such a dictionary with other values.
+      *inputs: what the model is called with.
+      mutable: which states may be written: a collection, a list of them, any filter; `True` for all.
+      rngs: the keys or seeds of random streams by name (``"default"`` is for those that are not named), or one for all.
+      method: what is called in place of the model: a method's name, or a function of the model and the inputs.
+      capture_intermediates: the modules whose results are kept, as a filter; `True` for all. They are the entries
+        ``"__call__"`` of the collection ``"intermediates"``.
+      **kwargs: what the model is called with.
+
+    Returns:
+      `out`; or ``(out, updates)`` if something is mutable or captured: all mutable states by collection, as in `variables`.
+
+    Raises:
+      StructureError: states are missing or superfluous; all are listed.
+      StateTypeError: states have other types than in the definition; all are listed.
+      FrozenStateError: a state is written that is not mutable. What is sown there is dropped.
+      RandomStreamError: the model draws from a stream that `rngs` does not start.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> x = jnp.array([[1.0], [3.0]])
+      >>> norm = mu.eval_shape(lambda: mu.nn.BatchNorm(1, momentum=0.5))
+      >>> variables = mu.functional.init(lambda rngs: mu.nn.BatchNorm(1, momentum=0.5), 0)
+      >>> out, updates = mu.functional.apply(norm, variables, x, mutable=["batch_stats"])
+      >>> updates
+      {'batch_stats': {'mean': Array([1.], dtype=float32), 'var': Array([1.], dtype=float32)}}
+    """
+    selects = as_filter(mutable)
+    module = _build(definition, variables, rngs)
+    before = set(_cells(module))
+    with _Apply(module, selects) as tx:
+        call = _method(module, method)
+        if capture_intermediates is not False:
+            call = capture(call, *([] if capture_intermediates is True else [capture_intermediates]), of=module)
+        out = call(*inputs, **kwargs)
+        tx.settle()
+        cells = _cells(module)
+        for path, cell in cells.items():
+            if path not in before and not isinstance(cell, _PASSING) and not selects(path, cell):
+                raise _immutable(cell, path, "made")
+        updates = {p: (type(cell), raw_value(cell)) for p, cell in cells.items() if selects(p, cell)}
+    if capture_intermediates is not False:
+        out, captured = out
+        updates |= {(*path, "__call__"): (Intermediate, value) for path, value in captured.flat().items()}
+    elif mutable is False:
+        return out
+    return out, _collections(updates)
+
+
+class _Starts(Transaction):
+    """Keeps what each state was first given, where it had no value."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(label)
+        self.starts: dict[Cell, Any] = {}
+
+    def write(self, cell: Cell, value: Any, trace: Any) -> None:
+        if transactions.is_deferred(cell):
+            self.starts[cell] = value
+        super().write(cell, value, trace)
+
+    def adopt(self, cell: Cell, value: Any) -> None:
+        self.starts[cell] = value
+        super().adopt(cell, value)
+
+
+class _Apply(Transaction):
+    """Refuses writes to states that are not mutable."""
+
+    def __init__(self, module: Module, selects: Callable[[Path, Any], bool]) -> None:
+        paths = {cell: path for path, cell in variables(module).items()}
+        super().__init__("apply", locate=lambda cell: show_path(paths[cell]) if cell in paths else None)  # type: ignore[index]
+        self._fixed = {cell: path for cell, path in paths.items() if not selects(path, cell)}
+
+    def write(self, cell: Any, value: Any, trace: Any) -> None:
+        if cell not in self._fixed or isinstance(cell, RngState):
+            super().write(cell, value, trace)
+        elif not isinstance(cell, Intermediate):
+            raise _immutable(cell, self._fixed[cell], "written")
+
+
+def _immutable(cell: Any, path: Path, what: str) -> FrozenStateError:
+    return FrozenStateError(
+        f"state `{show_path(path)}` ({type(cell).__name__}) was {what}, and its collection is not mutable",
+        path=show_path(path),
+        where=transactions.where(),
+        made_at=cell.made_at,
+        cure=f'`out, updates = apply(..., mutable=["{cell.collection}"])`; for statistics also `definition.eval()`.',
+    )
+
+
+def _started(ctor: Callable[[Rngs], Module], rngs: Any, inputs: Any, method: Any, kwargs: Any) -> Module:
+    """A new model after its first call, with every state as it started."""
+    module = ctor(_as_rngs(rngs))
+    if not isinstance(module, Module):
+        raise StructureError(
+            f"`ctor` gave a {type(module).__name__}",
+            expected="a Module",
+            got=f"{module!r:.60}",
+            cure="`init(lambda rngs: Net(rngs=rngs), key, x)`",
+        )
+    if inputs or kwargs or method is not None:
+        with _Starts("init") as tx:
+            _method(module, method)(*inputs, **kwargs)
+            tx.settle()
+            starts = dict(tx.starts)
+        for cell, value in starts.items():
+            transactions.create(cell, value)
+    return module
+
+
+def _as_rngs(rngs: Any) -> Rngs:
+    return rngs if isinstance(rngs, Rngs) else Rngs(**rngs) if isinstance(rngs, Mapping) else Rngs(rngs)
+
+
+def _method(module: Module, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
+    if method is None:
+        return module  # type: ignore[return-value]
+    if isinstance(method, str):
+        return getattr(module, method)  # type: ignore[no-any-return]
+    return functools.partial(getattr(method, "__func__", method), module)
+
+
+def _cells(module: Module) -> dict[Path, Any]:
+    """The states that are in dictionaries: all but random streams."""
+    return {path: cell for path, cell in variables(module).items() if not isinstance(cell, RngState)}
+
+
+def _collections(states: Mapping[Path, tuple[type, Any]]) -> dict[str, Any]:
+    """Nested dictionaries by collection and path."""
+    parts: dict[str, dict[Path, Any]] = {}
+    for path, (kind, value) in states.items():
+        if not issubclass(kind, RngState):
+            parts.setdefault(kind.collection, {})[path] = value  # type: ignore[attr-defined]
+    return {name: State(flat).to_pure_dict() for name, flat in sorted(parts.items())}
+
+
+def _build(definition: Module, variables: Mapping[str, Any], rngs: Any) -> Module:
+    """A model of the definition's structure around these states."""
+    graphdef, cells = describe_graph(definition)
+    known = {
+        (cell.collection, *path): (path, cell)
+        for path, cell in zip(graphdef.paths, cells, strict=True)
+        if not isinstance(cell, RngState)
+    }
+    by_text = {tuple(map(str, path)): path for path in known}  # who has saved a dictionary may find "0" for 0
+    given = {by_text.get(tuple(map(str, p)), p): v for p, v in flat_for(variables, {*known, *by_text}).items()}
+    missing = [path for path, (_, cell) in known.items() if path not in given and not isinstance(cell, _PASSING)]
+    parents = modules(definition)
+    extra = {path: _kind_of_extra(path, parents) for path in given if path not in known}
+    superfluous = [path for path, kind in extra.items() if kind is None]
+    if missing or superfluous:
+        raise StructureError(
+            "the variables do not fit the definition",
+            differences=[
+                *(f"missing:    {path[0]}: {show_path(path[1:])}" for path in missing),
+                *(f"unexpected: {path[0]}: {show_path(path[1:])}" for path in superfluous),
+            ],
+            cure="Pass all that `init` gave. Where the first call makes layers or states, make the definition with an input: "
+            "`functional.definition(ctor, x)`.",
+        )
+    values: dict[Path, Any] = {}
+    for path, cell in zip(graphdef.paths, cells, strict=True):
+        if isinstance(cell, RngState):
+            values[path] = _stream(path, cell, rngs)
+        else:
+            values[path] = given.get((cell.collection, *path), UNSET)
+    module: Module = merge(graphdef, State(values))
+    thaw(module, lambda _, cell: cell._frozen == "detached")  # so is a definition that raw `jax.eval_shape` made
+    left_out = [path for path, (_, cell) in known.items() if path not in given and isinstance(cell, _PASSING)]
+    if left_out:
+        pop(module, lambda path, cell: (cell.collection, *path) in left_out)
+    places = modules(module)
+    for path, kind in extra.items():
+        if kind is not None:
+            setattr(places[path[1:-1]], path[-1], kind(given[path]))
+    return module
+
+
+def _kind_of_extra(path: Path, parents: Mapping[Path, Module]) -> type[Variable] | None:
+    """The kind of a state that the definition lacks and a call makes, as an attribute that is None or as a passing one."""
+    kind = kind_of(path[0])
+    parent = parents.get(path[1:-1])
+    if parent is None or kind is None:
+        return None
+    held = parent.__dict__.get(path[-1], transactions.ABSENT)
+    return kind if held is None or (held is transactions.ABSENT and issubclass(kind, _PASSING)) else None
+
+
+def _stream(path: Path, cell: RngState, rngs: Any) -> Any:
+    """The start of a random stream in one call."""
+    if rngs is None:
+        return UNSET
+    name = cell.metadata.get("tag", "default")
+    if isinstance(rngs, Rngs):
+        return restarted(path, rngs.stream(name).draw(), transactions.glimpse(cell))
+    seeds = rngs if isinstance(rngs, Mapping) else {"default": rngs}
+    seed = seeds.get(name, seeds.get("default", UNSET))
+    return UNSET if seed is UNSET else restarted(path, as_key(seed, name), transactions.glimpse(cell))

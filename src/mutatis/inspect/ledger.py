@@ -1,0 +1,365 @@
+"""The ledger: what a function does with states, seen without running it.
+
+The function is traced with `mu.eval_shape`, and each transaction on the way hands in what it recorded. The numbers are those of
+the code as it is traced: a branch counts as taken, and a `while_loop` as a number that is not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mutatis import transactions
+from mutatis.captures import search
+from mutatis.inspect.tables import Table, show_bytes
+from mutatis.lanes import LaneTransaction
+from mutatis.lifting import Scope, argument_names, function_name, named_nodes
+from mutatis.modules import Module
+from mutatis.transactions import Transaction
+from mutatis.transforms.abstract import eval_shape
+from mutatis.transforms.jit import jit
+from mutatis.values import show_type
+from mutatis.variables import Variable
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a function does with one state.
+
+    Attributes:
+      path: where the state is, from the name that the function has for its owner.
+      kind: the name of its kind.
+      type: its shape and dtype, or those of its leaves, when the function begins (when it ends, if it makes the state).
+      bytes: the size of its arrays.
+      read: whether the function reads it.
+      updates: how often a call writes it; None if that is not known.
+      made: whether the function makes it.
+      frozen: whether it can be read only.
+      mode: the mode of the module that it is in, ``"train"`` or ``"eval"``.
+      sharding: how it is spread over devices; empty for one device.
+      through: the transforms that it goes through on the way to the code that uses it, from the outside in, each with
+        what it does: ``"scan(body): carried"``. *carried*: from one iteration to the next. *split*: each iteration, lane or
+        device has a part. *shared*: all of them have the same. *a stream each*: each lane draws from a stream of its own.
+    """
+
+    path: str
+    kind: str
+    type: str
+    bytes: int
+    read: bool = False
+    updates: int | None = 0
+    made: bool = False
+    frozen: bool = False
+    mode: str = "train"
+    sharding: str = ""
+    through: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        """Whether its value is another one after a call."""
+        return self.made or self.updates != 0
+
+    @property
+    def unused(self) -> bool:
+        """Whether the function can reach it and leaves it alone."""
+        return not self.read and not self.changed
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An operation in which devices exchange data.
+
+    Attributes:
+      name: what it is in XLA: ``"all-reduce"``, ...
+      type: what each device receives.
+      count: how many there are in the program.
+    """
+
+    name: str
+    type: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger(Table):
+    """What a function does with each state that it can reach; `print` shows it as text, `rich.print` as a table.
+
+    Attributes:
+      label: the name of the function.
+      entries: the states, in the order of their paths.
+    """
+
+    label: str
+    entries: tuple[Entry, ...]
+    _compile: Callable[[], str] = dataclasses.field(repr=False, compare=False)
+    header = ("state", "kind", "type", "size", "read", "updates", "through")
+    left = ("state", "kind", "type", "through")
+
+    def __getitem__(self, path: str) -> Entry:
+        """The entry of a path."""
+        for entry in self.entries:
+            if entry.path == path:
+                return entry
+        raise KeyError(f"no state `{path}`; there are {', '.join(entry.path for entry in self.entries)}")
+
+    @property
+    def changed(self) -> tuple[Entry, ...]:
+        """What a call changes or makes: what a checkpoint has to hold, the rest being as it was made."""
+        return tuple(entry for entry in self.entries if entry.changed)
+
+    def why(self, path: str) -> str:
+        """Why a state is, or is not, updated: a sentence."""
+        if path not in {entry.path for entry in self.entries}:
+            known = ", ".join(entry.path for entry in self.entries) or "none"
+            return f"`{self.label}` cannot reach a state `{path}`: pass its owner, or name it. It reaches: {known}."
+        entry = self[path]
+        if entry.changed:
+            times = {None: "an unknown number of times", 1: "once"}.get(entry.updates, f"{entry.updates} times")
+            return f"`{path}` is {'made' if entry.made else 'updated'}: a call writes it {times}."
+        used = "only reads" if entry.read else "neither reads nor writes"
+        reason = " It is frozen: `mu.thaw(...)` lets it be written." if entry.frozen else ""
+        if entry.mode == "eval":
+            reason += " Its module is in evaluation mode: `model.train()` lets layers update their statistics."
+        return f"`{path}` is not updated: `{self.label}` {used} it.{reason}"
+
+    def collectives(self) -> tuple[Collective, ...]:
+        """What devices exchange in a call, under the present shardings. Compiles the function, and does not run it."""
+        found: Counter[tuple[str, str]] = Counter()
+        for kind, name in _COLLECTIVE.findall(self._compile()):
+            found[name, re.sub(r"\{[^}]*\}", "", kind)] += 1
+        return tuple(Collective(name, kind, count) for (name, kind), count in sorted(found.items()))
+
+    def diff(self, other: Ledger) -> LedgerDiff:
+        """What is different in another ledger, state by state."""
+        mine = {entry.path: entry for entry in self.entries}
+        theirs = {entry.path: entry for entry in other.entries}
+        changes = []
+        for path in mine | theirs:
+            a, b = mine.get(path), theirs.get(path)
+            if a is None or b is None:
+                changes.append((path, "state", "-" if a is None else a.type, "-" if b is None else b.type))
+                continue
+            for field in dataclasses.fields(Entry):
+                before, after = getattr(a, field.name), getattr(b, field.name)
+                if before != after:
+                    changes.append((path, field.name, _show(before), _show(after)))
+        return LedgerDiff(self.label, other.label, tuple(changes))
+
+    def cells(self) -> list[Sequence[str]]:
+        """The text of each row; states that are left alone are not shown."""
+        return [
+            (
+                entry.path,
+                entry.kind + (", frozen" if entry.frozen else ""),
+                entry.type + (f" {entry.sharding}" if entry.sharding else ""),
+                show_bytes(entry.bytes),
+                "yes" if entry.read else "",
+                ("made, " if entry.made else "") + ("?" if entry.updates is None else str(entry.updates or "")),
+                ", ".join(entry.through),
+            )
+            for entry in self.entries
+            if not entry.unused
+        ]
+
+    def footer(self) -> Sequence[str]:
+        """The sums."""
+        used = [entry for entry in self.entries if not entry.unused]
+        changed = sum(entry.bytes for entry in self.changed)
+        left = len(self.entries) - len(used)
+        return (
+            f"{len(used)} states" + (f", {left} left alone" if left else ""),
+            "",
+            f"{show_bytes(changed)} updated",
+            show_bytes(sum(entry.bytes for entry in used)),
+            str(sum(entry.read for entry in used)),
+            str(len(self.changed)),
+            "",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LedgerDiff(Table):
+    """The differences of two ledgers.
+
+    Attributes:
+      changes: (path, what, before, after); what is ``"state"`` where one of them does not have the state.
+    """
+
+    before: str
+    after: str
+    changes: tuple[tuple[str, str, str, str], ...]
+    header = ("state", "what", "before", "after")
+    left = header
+
+    def __bool__(self) -> bool:
+        return bool(self.changes)
+
+    def cells(self) -> Sequence[Sequence[str]]:
+        """The text of each row."""
+        return self.changes
+
+
+def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
+    """A function that gives the ledger of a call of `f`: what it reads, writes and makes. Nothing is run or allocated.
+
+    Args:
+      f: a function, also a transformed one, or a callable Module.
+
+    Returns:
+      A function of the arguments of `f` (`jax.ShapeDtypeStruct` will do for arrays).
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> norm, total = mu.nn.BatchNorm(4), mu.Variable(0.0)
+      >>> def step(x):
+      ...     def body(carry, row):
+      ...         total.value += norm(row).sum()
+      ...         return carry, None
+      ...     mu.scan(body, None, x)
+      >>> print(mu.inspect.ledger(step)(jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)))
+      state       kind       type          size  read  updates  through
+      norm.bias   Param      float32[4]    16 B   yes           scan(step.body): shared
+      norm.mean   BatchStat  float32[4]    16 B   yes        8  scan(step.body): carried
+      norm.scale  Param      float32[4]    16 B   yes           scan(step.body): shared
+      norm.var    BatchStat  float32[4]    16 B   yes        8  scan(step.body): carried
+      total       Variable   float32[]      4 B   yes        8  scan(step.body): carried
+      5 states               36 B updated  68 B     5        3
+    """
+
+    @functools.wraps(f)
+    def of(*args: Any, **kwargs: Any) -> Ledger:
+        named = named_nodes(argument_names(f, args, kwargs), [*args, *kwargs.values()])
+        roots = [*named, *search(f).roots]
+        before = Scope(roots)
+        types = {cell: _shapes(transactions.glimpse(cell)) for cell in before.cells}
+        shardings = {cell: _show_sharding(cell) for cell in before.cells}
+        entries: dict[Any, Entry] = {}
+        book = _Book()
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            out = f(*args, **kwargs)
+            after = Scope([*roots, *named_nodes(["result"], [out])])
+            made = [cell for cell in after.cells if cell not in types]
+            types.update({cell: _shapes(transactions.glimpse(cell)) for cell in made})
+            owners = {id(o): p for o, p in zip(after.encoder.objects, after.encoder.object_paths, strict=True)}
+            modes = {p: o.mode for o in after.encoder.objects if isinstance(o, Module) for p in [owners[id(o)]]}
+            for cell, path in zip(after.cells, after.encoder.paths, strict=True):
+                entries[cell] = Entry(
+                    path=str(after.locate(cell)),
+                    kind=type(cell).__name__,
+                    type=show_type(types[cell]),
+                    bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(types[cell])),
+                    made=cell in made,
+                    frozen=cell.frozen,
+                    mode=next((modes[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in modes), "train"),
+                    sharding=shardings.get(cell, ""),
+                )
+
+        with transactions.recorded(book.note):
+            eval_shape(run, *args, **kwargs)
+        root = book.pages[-1]
+        found = [
+            dataclasses.replace(
+                entry,
+                read=cell in root.tx.seen,
+                updates=book.updates(root, cell),
+                through=book.through(root, cell),
+            )
+            for cell, entry in entries.items()
+        ]
+        compiled = jit(f) if not hasattr(f, "lower") else f
+        return Ledger(
+            function_name(f),
+            tuple(sorted(found, key=lambda entry: entry.path)),
+            lambda: compiled.lower(*args, **kwargs).compile().as_text(),
+        )
+
+    return of
+
+
+@dataclasses.dataclass(eq=False)
+class _Page:
+    """One transaction: what it recorded, and how cells look in it."""
+
+    tx: Transaction
+    roles: dict[Any, str]
+
+
+class _Book:
+    """The transactions of a function, inner ones first."""
+
+    def __init__(self) -> None:
+        self.pages: list[_Page] = []
+
+    def note(self, tx: Transaction) -> None:
+        """Take in a transaction that has ended well, and still holds its values."""
+        used = {cell: tx.values[cell] for cell in (*tx.seen, *tx.written) if cell in tx.values}
+        self.pages.append(_Page(tx, {cell: _role(tx, cell, value) for cell, value in used.items()}))
+
+    def _inside(self, page: _Page) -> Iterable[list[_Page]]:
+        """The transactions directly inside one, those of one call of a transform together."""
+        calls: dict[Any, list[_Page]] = {}
+        for inner in self.pages:
+            if inner.tx.parent is page.tx:
+                calls.setdefault((inner.tx.label, inner.tx.locate), []).append(inner)
+        return calls.values()
+
+    def updates(self, page: _Page, cell: Any) -> int | None:
+        """How often a call writes a cell."""
+        calls = [[p for p in pages if cell in p.tx.written] for pages in self._inside(page)]
+        inner = [[self.updates(p, cell) for p in pages] for pages in calls if pages]
+        direct = max(0, page.tx.written.get(cell, 0) - len(inner))  # each call of a transform commits once
+        if not direct and not inner:
+            return 0
+        if page.tx.repeats is None or any(None in numbers for numbers in inner):
+            return None
+        return page.tx.repeats * (direct + sum(max(n for n in numbers if n is not None) for numbers in inner))
+
+    def through(self, page: _Page, cell: Any) -> tuple[str, ...]:
+        """The transforms inside one that a cell goes through."""
+        found: dict[str, None] = {}
+        for pages in self._inside(page):
+            for inner in pages:
+                if cell in inner.roles:
+                    role = inner.roles[cell]
+                    found[inner.tx.label + (f": {role}" if role else "")] = None
+                found |= dict.fromkeys(self.through(inner, cell))
+        return tuple(found)
+
+
+def _role(tx: Transaction, cell: Any, value: Any) -> str:
+    """What a transform does with a state."""
+    lanes = isinstance(tx, LaneTransaction)
+    if not lanes and tx.repeats == 1:
+        return ""
+    if isinstance(tx, LaneTransaction) and tx.is_forked(cell):
+        return "a stream each"
+    outside = transactions.glimpse(cell)
+    if outside is not None and jax.tree.map(np.shape, _shapes(outside)) != jax.tree.map(np.shape, _shapes(value)):
+        return "split"
+    return "carried" if cell in tx.written and not lanes else "shared"
+
+
+def _shapes(value: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), value)
+
+
+def _show_sharding(cell: Variable) -> str:
+    spread = transactions.placement(cell)
+    return "" if spread is None else ", ".join(str(getattr(sharding, "spec", sharding)) for sharding in spread)
+
+
+def _show(value: Any) -> str:
+    return ", ".join(value) or "-" if isinstance(value, tuple) else "?" if value is None else str(value)
+
+
+_COLLECTIVE = re.compile(
+    r"= (\(?[a-z0-9]+\[.*?\)?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)

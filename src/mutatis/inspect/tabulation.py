@@ -1,0 +1,174 @@
+"""A table of the layers of a model: what goes in and out of each, what it holds and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mutatis.graph import show_path, variables
+from mutatis.inspect.tables import Table, show_bytes
+from mutatis.interventions import intercept
+from mutatis.kinds import Param
+from mutatis.lifting import Packed
+from mutatis.modules import Module
+from mutatis.state import clone
+from mutatis.surgery import modules
+from mutatis.transforms.abstract import eval_shape
+from mutatis.transforms.jit import jit
+from mutatis.values import show_type
+from mutatis.variables import raw_value
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+      path: where the layer is in the model; empty for the model itself.
+      layer: the name of its class.
+      inputs: the shapes and dtypes of the arrays that it is called with.
+      output: those of what it returns.
+      kinds: how many states of each kind it holds, with what is inside it.
+      parameters: the elements of its parameters.
+      bytes: the size of all its states.
+      flops: the floating point operations of the call, as XLA counts them before it optimizes; None if it does not say.
+    """
+
+    path: str
+    layer: str
+    inputs: str
+    output: str
+    kinds: dict[str, int]
+    parameters: int
+    bytes: int
+    flops: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tabulation(Table):
+    """The calls of the layers of a model, in order, each before those inside it."""
+
+    calls: tuple[Call, ...]
+    header = ("layer", "class", "inputs", "output", "states", "parameters", "size", "flops")
+    left = ("layer", "class", "inputs", "output", "states")
+
+    def cells(self) -> list[Sequence[str]]:
+        """The text of each row."""
+        return [
+            (
+                call.path or ".",
+                call.layer,
+                call.inputs,
+                call.output,
+                ", ".join(f"{count} {kind}" for kind, count in call.kinds.items()),
+                f"{call.parameters:,}",
+                show_bytes(call.bytes),
+                "?" if call.flops is None else f"{call.flops:,.0f}",
+            )
+            for call in self.calls
+        ]
+
+
+def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any) -> Tabulation:
+    """A table of the layers of a model, for a call with these inputs. Nothing is computed, allocated or written.
+
+    A layer counts with all that is inside it, and has a row for each of its calls.
+
+    Args:
+      net: the model; one of shapes, ``mu.eval_shape(lambda: Net(...))``, will do.
+      *inputs: what it is called with; `jax.ShapeDtypeStruct` will do for arrays.
+      depth: how deep in the model a layer may be to get a row; any, if None.
+      **kwargs: further inputs.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> from mutatis import nn
+      >>> class Net(mu.Module):
+      ...     def __init__(self, rngs):
+      ...         self.layers = [nn.Linear(None, 128, rngs=rngs), nn.Linear(128, 10, rngs=rngs)]
+      ...     def __call__(self, x):
+      ...         return self.layers[1](self.layers[0](x))
+      >>> net = mu.eval_shape(lambda: Net(mu.Rngs(0)))
+      >>> print(mu.inspect.tabulate(net, jax.ShapeDtypeStruct((32, 784), jnp.float32)))
+      layer      class   inputs           output           states   parameters      size      flops
+      .          Net     float32[32,784]  float32[32,10]   4 Param     101,770  407.1 kB  6,508,864
+      layers[0]  Linear  float32[32,784]  float32[32,128]  2 Param     100,480  401.9 kB  6,426,624
+      layers[1]  Linear  float32[32,128]  float32[32,10]   2 Param       1,290    5.2 kB     82,240
+    """
+    made, rows = None, []
+    calls: list[tuple[Any, Any, Any]] = []
+
+    def record(module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        row = len(calls)
+        calls.append((None, None, None))
+        out = call(*args, **kwargs)
+        calls[row] = module, _shapes((args, kwargs)), _shapes(out)
+        return out
+
+    def run(*inputs: Any, **kwargs: Any) -> Any:
+        copy: Any = clone(net)
+        with intercept(..., record):
+            copy(*inputs, **kwargs)
+        return copy
+
+    made = eval_shape(run, *inputs, **kwargs)
+    paths = {id(module): path for path, module in modules(made).items()}
+    for module, given, out in calls:
+        path = paths.get(id(module))
+        if path is None or (depth is not None and len(path) > depth):
+            continue
+        values = {cell: raw_value(cell) for cell in variables(module).values()}
+        rows.append(
+            Call(
+                path=show_path(path),
+                layer=type(module).__name__,
+                inputs=_show(given),
+                output=_show(out),
+                kinds=dict(Counter(type(cell).__name__ for cell in values)),
+                parameters=sum(_size(value) for cell, value in values.items() if isinstance(cell, Param)),
+                bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(list(values.values()))),
+                flops=_flops(module, given),
+            )
+        )
+    return Tabulation(tuple(rows))
+
+
+def _shapes(tree: Any) -> Any:
+    """Arrays as shapes; nodes and all else as they are."""
+    packed = Packed(tree)
+    return packed.fill([_shape(leaf) for leaf in packed.leaves])
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array | np.ndarray) else leaf
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [leaf for leaf in Packed(tree).leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+
+def _show(tree: Any) -> str:
+    return ", ".join(map(show_type, _arrays(tree)))
+
+
+def _size(value: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(value))
+
+
+def _flops(module: Any, given: Any) -> float | None:
+    """What XLA counts for one call."""
+    packed = Packed(given)
+
+    def call(*arrays: Any) -> Any:
+        rest = iter(arrays)
+        leaves = [next(rest) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in packed.leaves]
+        args, kwargs = packed.fill(leaves)
+        return module(*args, **kwargs)
+
+    costs = jit(call).lower(*_arrays(given)).cost_analysis()
+    return None if costs is None else costs.get("flops")

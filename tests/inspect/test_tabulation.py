@@ -1,0 +1,82 @@
+"""The table of layers: shapes, states and costs beside those of a real call, without one."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import rich.console
+
+import mutatis as mu
+from mutatis import nn
+from mutatis.inspect import tabulate
+
+X = jax.ShapeDtypeStruct((32, 784), jnp.float32)
+
+
+class Block(mu.Module):
+    def __init__(self, rngs: mu.Rngs) -> None:
+        self.linear = nn.Linear(None, 128, rngs=rngs)
+        self.dropout = nn.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any, *, scale: Any = None, active: bool = True) -> Any:
+        return self.dropout(self.linear(x)) if active else x
+
+
+class Net(mu.Module):
+    def __init__(self, rngs: mu.Rngs) -> None:
+        self.block = mu.remat(Block(rngs), static_argnames=("active",))
+        self.norm = nn.BatchNorm(128)
+        self.cache = None
+
+    def __call__(self, x: Any) -> Any:
+        if self.cache is None:
+            self.cache = mu.Cache(jnp.zeros(3))
+        y = self.norm(self.block(x, scale=None, active=True))
+        return self.norm(y)
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+def test_calls(shapes: bool) -> None:
+    net = mu.eval_shape(lambda: Net(mu.Rngs(0))) if shapes else Net(mu.Rngs(0))
+    calls = tabulate(net, X).calls
+    assert [(call.path, call.layer) for call in calls] == [
+        ("", "Net"),
+        ("block", "Block"),
+        ("block.linear", "Linear"),
+        ("block.dropout", "Dropout"),
+        ("norm", "BatchNorm"),
+        ("norm", "BatchNorm"),
+    ]
+    assert [call.inputs for call in calls[:5]] == ["float32[32,784]"] * 3 + ["float32[32,128]"] * 2
+    assert {call.output for call in calls} == {"float32[32,128]"}
+    assert calls[0].kinds == {"RngState": 1, "Param": 4, "BatchStat": 2, "Cache": 1}
+    assert [call.parameters for call in calls] == [100_736, 100_480, 100_480, 0, 256, 256]
+    assert calls[2].bytes == 4 * 100_480
+    assert net.cache is None, "the model is left as it is"
+    assert net.block.__wrapped__.linear.kernel.deferred
+
+
+def test_flops_are_those_of_the_layer_alone() -> None:
+    linear = nn.Linear(784, 128, rngs=mu.Rngs(0))
+    (call,) = tabulate(linear, X).calls
+    by_hand = jax.jit(lambda k, b, x: x @ k + b[None]).lower(linear.kernel.value, linear.bias.value, X)
+    assert call.flops == by_hand.cost_analysis()["flops"]
+
+
+def test_depth_and_text() -> None:
+    table = tabulate(Net(mu.Rngs(0)), X, depth=1)
+    assert [call.path for call in table.calls] == ["", "block", "norm", "norm"]
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    console.print(table)
+    for text in (str(table), console.file.getvalue(), table.to_html()):
+        assert "100,480" in text and "BatchNorm" in text
+
+
+def test_nothing_is_allocated() -> None:
+    net = mu.eval_shape(lambda: nn.Linear(100_000, 100_000, rngs=mu.Rngs(0)))
+    (call,) = tabulate(net, jax.ShapeDtypeStruct((1, 100_000), jnp.float32)).calls
+    assert call.parameters == 10_000_100_000

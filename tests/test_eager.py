@@ -1,0 +1,264 @@
+"""`mu.transaction`: what is committed, what is rolled back, nesting, transforms inside, threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mutatis as mu
+from mutatis import nn
+
+
+class Net(mu.Module):
+    def __init__(self) -> None:
+        self.w = mu.Param(jnp.arange(3.0))
+        self.items = [mu.Variable(0)]
+        self.table = {"a": mu.Variable(1)}
+        self.tree = mu.Variable({"x": jnp.zeros(2)})
+        self.flag = True
+        self.rngs = mu.Rngs(0)
+
+    def step(self) -> None:
+        self.w.value = self.w * 2
+        self.items[0].value += 1
+        self.tree.value["x"] = self.tree.value["x"] + 1
+
+
+def everything(net: Net) -> Any:
+    return (
+        jax.tree.map(np.asarray, mu.state(net, mu.Not(mu.RngState)).flat()),
+        mu.graphdef(net),
+        int(net.rngs.default.value["count"]),
+    )
+
+
+def change(net: Net) -> None:
+    """Everything that can be changed."""
+    net.step()
+    net.rngs()
+    net.flag = False
+    net.extra = mu.Variable(5)
+    net.items.append(mu.Variable(9))
+    net.table["b"] = mu.Variable(2)
+    del net.table["a"]
+    net.eval()
+    mu.freeze(net, mu.Param)
+
+
+def same(a: Any, b: Any) -> None:
+    assert a[1:] == b[1:]
+    assert a[0].keys() == b[0].keys()
+    jax.tree.map(np.testing.assert_array_equal, a[0], b[0])
+
+
+class StopError(Exception):
+    pass
+
+
+def by_exception(net: Net) -> None:
+    with pytest.raises(StopError), mu.transaction(net):
+        change(net)
+        raise StopError
+
+
+def by_rollback(net: Net) -> None:
+    with mu.transaction(net) as tx:
+        change(net)
+        tx.rollback()
+
+
+def by_outer(net: Net) -> None:
+    with mu.transaction(net) as tx:
+        with mu.transaction(net) as inner:
+            change(net)
+        assert net.w in inner.writes
+        tx.rollback()
+
+
+def by_inner(net: Net) -> None:
+    with mu.transaction(net), mu.transaction(net) as tx:
+        change(net)
+        tx.rollback()
+
+
+def inside_jit(net: Net) -> None:
+    @mu.jit
+    def f() -> None:
+        with mu.transaction(net) as tx:
+            change(net)
+            tx.rollback()
+
+    f()
+
+
+WAYS = [by_exception, by_rollback, by_outer, by_inner, inside_jit]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_is_rolled_back(way: Callable[[Net], None]) -> None:
+    net = Net()
+    before = everything(net)
+    way(net)
+    same(everything(net), before)
+    net.step()
+    np.testing.assert_array_equal(net.w, [0, 2, 4])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_all_is_committed(nested: bool) -> None:
+    net, twin = Net(), Net()
+    change(twin)
+    if nested:
+        with mu.transaction(net), mu.transaction(net):
+            change(net)
+    else:
+        with mu.transaction(net):
+            change(net)
+    same(everything(net), everything(twin))
+    assert net.extra == 5 and net.items[1] == 9
+
+
+def test_reads_and_writes() -> None:
+    a, b, c, d = (mu.Variable(i) for i in range(4))
+    both = mu.jit(lambda: d.set(c.value + 1))
+    with mu.transaction() as tx:
+        assert (tx.reads, tx.writes) == ((), ())
+        b.value = a + 1
+        assert (tx.reads, tx.writes) == ((a,), (b,))
+        both()
+        assert (tx.reads, tx.writes) == ((a, c), (b, d))
+        mu.scan(lambda carry, _: (carry, a.set(a + b)), None, length=2)
+    assert (set(tx.reads), set(tx.writes)) == ({a, b, c}, {a, b, d})
+    assert [int(v) for v in (a, b, c, d)] == [2, 1, 2, 3]
+
+
+def test_a_rollback_of_some_states() -> None:
+    net = Net()
+    with mu.transaction(net) as tx:
+        proposal = []
+        for _ in range(2):
+            proposal.append(jax.random.normal(net.rngs()))
+            net.w.value = net.w + proposal[-1]
+            tx.rollback(mu.Not(mu.RngState))
+            assert net.w not in tx.writes
+    assert proposal[0] != proposal[1], "random streams go on"
+    np.testing.assert_array_equal(net.w, np.arange(3))
+    with mu.transaction(net) as tx:
+        net.step()
+        tx.rollback(lambda path, _: path == ("items", 0))
+    assert int(net.items[0]) == 0
+    np.testing.assert_array_equal(net.w, [0, 2, 4])
+
+
+def test_what_is_made_inside_outlives_a_rollback() -> None:
+    with mu.transaction() as tx:
+        made = mu.Variable(1)
+        made.value = 2
+        tx.rollback()
+        assert made == 2
+    assert made == 2
+
+
+TRANSFORMS: dict[str, Callable[[Net], Any]] = {
+    "jit": lambda net: mu.jit(Net.step)(net),
+    "jit again": lambda net: [step(net) for step in [mu.jit(Net.step)] for _ in range(3)],
+    "scan": lambda net: mu.scan(lambda c, _: (c, net.step()), None, length=3),
+    "cond": lambda net: mu.cond(True, net.step, lambda: None),
+    "vmap": lambda net: mu.vmap(lambda x: net.w.set(net.w * 2), axis_size=2, in_axes=None)(0),
+    "grad": lambda net: mu.grad(lambda: (net.step(), jnp.sum(net.w.value))[1], of=net.w)(),
+    "remat": lambda net: mu.remat(net.step)(),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("commit", [False, True])
+def test_transforms_inside(name: str, commit: bool) -> None:
+    net, twin = Net(), Net()
+    before = everything(net)
+    TRANSFORMS[name](twin)
+    with mu.transaction(net) as tx:
+        TRANSFORMS[name](net)
+        same(everything(net), everything(twin))
+        if not commit:
+            tx.rollback()
+    same(everything(net), everything(twin) if commit else before)
+
+
+def test_a_compiled_step_inside_and_outside_is_one_program(traces: Any) -> None:
+    net = Net()
+    counted = traces.count(net.step)
+    step = mu.jit(counted)
+    step()
+    with mu.transaction() as tx:
+        step()
+        tx.rollback()
+    with mu.transaction():
+        step()
+    step()
+    assert traces[counted] == 1
+    np.testing.assert_array_equal(net.w, np.arange(3) * 8)
+
+
+def test_donation_leaves_what_a_transaction_may_need() -> None:
+    net = Net()
+    step = mu.jit(net.step)
+    step()
+    with pytest.raises(StopError), mu.transaction():
+        for _ in range(3):
+            step()
+        raise StopError
+    np.testing.assert_array_equal(net.w, [0, 2, 4])
+    step()
+    np.testing.assert_array_equal(net.w, [0, 4, 8])
+
+
+def test_an_undone_step_of_an_optimizer() -> None:
+    net = nn.Linear(2, 1, rngs=mu.Rngs(0))
+    opt = mu.Optimizer(net, optax.adam(0.1))
+
+    @mu.jit
+    def step(x: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it
+            loss, grads = mu.value_and_grad(lambda: jnp.sum(net(x) ** 2), of=net)()
+            opt.update(grads)
+            return loss
+
+    step(jnp.ones(2))
+    before = mu.state((net, opt))
+    with mu.transaction() as tx:
+        if not jnp.isfinite(step(jnp.array([jnp.nan, 1]))):
+            tx.rollback()
+    assert mu.state((net, opt)) == before
+
+
+def test_other_threads_see_what_is_committed() -> None:
+    net, seen = Net(), []
+    with mu.transaction():
+        net.items[0].value = 7
+        thread = threading.Thread(target=lambda: seen.append(int(net.items[0])))
+        thread.start()
+        thread.join()
+    assert seen == [0]
+    assert net.items[0] == 7
+
+
+def test_a_value_that_cannot_be_kept_rolls_back() -> None:
+    net = Net()
+    before = everything(net)
+    with pytest.raises(mu.errors.StateTypeError), mu.transaction(net):
+        net.step()
+        net.tree.value["x"] = "text"
+    same(everything(net), before)
+    assert mu.Variable(1) + 1 == 2, "nothing is left open"
+
+
+def test_nothing_but_nodes() -> None:
+    with pytest.raises(mu.errors.StructureError, match="not a node"):
+        mu.transaction(3)
