@@ -5,6 +5,7 @@ They are read from the source with `ast`, so that none hides behind a decorator.
 
 In Markdown, the ```python blocks of a file run in order in one namespace, which starts empty; a block with
 `>>>` is compared with the output it shows. `<!-- skip: reason -->` on the line above a block leaves it out.
+A block whose first line imports one of `PEERS` runs only where that is installed; no other block may need its names.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import re
 import sys
 import types
@@ -28,6 +30,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})python\b[^\n]*\n(?P<code>.*?)^ *(?P=ticks) *$", re.M | re.S)
+PEERS = ("brainstate", "equinox", "flax", "haiku", "penzai")
+PEER = re.compile(rf"(?:>>> )?(?:import|from) ({'|'.join(PEERS)})\b")
 SKIP = re.compile(r"<!--\s*skip:\s*(?P<reason>\S.*?)\s*-->\s*\Z", re.S)
 
 
@@ -96,6 +100,7 @@ class Block:
     code: str
     line: int  # of its first line of code, from 1
     skip: str | None  # the reason
+    peer: str | None = None  # the library that it is about
 
 
 def blocks(text: str) -> list[Block]:
@@ -104,14 +109,15 @@ def blocks(text: str) -> list[Block]:
         reason = SKIP.search(text[: match.start()])
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.M)
         line = text.count("\n", 0, match.start("code")) + 1
-        found.append(Block(code, line, reason["reason"] if reason else None))
+        peer = PEER.match(code)
+        found.append(Block(code, line, reason["reason"] if reason else None, peer[1] if peer else None))
     return found
 
 
 def run_page(path: Path) -> None:
     with namespace("page") as known:
         for block in blocks(path.read_text(encoding="utf-8")):
-            if block.skip:
+            if block.skip or (block.peer and importlib.util.find_spec(block.peer) is None):
                 continue
             if ">>>" in block.code:
                 run_examples(block.code, known, f"{path.name}:{block.line}", path, block.line - 1)
@@ -161,6 +167,22 @@ def test_blocks_share_a_namespace(tmp_path: Path) -> None:
     path.write_text(PAGE)
     assert [block.skip for block in blocks(PAGE)] == [None, None, "needs a cluster", None]
     run_page(path)
+
+
+@pytest.mark.parametrize("first", ["import {}", "from {}.nn import Linear", ">>> import {} as p", "import {}x"])
+def test_blocks_of_a_peer_run_where_it_is_installed(
+    first: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = f"```python\n{first.format('penzai')}\n```\n"
+    peer = None if first == "import {}x" else "penzai"
+    assert [block.peer for block in blocks(page)] == [peer]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "page.md").write_text(page)
+    if peer:
+        run_page(tmp_path / "page.md")
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            run_page(tmp_path / "page.md")
 
 
 def test_wrong_output_fails(tmp_path: Path) -> None:

@@ -191,6 +191,19 @@ def bad_gradients_cured(net: Net, _: Path) -> None:
     mu.Optimizer(net, optax.sgd(0.1)).update(mu.grad(lambda m: jnp.sum(m.w.value))(net))
 
 
+def shared_name(net: Net, _: Path) -> None:
+    request = mu.effects.InitialLocalStateRequest(lambda: jnp.zeros(3), "cache", "keys")
+    mu.effects.handle_local_states([request, request], "cache")
+
+
+def shared_name_cured(net: Net, _: Path) -> None:
+    request = mu.effects.InitialLocalStateRequest(lambda: jnp.zeros(3), "cache", "keys")
+    layer = [request, mu.rename(request, lambda name: name + "2")]
+    assert len(mu.effects.handle_local_states(layer, category="cache")[1]) == 2
+    layer = [request, request]
+    assert len(mu.effects.handle_local_states(layer, category="cache", state_sharing="allowed")[1]) == 1
+
+
 def no_checkpoint(net: Net, folder: Path) -> None:
     from mutatis import checkpoint
 
@@ -345,6 +358,17 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         bad_gradients_cured,
         ValueError,
         None,
+    ),
+    errors.EffectError: Row(
+        shared_name,
+        """
+        several places share the state `keys`
+          expected: one place for each name (state_sharing='forbidden')
+        If that is meant: `mu.effects.handle_local_states(layer, category=..., state_sharing='allowed')`. If not, give each its own name.
+        """,  # noqa: E501
+        shared_name_cured,
+        ValueError,
+        "keys",
     ),
     errors.CheckpointError: Row(no_checkpoint, "", no_checkpoint_cured, ValueError, None),
 }

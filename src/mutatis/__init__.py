@@ -1,6 +1,6 @@
 """Explicit, typed, mutable state for JAX models, understood by every transform: `import mutatis as mu`."""
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 from mutatis import errors as errors
@@ -85,13 +85,23 @@ from mutatis.variables import Variable as Variable
 
 if TYPE_CHECKING:
     from mutatis import checkpoint as checkpoint
+    from mutatis import effects as effects
     from mutatis import functional as functional
     from mutatis import inspect as inspect
     from mutatis import metrics as metrics
     from mutatis import nn as nn
+    from mutatis.effects import rename as rename
 
 # Imported at their first use: who wants a state and a step does not pay for them.
-_LATER = ("checkpoint", "functional", "inspect", "metrics", "nn")
+_LATER = {
+    "checkpoint": "mutatis.checkpoint",
+    "effects": "mutatis.effects",
+    "functional": "mutatis.functional",
+    "inspect": "mutatis.inspect",
+    "metrics": "mutatis.metrics",
+    "nn": "mutatis.nn",
+    "rename": "mutatis.effects:rename",
+}
 
 __all__ = [
     "All",
@@ -132,6 +142,7 @@ __all__ = [
     "cond",
     "custom_jvp",
     "custom_vjp",
+    "effects",
     "errors",
     "eval_shape",
     "for_loop",
@@ -159,6 +170,7 @@ __all__ = [
     "pop",
     "remat",
     "replace",
+    "rename",
     "reseed",
     "reset",
     "scan",
@@ -183,7 +195,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _LATER:
-        return importlib.import_module(f"mutatis.{name}")
+        return pkgutil.resolve_name(_LATER[name])
     raise AttributeError(f"module 'mutatis' has no attribute {name!r}")
 
 

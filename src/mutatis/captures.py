@@ -170,6 +170,10 @@ class Captures:
             self.visit(name, value.__wrapped__)
             for rule in ("fwd", "bwd", "jvp"):  # of JAX's `custom_vjp` and `custom_jvp`
                 self.visit(rule, getattr(value, rule, None))
+        elif hasattr(type(value), "_searched_"):
+            self.token.append(Identity(value))
+            for attribute in type(value)._searched_:
+                self.visit(attribute, getattr(value, attribute))
         elif _is_plain(value):
             self.token.append(static_key(type(value)))
             self._objects.append((name, value, set()))

@@ -116,6 +116,10 @@ class CheckpointError(MutatisError, ValueError):
     """A checkpoint is missing, damaged or does not fit the model."""
 
 
+class EffectError(MutatisError, ValueError):
+    """Requests for local state contradict each other, or are used without their handler."""
+
+
 class OptimizerError(MutatisError, ValueError):
     """Gradients do not fit the parameters of an optimizer."""
 

@@ -27,7 +27,7 @@ from mutatis.graph import Decoder, Encoder, Spec, cell_spec, make_cell
 from mutatis.lifting import Packed, Scope, fill
 from mutatis.modules import Module
 from mutatis.transactions import Transaction
-from mutatis.variables import Variable, set_frozen
+from mutatis.variables import Variable, set_mark
 
 
 class NeedsTraceError(Exception):
@@ -208,7 +208,7 @@ class Record:
       made: the specifications of the cells that were made.
       out: the structure of the user's result, with the specifications of the nodes in it.
       changes: what became of attributes and containers.
-      marks: the cells that were frozen or thawed, by number, with their new marks.
+      marks: what is marked on cells that were frozen, thawed or renamed: number, attribute, mark.
       restarted: the numbers of the random streams that were set.
       seen: the numbers of the cells that the function read.
     """
@@ -240,7 +240,7 @@ class Record:
         structure: Any,
         nodes: tuple[Spec, ...],
         changes: list[tuple[int, str | None, Spec | None]],
-        marks: list[tuple[int, str | None]],
+        marks: list[tuple[int, str, str | None]],
         restarted: list[int],
         seen: list[int],
     ) -> None:
@@ -367,7 +367,7 @@ class Program:
         encoder.know(known)
         changes: list[tuple[int, str | None, Spec | None]] = []
         marked = {obj: None for obj, _, _ in tx.journal if isinstance(obj, Variable) and obj in known.cells}
-        marks = [(known.cells[cell], cell._frozen) for cell in marked]
+        marks = [(known.cells[cell], mark, getattr(cell, mark)) for cell in marked for mark in ("_frozen", "name")]
         for obj, name in {(id(o), n): (o, n) for o, n, _ in tx.journal}.values():
             number = known.known(obj)
             if number is not None and isinstance(obj, Module):
@@ -463,8 +463,8 @@ def replay(record: Record, cells: list[Any], objects: list[Any], made: Sequence[
                 target._set_structure(name, transactions.ABSENT)
             else:
                 target._set_structure(name, decoder.decode(spec))
-        for number, mark in record.marks:
-            set_frozen(cells[number], mark)
+        for number, name, mark in record.marks:
+            set_mark(cells[number], name, mark)
         nodes = [decoder.decode(spec) for spec in record.nodes]
     return fill(record.structure, leaves, nodes)
 

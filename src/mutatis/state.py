@@ -31,7 +31,7 @@ from mutatis.graph import (
 from mutatis.modules import Module, is_node
 from mutatis.surgery import GONE, held_fast, holders_of, modules, rewrite, swapped
 from mutatis.values import as_value, same_type, show_type
-from mutatis.variables import Variable, initial, raw_value, set_frozen
+from mutatis.variables import Variable, initial, raw_value, set_mark
 
 T = TypeVar("T")
 
@@ -512,14 +512,14 @@ class _Marked:
         self._node = node
         self._before = {cell: cell._frozen for cell in variables(node, *filters).values()}
         for cell in self._before:
-            set_frozen(cell, mark)
+            set_mark(cell, "_frozen", mark)
 
     def __enter__(self) -> Any:
         return self._node
 
     def __exit__(self, *_: object) -> None:
         for cell, mark in self._before.items():
-            set_frozen(cell, mark)
+            set_mark(cell, "_frozen", mark)
 
 
 def freeze(node: Any, *filters: FilterLike) -> _Marked:

@@ -35,7 +35,7 @@ def _as_leaf(leaf: Any, owner: Any) -> Any:
         return jnp.array(leaf, dtype=jax.dtypes.canonicalize_dtype(np.result_type(type(leaf))))
     if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object and leaf.dtype.kind not in "USMm":
         return jnp.array(leaf)
-    path = None if owner is None else transactions.path_of(owner)
+    path = None if owner is None else transactions.path_of(owner) or getattr(owner, "name", None)
     kind = "state" if owner is None else type(owner).__name__
     raise StateTypeError(
         f"{f'state `{path}` ({kind})' if path else f'a {kind}'} cannot hold {leaf!r:.80}",

@@ -84,7 +84,7 @@ class Variable(Cell, metaclass=_Kind):
         self._frozen: str | None = None
         self._behind = False
         self._init = init
-        self._made_at: tuple[str, int, str] | None = _caller()
+        self._made_at: tuple[str, int, str] | None = caller()
         self.name = name
         self.sharding = sharding
         self.fixed = type(self)._fixed_by_kind if fixed is None else fixed
@@ -502,18 +502,19 @@ def frozen_error(variable: Variable) -> FrozenStateError:
     return FrozenStateError(problem, path=transactions.path_of(variable), where=transactions.where(), cure=cure)
 
 
-def set_frozen(variable: Variable, mark: str | None) -> None:
-    """Mark a state as frozen or live; compiled programs take notice."""
-    if variable._frozen != mark:
+def set_mark(variable: Variable, name: str, mark: Any) -> None:
+    """Set what is static of a state: whether it is frozen (`_frozen`), or its `name`; compiled programs take notice."""
+    before = getattr(variable, name)
+    if before != mark:
         tx = transactions.current()
         if tx is not None:
-            tx.note(variable, "_frozen", variable._frozen)
+            tx.note(variable, name, before)
         structure.changed()
-        variable._frozen = mark
+        setattr(variable, name, mark)
         structure.changed()
 
 
-def _caller() -> tuple[str, int, str]:
+def caller() -> tuple[str, int, str]:
     """The nearest frame outside this package."""
     frame: Any = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
