@@ -1,4 +1,4 @@
-"""The example runs: its parts here, the whole of it among the slow tests."""
+"""The examples run: their parts here, the whole of the longest among the slow tests."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ import pytest
 
 import mutatis as mu
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "mnist.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPT = EXAMPLES / "mnist.py"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def mnist() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mnist", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mnist"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("mnist")
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +111,79 @@ def test_demo(tmp_path: Path) -> None:
     text = run(tmp_path)
     (accuracy,) = re.findall(r"([\d.]+)% of 1000 held-out images are right", text.partition("The proof")[0])
     assert float(accuracy) >= 97 and "bit for bit" in text
+
+
+# -- transactions: as users write them, with JAX's usual promotion ------------------------------------------------------
+
+
+@pytest.fixture
+def usual_promotion() -> Any:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_an_undone_step_leaves_no_trace() -> None:
+    example = load("undo_step")
+    batches = example.make_batches(6)
+    broken = (batches[0][0].at[3, 1].set(jnp.nan), batches[0][1])
+    run, clean = example.make(), example.make()
+    assert example.train(*run, [*batches[:3], broken, broken, *batches[3:]]) == 2
+    assert example.train(*clean, batches) == 0
+    assert mu.state(run) == mu.state(clean)
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_a_line_search_beside_one_by_hand() -> None:
+    example = load("line_search")
+    x = jax.random.uniform(jax.random.key(0), (32, 2), minval=-1, maxval=1)
+    y = x[:, :1] * x[:, 1:]
+    net = example.Net(mu.Rngs(1))
+    params = mu.state(net, mu.Param)
+    pure, start = mu.functionalize(lambda: jnp.mean((net(x) - y) ** 2), of=net)
+
+    def loss(params: Any) -> Any:
+        return pure(start | params)[0]
+
+    for _ in range(5):
+        before, grads = jax.value_and_grad(loss)(params)
+        slope, length = sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)), 4.0
+        while loss(moved := jax.tree.map(lambda p, g: p - length * g, params, grads)) > before - 1e-4 * length * slope:
+            length /= 2
+        params = moved
+        got = example.search(net, x, y)
+        assert got == (pytest.approx(float(before), rel=1e-4), length)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), mu.state(net, mu.Param), params
+        )
+    assert int(net.evaluations) > 10, "those of steps that were taken back count, too"
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_samples_have_the_moments_of_the_posterior() -> None:
+    example = load("hmc")
+    model = example.make()
+    samples, accepted = example.sample(model, 1000)
+    mean, covariance = example.posterior(model)
+    deviation = np.sqrt(np.diag(covariance))
+    assert 0.5 < accepted < 1
+    assert np.all(np.abs(samples[100:].mean(0) - mean) < 0.3 * deviation)
+    np.testing.assert_allclose(samples[100:].std(0), deviation, rtol=0.3)
+
+
+@pytest.mark.usefixtures("usual_promotion")
+def test_speculative_decoding_writes_what_the_large_model_writes() -> None:
+    example = load("speculative_decoding")
+    prompt, count = [1, 2, 3, 5, 8], 24
+    large, small = example.make()
+    alone = mu.clone(large)
+    expected = example.decode(alone, prompt, count)
+    text, calls = example.speculate(large, small, prompt, count)
+    assert text == expected
+    assert calls < count
+    length = int(alone.length)
+    for path, cache in mu.variables(large, mu.Cache).items():
+        mine, other = np.asarray(cache), np.asarray(mu.variables(alone)[path])
+        if cache.ndim:
+            assert not mine[int(large.length) :].any(), "nothing is left of what was rejected"
+            np.testing.assert_allclose(mine[:length], other[:length], rtol=1e-4, atol=1e-5)
