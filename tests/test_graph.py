@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import OrderedDict, namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -297,3 +300,126 @@ def test_subclasses_of_dict_and_list_are_not_plain_containers() -> None:
     other = mu.clone(model)
     assert type(other.parts) is OrderedDict
     np.testing.assert_array_equal(other.parts["a"], 1.0)
+
+
+# -- a model that was walked over is not walked over again: whatever changes must be seen all the same ----------------
+
+
+class Two(Layer):
+    pass
+
+
+def returning(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+class Rich(mu.Module):
+    """One of each that a walk goes through."""
+
+    def __init__(self) -> None:
+        self.layer = Layer()
+        self.items = [mu.Param(2.0), Layer(3.0), [mu.Cache(4)]]
+        self.entries = {"a": mu.Param(5.0), "b": [1, 2]}
+        self.fixed = (mu.Param(6.0), (Layer(7.0), {"deep": mu.Param(8.0)}))
+        self.pair = Pair(mu.Param(9.0), 1)
+        self.inner = mu.remat(Layer(10.0))
+        self.bound = self.layer.train
+        self.act = returning(1)
+        self.table = functools.partial(returning, np.zeros(2))
+        self.array = jnp.ones(2)
+        self.number = 1
+
+
+def moved_last(model: Rich) -> None:
+    model.__dict__["layer"] = model.__dict__.pop("layer")
+
+
+def closure(model: Rich) -> None:
+    model.act.__closure__[0].cell_contents = 2
+
+
+def in_the_tuple(model: Rich) -> None:
+    model.fixed[1][1]["deep"] = mu.Param(0.0)
+
+
+CHANGES: dict[str, Callable[[Rich], Any]] = {
+    "attribute": lambda m: setattr(m.layer, "w2", mu.Param(0.0)),
+    "another cell": lambda m: setattr(m.layer, "w", mu.Cache(1.0)),
+    "removed": lambda m: delattr(m, "array"),
+    "flag": lambda m: m.eval(),
+    "past the module": lambda m: m.__dict__.update(new=mu.Param(0.0)),
+    "order": moved_last,
+    "class of a module": lambda m: setattr(m.layer, "__class__", Two),
+    "appended": lambda m: m.items.append(mu.Param(0.0)),
+    "turned round": lambda m: m.items.reverse(),
+    "in a list in a list": lambda m: m.items[2].append(5),
+    "same length": lambda m: m.items.__setitem__(2, (mu.Cache(4),)),
+    "entry": lambda m: m.entries.update(a=mu.Param(1.0)),
+    "key": lambda m: m.entries.update(c=m.entries.pop("a")),
+    "in the tuple": in_the_tuple,
+    "kind of tuple": lambda m: setattr(m, "pair", tuple(m.pair)),
+    "transformed": lambda m: setattr(m, "inner", mu.remat(m.inner.__wrapped__, prevent_cse=False)),
+    "inside transformed": lambda m: setattr(m.inner.__wrapped__, "w2", mu.Param(0.0)),
+    "bound to another": lambda m: setattr(m, "bound", m.items[1].train),
+    "tied": lambda m: setattr(m, "tie", m.items[0]),
+    "closure": closure,
+    "array in a static": lambda m: m.table.args[0].fill(1),
+    "static of another type": lambda m: setattr(m, "number", True),
+    "metadata": lambda m: m.layer.w.metadata.update(tag="x"),
+    "name": lambda m: setattr(m.layer.w, "name", "x"),
+    "sharding": lambda m: setattr(m.layer.w, "sharding", ("x",)),
+    "fixed": lambda m: setattr(m.layer.w, "fixed", True),
+    "frozen": lambda m: mu.freeze(m.layer),
+    "kind": lambda m: setattr(m.layer.w, "__class__", mu.Cache),
+    "shape": lambda m: m.layer.w.set(jnp.ones(3)),
+}
+
+
+@pytest.mark.parametrize("first", [mu.state, mu.split], ids=["state", "split"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_is_seen(change: Callable[[Rich], Any], first: Callable[[Any], Any]) -> None:
+    model = Rich()
+    for _ in range(2):
+        first(model)
+    before = mu.split(model)
+    change(model)
+    definition, state = mu.split(model)
+    assert (definition, state) != before or definition.types != before[0].types
+    assert mu.split(copy.deepcopy(model)) == (definition, state)  # which was not looked at before
+    assert mu.state(model) == state
+    live = mu.variables(model)
+    assert {path: type(cell) for path, cell in live.items()} == state.kinds()
+    assert all(cell is other for cell, other in zip(live.values(), mu.variables([model]).values(), strict=True))
+    assert mu.graphdef(mu.merge(definition, state)) == definition
+
+
+def test_what_is_put_back_is_as_it_was() -> None:
+    model = Rich()
+    before = mu.split(model)
+    saved = mu.snapshot(model)
+    model.number, model.new = 2, mu.Param(0.0)
+    model.items.pop()
+    assert mu.graphdef(model) != before[0]
+    saved.restore()
+    assert mu.split(model) == before
+
+
+def test_a_module_without_states_is_described_after_its_values_were_taken() -> None:
+    model = mu.Module()
+    model.number = 3
+    assert not mu.state(model)
+    assert mu.clone(model).number == 3
+
+
+def test_a_function_that_is_traced_leaves_nothing_in_the_model() -> None:
+    model = Layer()
+
+    @mu.jit
+    def step(model: Layer, x: jax.Array) -> jax.Array:
+        copy = mu.clone(model)
+        copy.act = returning(x)  # as a static value, a tracer
+        return mu.split(copy)[1]["w"] + mu.state(model)["w"] + x
+
+    with jax.checking_leaks():
+        assert float(step(model, jnp.float32(2.0))) == 4.0
+        assert float(step(model, jnp.float32(3.0))) == 5.0

@@ -141,3 +141,44 @@ def test_a_fresh_optimizer_of_the_same_settings_compiles_nothing(traces: Any) ->
     train(model, mu.Optimizer(model, optax.sgd(0.2, momentum=0.9)))
     assert traces.total == 2, "another learning rate is another program"
     assert float(model.layers[0].value[0]) == pytest.approx(0.8)
+
+
+REMOVED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "attribute": (lambda m: m.w, lambda m: delattr(m, "w")),
+    "submodule": (lambda m: m.child.layers[0], lambda m: delattr(m, "child")),
+    "list": (lambda m: m.layers[0], lambda m: delattr(m, "layers")),
+    "item": (lambda m: m.layers[0], lambda m: m.layers.pop(0)),
+    "item of an item": (lambda m: m.nested[0][0], lambda m: m.nested.pop()),
+    "entry": (lambda m: m.entries["a"][0], lambda m: m.entries.clear()),
+    "transformed": (lambda m: m.inner.__wrapped__.layers[0], lambda m: delattr(m, "inner")),
+}
+
+
+@pytest.mark.parametrize("operation", [mu.state, mu.split, mu.variables, mu.clone, jax.tree.leaves])
+@pytest.mark.parametrize(("find", "remove"), REMOVED.values(), ids=REMOVED)
+def test_a_state_taken_out_of_a_model_is_freed(
+    operation: Callable[[Any], Any], find: Callable[[Any], Any], remove: Callable[[Any], Any]
+) -> None:
+    model = Cyclic()
+    model.w, model.nested, model.entries = mu.Param(1.0), [[mu.Param(1.0)]], {"a": (mu.Param(1.0),)}
+    model.inner = mu.remat(Net())
+    operation(model)
+    cell = weakref.ref(find(model))
+    remove(model)
+    if remove is REMOVED["submodule"][1]:
+        model.all.clear()  # which holds it too
+    gc.collect()
+    assert cell() is None
+
+
+@pytest.mark.parametrize("operation", [mu.state, mu.split, mu.clone])
+def test_a_model_whose_states_were_taken_needs_no_collector(operation: Callable[[Any], Any]) -> None:
+    model = Net()
+    operation(model)
+    cell = weakref.ref(model.layers[0])
+    gc.disable()
+    try:
+        del model
+        assert cell() is None
+    finally:
+        gc.enable()

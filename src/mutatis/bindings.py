@@ -145,7 +145,7 @@ class Binding:
         self.cells = scope.cells
         self.specs = (scope.specs, scope.tail)
         self.captures = captures
-        self.contents = Contents(scope.containers, scope.encoder.held)
+        self.contents = Contents(scope.containers, [scope.encoder.held[id(obj)] for obj in scope.containers])
         for obj in scope.encoder.objects:
             if isinstance(obj, Module):
                 self.objects.append(weakref.ref(obj))

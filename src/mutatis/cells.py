@@ -110,9 +110,9 @@ class Cell:
 
 def peek(cell: Cell) -> Any:
     """The committed value, and from now on it counts as held by user code."""
-    # The value is loaded before the lease is looked at: a step puts its lease on a cell before the new value.
+    # A step puts its lease on a cell before it takes the value away. Looked at again: it may have ended, and the lease be gone.
     value = cell._value
-    return value if cell._lease is None else _expose(cell)
+    return value if cell._lease is None and cell._value is value else _expose(cell)
 
 
 def _expose(cell: Cell) -> Any:

@@ -22,7 +22,9 @@ from __future__ import annotations
 import functools
 import keyword
 import types
+import weakref
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import jax
@@ -33,10 +35,11 @@ from mutatis.cells import Watch, structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
 from mutatis.modules import Module, Wrapped, borrows, for_each_class, is_node
-from mutatis.statics import Static, StaticObject
-from mutatis.variables import Variable, detached, raw_value
+from mutatis.statics import PLAIN, Static, StaticObject
+from mutatis.variables import Variable, detached
 
 Spec: TypeAlias = tuple[Any, ...]
+Parts: TypeAlias = tuple[Spec, tuple[Spec, ...], tuple[Path, ...], tuple[Spec, ...]]  # of a `GraphDef`
 
 
 def show_path(path: Path) -> str:
@@ -76,11 +79,11 @@ class Encoder:
         self.watched: list[tuple[Watch, int]] = []
         self.objects: list[Any] = []  # modules, lists and dicts, by number
         self.object_paths: list[Path] = []
-        self.held: list[Any] = []  # what each of the lists and dicts among them held when it was looked at
+        self.held: dict[int, Any] = {}  # what modules, containers and the like held when they were looked at, by `id`
+        self.specs: list[Spec] = []  # of the cells, by number
         self._numbers: dict[int, int] = {}
         self._statics: dict[int, Spec] = {}  # of static values by identity; a specification keeps its value alive
         self._later: list[tuple[int, str, Any, Path]] = []
-        self._keep: list[Any] = []
 
     def know(self, other: Encoder) -> None:
         """Start from what another walk has numbered."""
@@ -93,27 +96,29 @@ class Encoder:
     def encode(self, value: Any, path: Path = ()) -> Spec:
         """The specification of a value."""
         kind = type(value)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             return self._static(value)
         if isinstance(value, Variable):
             return self._cell(value, path)
         if isinstance(value, Module):
             return self._module(value, path)
         if isinstance(value, Wrapped):
+            self.held[id(value)] = value
             child = self.encode(value.__wrapped__, path)
             parts = tuple((name, self.encode(part, (*path, name))) for name, part in value.parts.items())
-            return ("w", Static(value.remake), child, parts)
+            return ("w", self._static(value.remake)[1], child, parts)
         if isinstance(value, types.MethodType) and borrows(value):
-            return ("b", Static(value.__func__), self.encode(value.__self__, path))
+            self.held[id(value)] = value
+            return ("b", self._static(value.__func__)[1], self.encode(value.__self__, path))
         if kind is list or kind is dict:
             number = self._numbers.get(id(value))
             if number is not None:
                 return ("r", number)
             self._number(value, path)
-            held = value.copy()
-            self.held.append(held)
+            held = self.held[id(value)] = value.copy()
             return ("l", self._items(held, path)) if kind is list else ("d", self._entries(held, path))
         if isinstance(value, tuple):
+            self.held[id(value)] = value
             return ("t", kind, self._items(value, path))
         if isinstance(value, jax.Array | np.ndarray):
             raise _bare_array(value, path)
@@ -169,19 +174,22 @@ class Encoder:
         if self.watch:
             mark = module._watch()
             self.watched.append((mark, mark.disturbances))
-        attributes = dict(module.__dict__)
+        attributes = self.held[id(module)] = dict(module.__dict__)
         references = getattr(type(module), "_references_", ())
         entries = []
-        # What only borrows a node comes last, so that the node's path is where it belongs.
-        names = sorted(attributes)
-        if borrowing := [name for name in names if type(attributes[name]) not in _PLAIN and borrows(attributes[name])]:
-            names = [name for name in names if name not in borrowing] + borrowing
-        for name in names:
+        borrowing = []
+        for name in sorted(attributes):
             value = attributes[name]
             if name in references:
                 self._later.append((number, name, value, (*path, name)))
+            elif type(value) in PLAIN:
+                entries.append((name, self._static(value)))
+            elif borrows(value):
+                borrowing.append((name, value))
             else:
                 entries.append((name, self.encode(value, (*path, name))))
+        # What only borrows a node comes last, so that the node's path is where it belongs.
+        entries += [(name, self.encode(value, (*path, name))) for name, value in borrowing]
         return ("m", type(module), tuple(entries), tuple(name for name in attributes if name not in references))
 
     def _cell(self, cell: Variable, path: Path) -> Spec:
@@ -191,17 +199,18 @@ class Encoder:
         number = len(self.cells)
         self.cells[cell] = number
         self.paths.append(path)
-        return ("v", number, cell_spec(cell, self._static) if self.describe else None)
+        if not self.describe:
+            return ("v", number, None)
+        self.specs.append(cell_spec(cell, self._static))
+        return ("v", number, self.specs[-1])
 
     def _items(self, items: Sequence[Any], path: Path) -> Spec:
         return tuple(self.encode(item, (*path, index)) for index, item in enumerate(items))
 
     def _entries(self, items: dict[Any, Any], path: Path) -> Spec:
-        return tuple((Static(key), self.encode(item, (*path, key))) for key, item in items.items())
+        return tuple((self._static(key)[1], self.encode(item, (*path, key))) for key, item in items.items())
 
 
-# Static at a glance, and owned by no node.
-_PLAIN = frozenset({type(None), bool, int, float, str, bytes, type, types.FunctionType, types.BuiltinFunctionType})
 _NOTHING: Spec = ("s", None)  # a static value that is not described
 
 
@@ -278,8 +287,12 @@ class Decoder:
         if letter == "m":
             module = spec[1].__new__(spec[1])
             self.objects.append(module)
-            values = {name: self.decode(inner) for name, inner in spec[2]}
-            module.__setstate__({name: values[name] for name in spec[3]})
+            values = dict.fromkeys(
+                spec[3]
+            )  # in their own order; that of the visits, by which things are numbered, is another
+            for name, inner in spec[2]:
+                values[name] = inner[1].value if inner[0] == "s" else self.decode(inner)
+            module.__setstate__(values)
             return module
         if letter == "l":
             items: list[Any] = []
@@ -312,14 +325,20 @@ class GraphDef:
     Hashable, holds no arrays, and equal for models of equal structure.
     """
 
-    __slots__ = ("_hash", "paths", "spec", "tail", "types")
+    __slots__ = ("_hash", "cells", "paths", "spec", "tail", "types")
 
     def __init__(
-        self, spec: Spec, tail: tuple[Spec, ...], paths: tuple[Path, ...], types: tuple[Any, ...] | None = None
+        self,
+        spec: Spec,
+        tail: tuple[Spec, ...],
+        paths: tuple[Path, ...],
+        cells: tuple[Spec, ...],
+        types: tuple[Any, ...] | None = None,
     ) -> None:
         self.spec = spec
         self.tail = tail
         self.paths = paths
+        self.cells = cells  # what of each is static, by number; it is in `spec` too
         self.types = types  # shapes and dtypes that the cells had; not part of what makes two definitions equal
         self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
 
@@ -337,22 +356,109 @@ class GraphDef:
         kind = self.spec[1].__name__ if self.spec[0] == "m" else "tree"
         return f"GraphDef({kind}, {len(self.paths)} states)"
 
-    def build(self, cells: list[Any], make: Callable[[int, Spec], Any] | None = None) -> Any:
+    def build(self, cells: list[Any]) -> Any:
         """The model around these cells."""
-        decoder = Decoder(cells, None, make)
+        decoder = Decoder(cells)
         root = decoder.decode(self.spec)
         decoder.refer(self.tail)
         return root
 
 
+class Description:
+    """What a walk found in a module, which another would find too while everything holds the very same objects.
+
+    It keeps neither modules nor cells alive, nor the containers that they are in: those are looked up where they were.
+    """
+
+    __slots__ = ("_cells", "_complete", "_kept", "_levels", "_modules", "_statics", "parts")
+
+    def __init__(self, encoder: Encoder, parts: Parts) -> None:
+        self.parts = parts
+        self._complete = encoder.describe
+        self._statics = encoder._statics
+        self._cells = list(map(weakref.ref, encoder.cells))
+        self._kept: list[Any] = []  # static values, so that nothing else gets their identity
+        self._levels: list[tuple[list[type], list[int], list[int], list[int]]] = []
+        level = [obj for obj in encoder.objects if isinstance(obj, Module)]
+        self._modules = list(map(weakref.ref, level))
+        seen = set(map(id, level))
+        while level:
+            held = [_held(encoder.held[id(obj)]) for obj in level]
+            items = list(chain.from_iterable(held))
+            identities = list(map(id, items))
+            places = dict(zip(identities, range(len(items)), strict=True))  # one of each
+            deeper = [at for identity, at in places.items() if identity in encoder.held and identity not in seen]
+            seen.update(places)
+            kept = [items[at] for identity, at in places.items() if identity not in encoder.held]
+            self._kept += [item for item in kept if not isinstance(item, Variable | Module)]
+            self._levels.append((list(map(type, level)), list(map(len, held)), identities, deeper))
+            level = [items[at] for at in deeper]
+
+    def cells(self, described: bool) -> list[Any] | None:
+        """The cells in the order of their numbers; None if another walk would find, or describe, something else."""
+        cells: list[Any] = [reference() for reference in self._cells]
+        if not self._holds() or type(None) in map(type, cells) or (described and not self._describes(cells)):
+            return None
+        return cells
+
+    def _holds(self) -> bool:
+        level: list[Any] = [reference() for reference in self._modules]
+        for kinds, lengths, identities, deeper in self._levels:
+            if list(map(type, level)) != kinds:
+                return False
+            held = [_held(obj.__dict__ if isinstance(obj, Module) else obj) for obj in level]
+            items = list(chain.from_iterable(held))
+            if list(map(len, held)) != lengths or list(map(id, items)) != identities:
+                return False
+            level = [items[at] for at in deeper]
+        return True
+
+    def _describes(self, cells: list[Variable]) -> bool:
+        # Static values can change in place, and the marks of cells without notice.
+        return (
+            self._complete
+            and all(type(s.value) in _UNCHANGING or Static(s.value) == s for _, s in self._statics.values())
+            and tuple([cell_spec(cell, self._static) for cell in cells]) == self.parts[3]
+        )
+
+    def _static(self, value: Any) -> Spec:
+        return self._statics.get(id(value)) or ("s", Static(value))
+
+
+_UNCHANGING = frozenset({type(None), bool, int, float, str, bytes, type, StaticObject})
+
+
+def _held(obj: Any) -> list[Any]:
+    """What is in a container, or in what holds nodes as one does."""
+    if isinstance(obj, dict):
+        return [*obj, *obj.values()]
+    if isinstance(obj, Wrapped):
+        return [obj.remake, obj.__wrapped__, *obj.parts, *obj.parts.values()]
+    return [obj.__func__, obj.__self__] if isinstance(obj, types.MethodType) else list(obj)
+
+
+def _find(node: Any, *, described: bool) -> tuple[Parts, list[Variable]]:
+    """The parts of a node's definition, and its cells in the order of their numbers.
+
+    A module is walked over only if it has changed. Without `described`, the paths are all that there is of a definition.
+    """
+    with structure_lock:
+        known: Description | None = node._described if isinstance(node, Module) else None
+        if known is not None and (cells := known.cells(described)) is not None:
+            return known.parts, cells
+        encoder = Encoder(describe=described)
+        spec = encoder.encode(check_node(node))
+        parts = spec, encoder.finish() if described else (), tuple(encoder.paths), tuple(encoder.specs)
+        # Nothing is kept of a function that is traced: its static values may hold tracers.
+        if isinstance(node, Module) and _compat.current_trace() is _compat.EVAL_TRACE:
+            object.__setattr__(node, "_described", Description(encoder, parts))
+        return parts, list(encoder.cells)
+
+
 def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
     """The static description of a node, and its cells in the order of their numbers."""
-    encoder = Encoder()
-    with structure_lock:
-        spec = encoder.encode(check_node(node))
-        tail = encoder.finish()
-    cells = list(encoder.cells)
-    return GraphDef(spec, tail, tuple(encoder.paths), tuple(_type(transactions.glimpse(cell)) for cell in cells)), cells
+    parts, cells = _find(node, described=True)
+    return GraphDef(*parts, tuple(map(_type, map(transactions.glimpse, cells)))), cells
 
 
 def _type(value: Any) -> Any:
@@ -394,12 +500,10 @@ def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
       >>> [*mu.variables({"a": mu.Param(1.0), "b": mu.Cache(2.0)}, mu.Param)]
       [('a',)]
     """
-    from_filters = _any(filters)
-    encoder = Encoder(describe=False)
-    with structure_lock:
-        encoder.encode(check_node(node))
-    pairs = zip(encoder.paths, encoder.cells, strict=True)
-    return {path: cell for path, cell in pairs if from_filters is None or from_filters(path, cell)}
+    selects = _any(filters)
+    (_, _, paths, _), cells = _find(node, described=False)
+    pairs = zip(paths, cells, strict=True)
+    return dict(pairs) if selects is None else {path: cell for path, cell in pairs if selects(path, cell)}
 
 
 def _any(filters: tuple[Any, ...]) -> Filter | None:
@@ -414,7 +518,7 @@ def _any(filters: tuple[Any, ...]) -> Filter | None:
 def _register(cls: type[Module]) -> None:
     def flatten(module: Module) -> tuple[list[Any], GraphDef]:
         definition, cells = describe_graph(module)
-        return [raw_value(cell) for cell in cells], definition
+        return transactions.read_all(cells), definition
 
     def flatten_with_keys(module: Module) -> tuple[list[tuple[Any, Any]], GraphDef]:
         children, definition = flatten(module)
@@ -425,13 +529,11 @@ def _register(cls: type[Module]) -> None:
 
 
 def _unflatten(definition: GraphDef, children: Sequence[Any]) -> Any:
-    def make(number: int, spec: Spec) -> Variable:
-        cell = make_cell(spec)
+    cells = list(map(make_cell, definition.cells))
+    for cell, child in zip(cells, children, strict=True):
         cell._frozen = "detached"
-        transactions.place(cell, children[number])
-        return cell
-
-    return definition.build([None] * len(definition.paths), make)
+        transactions.place(cell, child)
+    return definition.build(cells)
 
 
 for_each_class(_register, later=True)

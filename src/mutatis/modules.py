@@ -21,7 +21,7 @@ from mutatis.cells import Watch, structure, structure_lock
 from mutatis.containers import Contents
 from mutatis.errors import StaticAttributeError, StructureError
 from mutatis.kinds import Buffer
-from mutatis.statics import StaticObject, check_static, static_key
+from mutatis.statics import PLAIN, StaticObject, check_static, static_key
 from mutatis.variables import Variable
 
 M = TypeVar("M", bound="Module")
@@ -59,16 +59,18 @@ class Module:
       [1, 2, 3]
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_bindings", "_birth", "_watched")
+    __slots__ = ("__dict__", "__weakref__", "_bindings", "_birth", "_described", "_watched")
     _mutatis_node_: ClassVar[bool] = True
     _birth: Any  # weak reference to the raw JAX trace the module was made in; None for an ordinary one
     _bindings: Any  # what compiled programs know about this module as an argument; it dies with it
+    _described: Any  # what the last walk over it found; likewise
     _watched: Watch | None  # None: nobody took this module's structure for granted
 
     def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
         self = object.__new__(cls)
         object.__setattr__(self, "_watched", None)
         object.__setattr__(self, "_bindings", None)
+        object.__setattr__(self, "_described", None)
         object.__setattr__(self, "_birth", transactions.birth())
         return self
 
@@ -286,6 +288,8 @@ class Module:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for name, value in state.items():
+            if type(value) in PLAIN:
+                continue
             if isinstance(value, Variable) and value._behind:
                 _install_array_attribute(type(self), name)
             elif isinstance(value, StaticObject):

@@ -14,20 +14,20 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from mutatis import transactions
+from mutatis import _compat, transactions
 from mutatis.cells import UNSET, Deferred, structure_lock
 from mutatis.errors import FilterError, StateTypeError, StructureError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import (
     Encoder,
     GraphDef,
-    Spec,
     check_node,
     describe_graph,
     make_cell,
     show_path,
     variables,
 )
+from mutatis.kinds import RngState
 from mutatis.modules import Module, is_node
 from mutatis.surgery import GONE, held_fast, holders_of, modules, rewrite, swapped
 from mutatis.values import as_value, same_type, show_type
@@ -218,7 +218,8 @@ def state(node: Any, *filters: FilterLike) -> Any:
 
 
 def _state_of(cells: Mapping[Path, Variable]) -> State:
-    return State({p: raw_value(c) for p, c in cells.items()}, {p: type(c) for p, c in cells.items()})
+    values = transactions.read_all([*cells.values()])
+    return State(dict(zip(cells, values, strict=True)), dict(zip(cells, map(type, cells.values()), strict=True)))
 
 
 def assign(
@@ -281,23 +282,24 @@ def merge(definition: GraphDef, *states: Any) -> Any:
             got=f"{definition!r:.60}",
             cure="`definition, state = mu.split(model)`; `mu.merge(definition, state)`.",
         )
-    values: dict[Path, Any] = {}
+    given: dict[Path, Any] = {}
     for part in states:
-        values.update(flat_for(part, definition.paths))
+        given.update(flat_for(part, definition.paths))
     known = set(definition.paths)
-    missing = [f"missing:    {show_path(p)}" for p in definition.paths if p not in values]
-    extra = [f"unexpected: {show_path(p)}" for p in values if p not in known]
-    if missing or extra:
+    if given.keys() != known:
+        missing = [f"missing:    {show_path(p)}" for p in definition.paths if p not in given]
+        extra = [f"unexpected: {show_path(p)}" for p in given if p not in known]
         raise StructureError(
             "the states do not fit the graph definition",
             differences=missing + extra,
             cure="Merge with every State that `mu.split` gave, and no other.",
         )
 
+    values = [given[path] for path in definition.paths]
     wrong = [
-        f"{show_path(path)}: expected {show_type(kept)}, got {show_type(values[path])}"
-        for path, kept in zip(definition.paths, definition.types or (), strict=True)
-        if not _fits(kept, values[path])
+        f"{show_path(path)}: expected {show_type(kept)}, got {show_type(value)}"
+        for path, kept, value in zip(definition.paths, definition.types or (), values, strict=True)
+        if not _fits(kept, value)
     ]
     if wrong:
         raise StateTypeError(
@@ -306,19 +308,18 @@ def merge(definition: GraphDef, *states: Any) -> Any:
             cure="Convert the values, or take the definition from a model of these types: `mu.graphdef(model)`.",
         )
 
-    def make(number: int, spec: Spec) -> Variable:
-        cell = make_cell(spec)
-        value = values[definition.paths[number]]
+    cells = list(map(make_cell, definition.cells))
+    for cell, value in zip(cells, values, strict=True):
         transactions.create(cell, value if value is UNSET or type(value) is Deferred else as_value(value, cell))
-        return cell
-
-    return definition.build([None] * len(definition.paths), make)
+    return definition.build(cells)
 
 
 def _fits(kept: Any, value: Any) -> bool:
     """Whether a value may stand for a state of a type. A tracer may have another shape: it may be one lane of it."""
     if kept is UNSET or value is UNSET or type(kept) is Deferred or type(value) is Deferred:
         return True
+    if type(kept) is jax.ShapeDtypeStruct and type(value) is _compat.ARRAY:
+        return bool(kept.shape == value.shape and kept.dtype == value.dtype)
     before, tree = jax.tree.flatten(kept)
     after, other = jax.tree.flatten(as_value(value))
     return tree == other and all(
@@ -352,23 +353,26 @@ def update(node: Any, *states: Any, cast: bool = False) -> None:
     writes: dict[Path, Any] = {}
     for part in states:
         writes.update(flat_for(part, cells))
+    targets = [cells[path] for path in writes if path in cells]
+    news = []
     problems = []
+    pairs = zip(targets, map(transactions.glimpse, targets), strict=True)
     for path, value in writes.items():
         if path not in cells:
             problems.append(f"unexpected: {show_path(path)}{_nearest(path, cells)}")
             continue
+        cell, old = next(pairs)
         try:
-            new = as_value(value, cells[path])
+            new = as_value(value, cell)
         except StateTypeError as error:
             problems.append(f"{show_path(path)}: expected {error.expected}, got {error.got}")
             continue
-        old = raw_value(cells[path])
         if old is not UNSET and type(old) is not Deferred:
             if cast and jax.tree.structure(new) == jax.tree.structure(old):
                 new = jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
             if not same_type(old, new):
                 problems.append(f"{show_path(path)}: expected {show_type(old)}, got {show_type(new)}")
-        writes[path] = new
+        news.append(new)
     if problems:
         raise StateTypeError(
             "the values do not fit the states; nothing was written",
@@ -377,10 +381,16 @@ def update(node: Any, *states: Any, cast: bool = False) -> None:
             if all(problem.startswith("unexpected") for problem in problems)
             else "`cast=True` converts dtypes; another shape needs another cell: `model.w = mu.Param(x)`.",
         )
+    if transactions.is_outside() and all(cell._frozen is None and type(cell).set in _STORING for cell in targets):
+        transactions.write_all(targets, news)
+        return
     with transactions.Transaction("update") as tx:
-        for path, value in writes.items():
-            cells[path].set(value)
+        for cell, new in zip(targets, news, strict=True):
+            cell.set(new)
         tx.commit()
+
+
+_STORING = {Variable.set, RngState.set}  # outside of transactions, after the checks, they only store the value
 
 
 def _nearest(path: Path, paths: Iterable[Path]) -> str:
@@ -391,7 +401,7 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
 def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
     """A State or nested dictionary by path; a dictionary at a full path is a value."""
     if isinstance(part, State):
-        return part.flat()
+        return part._flat
     if not isinstance(part, Mapping):
         raise StateTypeError(
             f"{type(part).__name__} is not a state",

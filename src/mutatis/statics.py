@@ -164,6 +164,8 @@ def _reduce_function(function: Any) -> Any:
 for _kind in (type(jax.jit(repr)), jax.custom_jvp, jax.custom_vjp, jnp.ufunc):
     copyreg.pickle(_kind, _reduce_function)
 
+# Static at a glance, and owned by no node.
+PLAIN = frozenset({type(None), bool, int, float, str, bytes, type, types.FunctionType, types.BuiltinFunctionType})
 _BY_IDENTITY = (
     type,
     types.FunctionType,

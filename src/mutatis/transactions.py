@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -325,6 +325,18 @@ def look(cell: Cell) -> Any:
     return _read_committed(cell, trace) if tx is None else tx.look(cell, trace)
 
 
+def read_all(cells: Sequence[Cell]) -> list[Any]:
+    """The values of cells for the code that runs now; `UNSET` where there is none."""
+    if is_outside():
+        return list(map(peek, cells))
+    return [read(cell) if holds_value(cell) else UNSET for cell in cells]
+
+
+def is_outside() -> bool:
+    """Whether the code that runs now is in no transaction and no JAX transform: to read and write is to load and store."""
+    return _open.top is None and _compat.current_trace() is _compat.EVAL_TRACE
+
+
 def write(cell: Cell, value: Any) -> None:
     """Give a cell another value, for the code that runs now."""
     tx = _open.top
@@ -333,6 +345,18 @@ def write(cell: Cell, value: Any) -> None:
         _write_committed(cell, value, trace)
     else:
         tx.write(cell, value, trace)
+
+
+def write_all(cells: Sequence[Cell], values: Sequence[Any]) -> None:
+    """Give cells other values, outside of every transaction and transform."""
+    pairs = zip(cells, values, strict=True)
+    same = all(cell._birth is not None or _same_kind(cell._value, value) for cell, value in pairs)
+    if not same:
+        structure.changed()
+    for cell, value in zip(cells, values, strict=True):
+        poke(cell, value)
+    if not same:
+        structure.changed()
 
 
 def restart(cell: Cell) -> None:
@@ -361,10 +385,11 @@ def place(cell: Cell, value: Any) -> None:
 
 def birth() -> Any:
     """A weak reference to the raw transform that is tracing, to which what is made now belongs; None outside of any."""
-    tx = _open.top
     trace = _compat.current_trace()
-    ours = trace is _compat.EVAL_TRACE or (tx is not None and trace is tx.trace)
-    return None if ours else _compat.weak_trace(trace)
+    if trace is _compat.EVAL_TRACE:
+        return None
+    tx = _open.top
+    return None if tx is not None and trace is tx.trace else _compat.weak_trace(trace)
 
 
 def check_outlived(obj: Any, name: str) -> None:
@@ -468,6 +493,8 @@ def _fresh(value: Any) -> Any:
 
 def _same_kind(old: Any, new: Any) -> bool:
     """Whether a program that was compiled for one value fits the other: type and placement are the same."""
+    if type(old) is _compat.ARRAY and type(new) is _compat.ARRAY:
+        return bool(old.aval == new.aval and old.sharding == new.sharding)
     before, tree = jax.tree.flatten(old)
     after, other = jax.tree.flatten(new)
     return tree == other and all(
