@@ -9,6 +9,7 @@ from mutatis.axes import Shared as Shared
 from mutatis.axes import StateAxes as StateAxes
 from mutatis.axes import StateSharding as StateSharding
 from mutatis.contexts import Context as Context
+from mutatis.eager import on_commit as on_commit
 from mutatis.eager import transaction as transaction
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
@@ -166,6 +167,7 @@ __all__ = [
     "metrics",
     "modules",
     "nn",
+    "on_commit",
     "perturb",
     "pop",
     "remat",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from operator import is_
 from typing import Any
 
-from mutatis import _compat, contexts
+from mutatis import _compat, contexts, transactions
 from mutatis.captures import Captures, search
 from mutatis.cells import Group, structure
 from mutatis.containers import Contents
@@ -55,7 +55,7 @@ class Split:
       record: the record: what the call does besides writing values, and what it returns.
     """
 
-    __slots__ = ("donating_at", "first", "group", "number", "restructures", "treedef", "variant", "written")
+    __slots__ = ("donating_at", "first", "group", "number", "observed", "restructures", "treedef", "variant", "written")
 
     def __init__(self, cells: list[Variable], variant: Variant, number: int, record: Record) -> None:
         self.variant = variant
@@ -65,6 +65,10 @@ class Split:
         self.number = number
         self.first = None if number in variant.called else number  # JAX makes the first call of a program in Python
         self.written = [cells[i] for i in variant.written]
+        observers = transactions.observers
+        self.observed = [cell for cell in self.written if cell in observers] if observers else []
+        if self.observed:
+            self.treedef = None
         taken = set(variant.written)
         self.group = Group(self.written, [cell for i, cell in enumerate(cells) if i not in taken])
         self.donating_at = [i if i in variant.donated else None for i in variant.written]

@@ -452,7 +452,9 @@ class Compiler:
         split = Split(binding.cells, program.variant_for(record), number, record)
         split.first = None
         with structure_lock if split.restructures else contextlib.nullcontext():
-            return _finish(binding, *self._launch(binding, split, flat, compiled))
+            result = _finish(binding, *self._launch(binding, split, flat, compiled))
+        transactions.committed(split.observed)
+        return result
 
     def _dispatch(self, request: Request, flat: list[Any], *, locked: bool = False) -> Any:
         """The call of a compiled program from ordinary Python: donates, and commits to the cells."""
@@ -468,6 +470,7 @@ class Compiler:
         result = _finish(binding, *outcome)
         if len(request.seconds) == 2:  # else another thread compiled it meanwhile
             self.log.end(request.compilation, *request.seconds)
+        transactions.committed(split.observed)
         return result
 
     def _restructure(self, request: Request, flat: list[Any]) -> Any:

@@ -446,8 +446,10 @@ def _names_nodes(option: Any) -> bool:
 
 def write_back(cells: Iterable[Any], born: Mapping[Any, None], values: Iterable[Any]) -> None:
     """Write the values that a run left in the cells that it wrote or made."""
+    old = []
     for cell, value in zip(cells, values, strict=True):
         if cell in born:
             transactions.create(cell, value)
         else:
-            transactions.write(cell, value)
+            old.append((cell, value))
+    transactions.write_all([cell for cell, _ in old], [value for _, value in old])

@@ -496,8 +496,7 @@ class Snapshot:
                     transactions.reorder(obj.__dict__, saved)
                 else:
                     transactions.put_back(obj, "", saved)
-        for cell, value in self._values.items():
-            transactions.write(cell, value)
+        transactions.write_all([*self._values], [*self._values.values()])
 
 
 def snapshot(node: Any) -> Snapshot:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -220,6 +221,8 @@ class Transaction:
         """Move the writes one level out."""
         for cell in self.written:
             write_outside(self, cell, self.values[cell])
+        if self.parent is None:
+            committed(self.written)
 
     def drop(self, cell: Cell) -> None:
         """Forget what was written to a cell, unless it was made here."""
@@ -341,14 +344,20 @@ def write(cell: Cell, value: Any) -> None:
     """Give a cell another value, for the code that runs now."""
     tx = _open.top
     trace = _compat.current_trace()
-    if tx is None:
-        _write_committed(cell, value, trace)
-    else:
+    if tx is not None:
         tx.write(cell, value, trace)
+        return
+    _write_committed(cell, value, trace)
+    if observers:
+        committed((cell,))
 
 
 def write_all(cells: Sequence[Cell], values: Sequence[Any]) -> None:
-    """Give cells other values, outside of every transaction and transform."""
+    """Give cells other values, together, for the code that runs now."""
+    if not is_outside():
+        for cell, value in zip(cells, values, strict=True):
+            write(cell, value)
+        return
     pairs = zip(cells, values, strict=True)
     same = all(cell._birth is not None or _same_kind(cell._value, value) for cell, value in pairs)
     if not same:
@@ -357,6 +366,17 @@ def write_all(cells: Sequence[Cell], values: Sequence[Any]) -> None:
         poke(cell, value)
     if not same:
         structure.changed()
+    committed(cells)
+
+
+observers: weakref.WeakKeyDictionary[Cell, tuple[Callable[[], None], ...]] = weakref.WeakKeyDictionary()
+
+
+def committed(cells: Iterable[Cell]) -> None:
+    """Tell the observers of cells that these have been given values, all of them."""
+    for cell in cells if observers else ():
+        for notify in observers.get(cell, ()):
+            notify()
 
 
 def restart(cell: Cell) -> None:
