@@ -9,8 +9,6 @@ VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-PEERS := .venv/peers
-
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 PYTEST := $(RUN) -m pytest -n 2
 
@@ -24,7 +22,7 @@ help:
 	@echo 'make types     mypy --strict'
 	@echo 'make docs      run the examples in docstrings, README.md and docs/'
 	@echo 'make bench     measure everything that docs/performance.md shows (ARGS=--write: write it there)'
-	@echo 'make bench-peers  the same beside other libraries, in an environment of its own'
+	@echo 'make bench-peers  the same beside other libraries'
 	@echo 'make clean     remove all that these targets made'
 	@echo 'Options: PYTHON=python3.13, ARGS="..."'
 
@@ -57,23 +55,22 @@ types: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)
 
-bench-peers: $(PEERS)/.ready
-	$(PEERS)/bin/python benchmarks/dispatch.py --peers
-	$(PEERS)/bin/python benchmarks/report.py --only graph $(ARGS)
+bench-peers: $(READY)
+	$(RUN) benchmarks/dispatch.py --peers
+	$(RUN) benchmarks/report.py --only graph $(ARGS)
 
-# An environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
-$(READY) $(PEERS)/.ready: pyproject.toml constraints.txt
+# The environment: pinned versions, the package itself installed in place. Made again when its recipe changes. Other libraries
+# that do not install with this Python are left out: tests, pages and benchmarks take what is there.
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
 	@echo 'Setting up $(@D) (once)'
 	@$(PYTHON) -m venv $(@D)
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[dev]'
-	@for peer in $(OTHERS); do $(PIP) $$peer || echo "$$peer is left out: it does not install with this JAX" >&2; done
+	@for peer in flax equinox dm-haiku brainstate penzai; do \
+	  $(PIP) $$peer || echo "$$peer is left out: it does not install here" >&2; done
 	@touch $@
-
-# That of the libraries to compare with. What cannot be installed is left out: the benchmarks take what is there.
-$(PEERS)/.ready: OTHERS := flax brainstate equinox penzai
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

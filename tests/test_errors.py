@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,13 @@ def deferred_cured(net: Net, _: Path) -> None:
     assert model.kernel.shape == (3, 2)
     rngs = mu.Rngs(0)
     assert eval("nn.Linear(3, 2, rngs=rngs)", {"nn": mu.nn, "rngs": rngs}).kernel.shape == (3, 2)
+
+
+def missing_package(_: Net, __: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "haiku", None)
+        patch.delitem(sys.modules, "mutatis.interop.haiku", raising=False)
+        mu.interop.FromHaiku
 
 
 def no_stream(_: Net, __: Path) -> None:
@@ -321,6 +329,16 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         no_stream_cured,
         ValueError,
         "dropout",
+    ),
+    errors.MissingPackageError: Row(
+        missing_package,
+        """
+        `mu.interop` needs the package `haiku`, which is not installed
+        pip install dm-haiku  # or all of them: pip install 'mutatis[interop]'
+        """,
+        lambda _, __: None,  # nothing is installed in a test
+        ImportError,
+        "haiku",
     ),
     errors.AxisError: Row(
         no_axis,

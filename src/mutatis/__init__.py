@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from mutatis import effects as effects
     from mutatis import functional as functional
     from mutatis import inspect as inspect
+    from mutatis import interop as interop
     from mutatis import metrics as metrics
     from mutatis import nn as nn
     from mutatis.effects import rename as rename
@@ -99,6 +100,7 @@ _LATER = {
     "effects": "mutatis.effects",
     "functional": "mutatis.functional",
     "inspect": "mutatis.inspect",
+    "interop": "mutatis.interop",
     "metrics": "mutatis.metrics",
     "nn": "mutatis.nn",
     "rename": "mutatis.effects:rename",
@@ -158,6 +160,7 @@ __all__ = [
     "intercept",
     "jacfwd",
     "jacrev",
+    "interop",
     "jit",
     "jvp",
     "linearize",

@@ -29,6 +29,7 @@ __all__ = [
     "is_staging",
     "raw_transform_name",
     "restore_eager_trace",
+    "scan_inputs",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -115,6 +116,14 @@ def has_host_callback(jaxpr: Any) -> bool:
                     seen.add(id(inner))
                     pending.append(inner)
     return False
+
+
+def scan_inputs(params: Any) -> tuple[int, int]:
+    """How many inputs of a `scan` equation are constants, and how many are carried. JAX 0.12 keeps the inputs by group."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()
+    return len(constants), len(carried)
 
 
 _CALLBACKS = frozenset({"pure_callback", "io_callback", "debug_callback"})

@@ -27,7 +27,7 @@ from mutatis.cells import UNSET, structure_lock
 from mutatis.errors import EffectError
 from mutatis.filters import Filter, Path, Satisfies, as_filter
 from mutatis.graph import show_path, variables
-from mutatis.lifting import Site
+from mutatis.lifting import Site, function_name
 from mutatis.modules import borrows, is_node
 from mutatis.state import merge, split, thaw
 from mutatis.surgery import modules
@@ -217,11 +217,16 @@ class WithFunctionalLocalState:
         self._check(given)
         cells: dict[str, Variable] = {name: _live(name) for name in given} | self._cells()
         body = _replace(self.body, self.handler_id, lambda ref: cells[ref.name])
+
+        def layer(argument: Any) -> Any:
+            return body(argument)
+
+        layer.__qualname__ = function_name(body)
         with _writable(cells.values()):
             overlay = {cell: as_value(given[name], cell) for name, cell in cells.items()}
             others = [("body", self.body)]
-            with Site("handle_local_states", body, (inner,), {"states": cells}, others) as site:
-                end, leaves, values = site.run(overlay, call=lambda: body(inner))
+            with Site("handle_local_states", layer, (inner,), {"states": cells}, others) as site:
+                end, leaves, values = site.run(overlay, call=lambda: layer(inner))
                 site.refuse_changes("a handled layer, which is a pure function")
                 _check_output(end.nodes, cells)
                 written = dict(zip(end.cells, values, strict=True))

@@ -124,6 +124,12 @@ class OptimizerError(MutatisError, ValueError):
     """Gradients do not fit the parameters of an optimizer."""
 
 
+class MissingPackageError(MutatisError, ImportError):
+    """A library that an optional part of Mutatis builds on is not installed."""
+
+    path: str | None = None  # of an ImportError it would be a file
+
+
 class CapturedStateWarning(UserWarning):
     """Tracing found a state that neither the arguments nor the names used by the function lead to."""
 

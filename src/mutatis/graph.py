@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from mutatis import _compat, transactions
-from mutatis.cells import Watch, structure_lock
+from mutatis.cells import UNSET, Watch, structure_lock
 from mutatis.errors import StructureError
 from mutatis.filters import Filter, Path
 from mutatis.modules import Module, Wrapped, borrows, for_each_class, is_node
@@ -341,6 +341,10 @@ class GraphDef:
         self.cells = cells  # what of each is static, by number; it is in `spec` too
         self.types = types  # shapes and dtypes that the cells had; not part of what makes two definitions equal
         self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
+
+    def untyped(self) -> GraphDef:
+        """The same for values of any type."""
+        return GraphDef(self.spec, self.tail, self.paths, self.cells, (UNSET,) * len(self.paths))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GraphDef):

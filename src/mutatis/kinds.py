@@ -102,10 +102,13 @@ def stream_value(key: jax.Array) -> dict[str, Any]:
 
 
 def kind_of(collection: str) -> type[Variable] | None:
-    """The kind of a collection: ours, or the first that a user declared; None if there is none."""
+    """The kind of a collection: ours, or the first that a user declared; None if there is none.
+
+    Random streams are in no collection of values.
+    """
     pending: list[type[Variable]] = [Variable]
     for kind in pending:
-        if kind.collection == collection:
+        if kind.collection == collection and kind is not RngState:
             return kind
         pending += kind.__subclasses__()
     return None

@@ -453,7 +453,7 @@ _register(Variable)
 
 def spelled(kind: type) -> str:
     """A kind as a user writes it: ours are in `mu`."""
-    return f"mu.{kind.__name__}" if kind.__module__.partition(".")[0] == "mutatis" else kind.__name__
+    return f"mu.{kind.__name__}" if kind.__module__ in ("mutatis.variables", "mutatis.kinds") else kind.__name__
 
 
 def raw_value(variable: Variable) -> Any:

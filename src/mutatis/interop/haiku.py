@@ -1,0 +1,233 @@
+"""`haiku`: `FromHaiku` holds the parameters and state of a transformed function, `ToHaiku` keeps a module's states in Haiku's.
+
+A transformed function of Haiku is a recipe without values: `init` makes the parameters and the state, `apply` is a pure
+function of them. `FromHaiku` holds them as states, from its first call on. `ToHaiku` takes a recipe too, a function that
+makes the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from mutatis.errors import RandomStreamError, StructureError
+from mutatis.filters import Path
+from mutatis.graph import show_path
+from mutatis.interop import bridge
+from mutatis.kinds import BatchStat, Param
+from mutatis.modules import Module
+from mutatis.random import Rngs, as_key
+from mutatis.transforms.abstract import eval_shape
+from mutatis.variables import Variable
+
+hk = bridge.require("haiku")
+
+__all__ = ["FromHaiku", "ToHaiku"]
+
+_Module: Any = hk.Module
+
+
+class FromHaiku(Module):
+    """A function of `haiku` modules as a part of a Mutatis model.
+
+    Its states are created at the first call, in the current transaction, or by `lazy_init`: Haiku's parameters as `Param`s, its
+    state as `BatchStat`s, by module and name.
+
+    Args:
+      function: the function, or what `hk.transform` or `hk.transform_with_state` made of it.
+      rngs: random streams, which are forked: the parameters are drawn from `params`; in training each call gets a key from
+        `dropout`, if there is one of that name or a default stream. May be left out if nothing is drawn, and `params` are given.
+      params: the parameters, if they have been made.
+      state: the state, if it has been made.
+      kind: the kind of the state.
+
+    Attributes:
+      variables: the states in nested dictionaries, ``variables["params"]["linear"]["w"]``.
+
+    Example:
+      >>> import haiku as hk
+      >>> net = mu.interop.FromHaiku(lambda x: hk.Linear(3)(x), rngs=mu.Rngs(0))
+      >>> net(jnp.ones((2, 5))).shape, net.variables["params"]["linear"]["w"].shape
+      ((2, 3), (5, 3))
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        *,
+        rngs: Rngs | None = None,
+        params: Mapping[str, Any] | None = None,
+        state: Mapping[str, Any] | None = None,
+        kind: type[Variable] = BatchStat,
+    ) -> None:
+        self.function = function
+        self.rngs = None if rngs is None else rngs.fork()
+        self.kind = kind
+        self.variables: dict[str, Any] | None = None
+        if params is not None:
+            self._create(params, {} if state is None else state)
+
+    def lazy_init(self, *args: Any, **kwargs: Any) -> Self:
+        """Create the states now, if there are none, for a call with these arguments.
+
+        Args:
+          *args: the arguments of the call.
+          **kwargs: its keyword arguments.
+
+        Returns:
+          The module itself.
+
+        Raises:
+          RandomStreamError: there are no random streams to draw from.
+        """
+        if self.variables is None:
+            if self.rngs is None:
+                raise RandomStreamError(
+                    "`FromHaiku` cannot create its states: it holds no random streams",
+                    path="params",
+                    expected="Rngs, or the values as `params=` and `state=`",
+                    got="None",
+                    cure="`mu.interop.FromHaiku(function, rngs=mu.Rngs(0))`",
+                )
+            self._create(*self._transformed().init(self.rngs.params(), *args, **kwargs))
+        return self
+
+    def __call__(self, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
+        """Call the function.
+
+        Args:
+          *args: arguments.
+          rng: a random key in place of one from the module's stream; the only one after `eval()`.
+          **kwargs: keyword arguments; how a function is told of training and evaluation is among them.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          RandomStreamError: the states have yet to be created, and there are no random streams.
+        """
+        self.lazy_init(*args, **kwargs)
+        if (
+            rng is None
+            and self.mode == "train"
+            and self.rngs is not None
+            and {"dropout", "default"} & {*self.rngs.streams}
+        ):
+            rng = self.rngs.stream("dropout").draw()
+
+        def pure(values: dict[Path, Any]) -> Any:
+            held = {"params": {}, "state": {}, **bridge.nest(values)}
+            out, state = self._transformed().apply(held["params"], held["state"], rng, *args, **kwargs)
+            return out, {("state", *path): value for path, value in _two_levels(state).items()}
+
+        return bridge.call(bridge.flatten(self.variables), pure, evaluate=self.mode == "eval")[0]
+
+    def _transformed(self) -> Any:
+        if isinstance(self.function, hk.TransformedWithState):
+            return self.function
+        if isinstance(self.function, hk.Transformed):
+            return hk.with_empty_state(self.function)
+        return hk.transform_with_state(self.function)
+
+    def _create(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        made = {("params", *path): Param(value) for path, value in _two_levels(params).items()}
+        kept = {("state", *path): self.kind(value) for path, value in _two_levels(state).items()}
+        self.variables = {"params": {}, "state": {}, **bridge.nest({**made, **kept})}
+
+
+def _two_levels(tree: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """The values of Haiku's parameters or state by module and name; a value may be a dictionary."""
+    return {(module, name): value for module, values in tree.items() for name, value in values.items()}
+
+
+class ToHaiku(_Module):
+    """A Mutatis module as a `haiku.Module`.
+
+    Its parameters are Haiku's parameters, all its other states Haiku's state, by path: ``params["net"]["layers.0.kernel"]``.
+    Random streams are neither: each starts anew in each call, from `hk.next_rng_key`.
+
+    Args:
+      constructor: a function ``constructor(rngs)`` that makes the module, with the same structure each time.
+      name: the name of the Haiku module.
+
+    Raises:
+      RandomStreamError: a call draws and is given no key.
+      StructureError: values are missing, or the call changes what the module is made of.
+
+    Example:
+      >>> import haiku as hk
+      >>> layer = lambda rngs: mu.nn.Linear(None, 3, rngs=rngs)
+      >>> net = hk.transform(lambda x: mu.interop.ToHaiku(layer, name="net")(x))
+      >>> params = net.init(jax.random.key(0), jnp.ones((2, 5)))
+      >>> params["net"]["kernel"].shape, net.apply(params, None, jnp.ones((2, 5))).shape
+      ((5, 3), (2, 3))
+    """
+
+    def __init__(self, constructor: Callable[[Rngs], Module], name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.constructor = constructor
+        self.created = False
+
+    def __call__(self, *args: Any, is_training: bool = True, method: str = "__call__", **kwargs: Any) -> Any:
+        """Call the module.
+
+        Args:
+          *args: its arguments.
+          is_training: if not, it is called in the mode ``"eval"``.
+          method: the name of the method to call.
+          **kwargs: its keyword arguments.
+
+        Returns:
+          What the module returns.
+        """
+        new = hk.running_init() and not self.created
+        shapes = bridge.take_apart(eval_shape(lambda: bridge.construct(self.constructor, Rngs(0))))
+        names = {path: ".".join(name) for path, name in bridge.named(shapes.collections).items()}
+
+        def make() -> Module:
+            return bridge.construct(self.constructor, Rngs(as_key(hk.next_rng_key())))
+
+        def key_of(_name: str) -> Any:
+            key = hk.maybe_next_rng_key()
+            return None if key is None else as_key(key)
+
+        done = bridge.run(
+            "ToHaiku",
+            make if new else bridge.rebuild(shapes, self._values(names, shapes.trained)),
+            lambda model: getattr(model, method)(*args, **kwargs),
+            evaluate=not is_training,
+            key_of=key_of,
+            cure="`transformed.apply(params, state, jax.random.key(0), x)`; to draw nothing, "
+            "`ToHaiku(constructor)(x, is_training=False)`.",
+        )
+        if new:
+            self.created = True
+            for path, value in done.initial("ToHaiku").items():
+                if path in shapes.trained:
+                    hk.get_parameter(names[path], value.shape, value.dtype, init=lambda *_, value=value: value)
+                else:
+                    hk.set_state(names[path], value)
+        for path, value in done.written().items():
+            if path not in shapes.trained:
+                hk.set_state(names[path], value)
+            elif not new:  # there, it is the parameter's creation
+                raise StructureError(
+                    f"parameter `{show_path(path)}` was written, which Haiku takes for a constant in a call",
+                    path=show_path(path),
+                    where="ToHaiku",
+                    cure="Make it a state of another kind: `self.w = mu.Variable(x)`.",
+                )
+        return done.out
+
+    def _values(self, names: Mapping[Any, str], trained: set[Any]) -> dict[Any, Any]:
+        """The values that Haiku holds."""
+        held = {True: self.params_dict(), False: self.state_dict()}
+        keys = {path: (path in trained, f"{self.module_name}/{name}") for path, name in names.items()}
+        missing = [path for path, (train, key) in keys.items() if key not in held[train]]
+        if missing:
+            raise StructureError(
+                "`ToHaiku` was not given all of its values",
+                differences=[f"missing: {show_path(path)}" for path in missing],
+                cure="Pass the params and the state that `init` gave.",
+            )
+        return {path: held[train][key] for path, (train, key) in keys.items()}
