@@ -102,9 +102,18 @@ def test_init_takes_keys_seeds_and_streams(rngs: Any) -> None:
     assert shapes(init(make, rngs, X)["params"]) == PARAMS
 
 
-def test_init_without_inputs_leaves_what_waits() -> None:
+def test_init_without_inputs() -> None:
     variables = init(lambda rngs: nn.Linear(2, 3, rngs=rngs), 0)
     assert shapes(variables) == {"params": {"bias": (3,), "kernel": (2, 3)}}
+
+    class Counter(mu.Module):
+        def __init__(self) -> None:
+            self.n = mu.Cache(init=lambda: jnp.int32(7))
+
+    assert init(lambda rngs: Counter(), 0) == {"cache": {"n": 7}}
+    with pytest.raises(errors.DeferredStateError) as caught:
+        init(lambda rngs: nn.Linear(None, 3, rngs=rngs), 0)
+    assert caught.value.differences == ("kernel",)
 
 
 @pytest.mark.parametrize("transform", ["jit", "vmap", "eval_shape", "mu.jit", "mu.vmap"])
@@ -206,7 +215,7 @@ def test_mutable(net: Any, variables: Any, mutable: Any, collections: list[str])
     assert updates["cache"]["cache"] == 1
     assert not np.allclose(updates["batch_stats"]["norm"]["mean"], 0)
     if "intermediates" in collections:
-        assert len(updates["intermediates"]["hidden"]) == 2, "beside the one that `init` gave"
+        assert len(updates["intermediates"]["hidden"]) == 1, "and not the one that `init` gave"
 
 
 def test_updates_can_be_merged_and_go_on(net: Any, variables: Any) -> None:
@@ -290,8 +299,26 @@ def test_capture_intermediates(net: Any, variables: Any) -> None:
     captured = updates["intermediates"]["layers"]
     assert [len(captured[i]["__call__"]) for i in (0, 1)] == [1, 2]
     np.testing.assert_array_equal(captured[1]["__call__"][1], out)
+    assert "hidden" in updates["intermediates"], "what is sown, too"
     out, updates = apply(net, variables, X, mutable=True, rngs=0, capture_intermediates=True)
     np.testing.assert_array_equal(updates["intermediates"]["__call__"][0], out)
+
+
+def test_intermediates_that_a_model_declares_are_states_like_others() -> None:
+    class Keeps(mu.Module):
+        def __init__(self) -> None:
+            self.h = mu.Intermediate(jnp.zeros(()))
+
+        def __call__(self, x: Any) -> Any:
+            mu.sow(self, "sown", x)
+            self.h.value = x
+            return x
+
+    variables = init(lambda rngs: Keeps(), 0, 1.0)
+    assert variables == {"intermediates": {"h": 0, "sown": (1,)}}
+    for net in (mu.eval_shape(Keeps), definition(lambda rngs: Keeps(), 1.0)):
+        _, updates = apply(net, variables, 2.0, mutable="intermediates")
+        assert updates == {"intermediates": {"h": 2, "sown": (2,)}}
 
 
 def test_keys_that_were_written_as_text(net: Any, variables: Any) -> None:

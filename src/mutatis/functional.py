@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mutatis import transactions
-from mutatis.cells import UNSET, Cell
-from mutatis.errors import FrozenStateError, StructureError
+from mutatis.cells import UNSET, Cell, Deferred
+from mutatis.errors import DeferredStateError, FrozenStateError, StructureError
 from mutatis.filters import FilterLike, Path, as_filter
 from mutatis.graph import describe_graph, show_path, variables
 from mutatis.interventions import capture
@@ -42,9 +42,9 @@ def init(
 ) -> dict[str, Any]:
     """The states of a new model, by collection and path.
 
-    With inputs the model is called once, which makes the states whose sizes are taken from the input. Each state is what it
-    starts as: what the call writes to it afterwards is dropped. (One that is made inside a transform of the model, say in a
-    `mu.remat`, is what that transform leaves.)
+    With inputs the model is called once, which makes the states whose sizes are taken from the input, and what it sows. Each
+    state is what it starts as: what the call writes to it afterwards is dropped. (One that is made inside a transform of the
+    model, say in a `mu.remat`, is what that transform leaves.)
 
     Args:
       ctor: makes the model from random streams.
@@ -58,6 +58,7 @@ def init(
 
     Raises:
       StructureError: `ctor` makes no Module.
+      DeferredStateError: states wait for an input.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -65,8 +66,15 @@ def init(
       >>> jax.tree.map(jnp.shape, variables)
       {'params': {'bias': (3,), 'kernel': (2, 3)}}
     """
-    module = _started(ctor, rngs, inputs, method, kwargs)
-    return _collections({path: (type(cell), raw_value(cell)) for path, cell in variables(module).items()})
+    module, _ = _started(ctor, rngs, inputs, method, kwargs)
+    cells = _cells(module)
+    if waiting := [show_path(path) for path, cell in cells.items() if type(raw_value(cell)) is Deferred]:
+        raise DeferredStateError(
+            "the sizes of states are taken from an input that was not given",
+            differences=waiting,
+            cure="Give example inputs, `init(ctor, key, x)`; `method=` may name a function that calls all layers.",
+        )
+    return _collections({path: (type(cell), cell.value) for path, cell in cells.items()})
 
 
 def definition(
@@ -88,9 +96,13 @@ def definition(
       >>> layer.kernel.value
       ShapeDtypeStruct(shape=(2, 3), dtype=float32)
     """
-    module = eval_shape(lambda *args, **kwargs: _started(ctor, 0, args, method, kwargs), *inputs, **kwargs)
-    pop(module, *_PASSING)
-    return module
+
+    def make(*inputs: Any, **kwargs: Any) -> Module:
+        module, made = _started(ctor, 0, inputs, method, kwargs)
+        pop(module, lambda _, cell: cell in made and isinstance(cell, _PASSING))
+        return module
+
+    return eval_shape(make, *inputs, **kwargs)
 
 
 def apply(
@@ -108,13 +120,13 @@ def apply(
     Args:
       definition: the model, of which the structure counts and not the values: ``mu.eval_shape(lambda: Net(...))``,
         `definition`, or any Module.
-      variables: what `init` gave, or such a dictionary with other values.
+      variables: what `init` gave, or such a dictionary with other values. What was sown is passed over: a call begins with none.
       *inputs: what the model is called with.
       mutable: which states may be written: a collection, a list of them, any filter; `True` for all.
       rngs: the keys or seeds of random streams by name (``"default"`` is for those that are not named), or one for all.
       method: what is called in place of the model: a method's name, or a function of the model and the inputs.
       capture_intermediates: the modules whose results are kept, as a filter; `True` for all. They are the entries
-        ``"__call__"`` of the collection ``"intermediates"``.
+        ``"__call__"`` of the collection ``"intermediates"``, which is mutable then.
       **kwargs: what the model is called with.
 
     Returns:
@@ -135,12 +147,13 @@ def apply(
       >>> updates
       {'batch_stats': {'mean': Array([1.], dtype=float32), 'var': Array([1.], dtype=float32)}}
     """
-    selects = as_filter(mutable)
+    captures = capture_intermediates is not False
+    selects = as_filter([mutable, Intermediate] if captures else mutable)
     module = _build(definition, variables, rngs)
     before = set(_cells(module))
     with _Apply(module, selects) as tx:
         call = _method(module, method)
-        if capture_intermediates is not False:
+        if captures:
             call = capture(call, *([] if capture_intermediates is True else [capture_intermediates]), of=module)
         out = call(*inputs, **kwargs)
         tx.settle()
@@ -149,7 +162,7 @@ def apply(
             if path not in before and not isinstance(cell, _PASSING) and not selects(path, cell):
                 raise _immutable(cell, path, "made")
         updates = {p: (type(cell), raw_value(cell)) for p, cell in cells.items() if selects(p, cell)}
-    if capture_intermediates is not False:
+    if captures:
         out, captured = out
         updates |= {(*path, "__call__"): (Intermediate, value) for path, value in captured.flat().items()}
     elif mutable is False:
@@ -199,8 +212,10 @@ def _immutable(cell: Any, path: Path, what: str) -> FrozenStateError:
     )
 
 
-def _started(ctor: Callable[[Rngs], Module], rngs: Any, inputs: Any, method: Any, kwargs: Any) -> Module:
-    """A new model after its first call, with every state as it started."""
+def _started(
+    ctor: Callable[[Rngs], Module], rngs: Any, inputs: Any, method: Any, kwargs: Any
+) -> tuple[Module, dict[Cell, None]]:
+    """A new model after its first call, with every state as it started, and the states that the call made."""
     module = ctor(_as_rngs(rngs))
     if not isinstance(module, Module):
         raise StructureError(
@@ -209,14 +224,15 @@ def _started(ctor: Callable[[Rngs], Module], rngs: Any, inputs: Any, method: Any
             got=f"{module!r:.60}",
             cure="`init(lambda rngs: Net(rngs=rngs), key, x)`",
         )
-    if inputs or kwargs or method is not None:
-        with _Starts("init") as tx:
-            _method(module, method)(*inputs, **kwargs)
-            tx.settle()
-            starts = dict(tx.starts)
-        for cell, value in starts.items():
-            transactions.create(cell, value)
-    return module
+    if not (inputs or kwargs or method is not None):
+        return module, {}
+    with _Starts("init") as tx:
+        _method(module, method)(*inputs, **kwargs)
+        tx.settle()
+        starts, made = dict(tx.starts), dict(tx.born)
+    for cell, value in starts.items():
+        transactions.create(cell, value)
+    return module, made
 
 
 def _as_rngs(rngs: Any) -> Rngs:
@@ -282,7 +298,7 @@ def _build(definition: Module, variables: Mapping[str, Any], rngs: Any) -> Modul
         pop(module, lambda path, cell: (cell.collection, *path) in left_out)
     places = modules(module)
     for path, kind in extra.items():
-        if kind is not None:
+        if kind is not None and not issubclass(kind, Intermediate):
             setattr(places[path[1:-1]], path[-1], kind(given[path]))
     return module
 

@@ -111,6 +111,9 @@ class _Stream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.state, name)
 
+    def __repr__(self) -> str:
+        return repr(self.state)
+
 
 def as_key(seed: Any, name: str = "default") -> jax.Array:
     """A random key from a seed or a (typed or untyped) key.
