@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import threading
 import weakref
@@ -15,7 +17,9 @@ import optax
 import pytest
 
 import mutatis as mu
-from mutatis import nn, transactions
+from mutatis import eager, nn, transactions
+
+X = jnp.arange(3.0)
 
 
 class Net(mu.Module):
@@ -249,6 +253,198 @@ def test_other_threads_see_what_is_committed() -> None:
         thread.join()
     assert seen == [0]
     assert net.items[0] == 7
+
+
+def test_a_transaction_that_was_made_elsewhere_begins_where_it_is_entered() -> None:
+    n = mu.Variable(0)
+    late = mu.transaction()
+    with mu.transaction() as outer:
+        n.value = 1
+        with late:
+            n.value += 1
+        assert late.writes == outer.writes == (n,)
+        outer.rollback()
+    assert n == 0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_transaction_is_entered_once(nested: bool) -> None:
+    n, tx = mu.Variable(0), mu.transaction()
+    with pytest.raises(mu.errors.StructureError, match="entered a second time"):
+        with tx:
+            n.value = 1
+            if nested:
+                with tx:
+                    pass
+        with tx:
+            pass
+    assert n == (0 if nested else 1)
+
+
+def test_a_rollback_belongs_to_the_block() -> None:
+    net = Net()
+    with mu.transaction(net) as tx:
+        net.items.append(mu.Variable(1))
+        for inside in (lambda: mu.jit(tx.rollback)(), lambda: jax.jit(tx.rollback)(), lambda: mu.scan(roll, 0, X)):
+            roll = lambda carry, _: (carry, tx.rollback())  # noqa: E731
+            with pytest.raises(mu.errors.StructureError, match="not the innermost"):
+                inside()
+        with mu.transaction(), pytest.raises(mu.errors.StructureError, match="not the innermost"):
+            tx.rollback()
+    with pytest.raises(mu.errors.StructureError, match="not the innermost"):
+        tx.rollback()
+    assert len(net.items) == 2
+
+
+def test_generators_that_take_turns_leave_nothing_open() -> None:
+    a, b = mu.Variable(0), mu.Variable(0)
+
+    def turn(n: Any) -> Any:
+        with mu.transaction():
+            n.value = 1
+            yield
+
+    first, second = turn(a), turn(b)
+    next(first), next(second)
+    for turns in (first, second):
+        with pytest.raises(mu.errors.StructureError, match="ended before another one"):
+            next(turns)
+    assert transactions.current() is None
+    assert a == 0 and b == 0
+
+
+def test_a_generator_that_is_dropped_leaves_nothing_open() -> None:
+    a = mu.Variable(0)
+
+    def turn() -> Any:
+        with mu.transaction():
+            a.value += 1
+            yield
+
+    first, second = turn(), turn()
+    next(first), next(second)
+    first.close()
+    assert transactions.current() is None
+    second.close()
+    assert transactions.current() is None
+    assert a == 0
+
+
+@pytest.mark.parametrize("inner", ["jit", "remat", "transaction"])
+@pytest.mark.parametrize("end", ["rollback", "exception", "outer", "jit"])
+def test_containers_that_change_here_and_further_in(inner: str, end: str) -> None:
+    net = Net()
+
+    def further() -> None:
+        net.items.append(mu.Variable(2))
+
+    def block() -> None:
+        net.items.append(mu.Variable(1))
+        if inner == "transaction":
+            with mu.transaction(net):
+                further()
+        else:
+            getattr(mu, inner)(further)()
+        if end in ("exception", "jit"):
+            raise StopError
+
+    before = [*net.items]
+    if end == "jit":
+        with pytest.raises(StopError):
+            mu.jit(block)()
+    elif end == "exception":
+        with pytest.raises(StopError), mu.transaction(net):
+            block()
+    elif end == "rollback":
+        with mu.transaction(net) as tx:
+            block()
+            tx.rollback()
+            assert net.items == before
+    else:
+        with mu.transaction(net) as tx:
+            with mu.transaction(net):
+                block()
+            tx.rollback()
+    assert len(net.items) == 1 and net.items[0] is before[0]
+
+
+def test_what_a_raw_transform_has_read_is_not_rolled_back() -> None:
+    n = mu.Variable(1)
+
+    @functools.partial(mu.jit, static_argnums=0)
+    def f(roll: bool) -> Any:
+        with mu.transaction() as tx:
+            n.value = n + 5
+            jax.jit(lambda: n.value * 1)()
+            if roll:
+                tx.rollback()
+        n.value = n + 1
+
+    with pytest.raises(mu.errors.TraceLevelError, match="rolled back after a raw"):
+        f(True)
+    with pytest.raises(mu.errors.TraceLevelError, match="written after a raw"):
+        f(False)
+    assert n == 1
+
+
+def test_a_commit_that_is_refused_changes_nothing() -> None:
+    net, read = Net(), mu.Variable(1)
+
+    def under_raw() -> None:
+        with mu.transaction(net):
+            net.flag = False
+            net.items.append(3)
+            net.w.value = net.w * 2
+
+    before = everything(net)
+    with mu.freeze(net), pytest.raises(mu.errors.FrozenStateError):
+        jax.jit(under_raw)()
+    with pytest.raises(mu.errors.TraceLevelError):
+        jax.vmap(lambda x: under_raw())(jnp.ones(2))
+    same(everything(net), before)
+
+    @mu.jit
+    def f() -> Any:
+        jax.jit(lambda: read.value * 1)()
+        with contextlib.suppress(mu.errors.TraceLevelError), mu.transaction():
+            net.items[0].value = 5
+            read.value = 5
+        return net.items[0].value
+
+    assert f() == 0
+
+
+def test_a_rollback_drops_what_could_not_be_kept() -> None:
+    net = Net()
+    with mu.transaction(net) as tx:
+        net.tree.value["x"] = "text"
+        tx.rollback(mu.Variable)
+        net.step()
+    assert net.tree.value["x"][0] == 1
+
+
+def test_an_interrupt_at_the_end_leaves_nothing_open() -> None:
+    class Now(Exception):
+        pass
+
+    net = Net()
+    held, count = eager.held_back, 0
+
+    @contextlib.contextmanager
+    def interrupted() -> Any:
+        nonlocal count
+        count += 1
+        raise Now
+        yield
+
+    before = everything(net)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager, "held_back", interrupted)
+        with pytest.raises(Now), mu.transaction(net):
+            change(net)
+    assert count == 1 and eager.held_back is held
+    assert transactions.current() is None
+    same(everything(net), before)
 
 
 def test_a_value_that_cannot_be_kept_rolls_back() -> None:

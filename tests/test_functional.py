@@ -410,3 +410,50 @@ def test_an_exception_leaves_nothing_open(net: Any, variables: Any) -> None:
 def test_a_constructor_that_makes_no_module() -> None:
     with pytest.raises(errors.StructureError, match="`ctor` gave a int"):
         init(lambda rngs: 3, 0)
+
+
+def test_keys_that_differ_only_in_their_type() -> None:
+    class Table(mu.Module):
+        def __init__(self) -> None:
+            self.table = {0: mu.Param(1.0), "0": mu.Param(2.0)}
+
+        def __call__(self) -> Any:
+            return self.table[0] + 10 * self.table["0"].value
+
+    assert apply(Table(), init(lambda rngs: Table(), 0)) == 21
+
+
+class Tree(mu.Module):
+    def __init__(self) -> None:
+        self.tree = mu.Cache({"x": jnp.zeros(())})
+
+    def __call__(self) -> None:
+        self.tree.value["x"] = self.tree.value["x"] + 1
+
+
+def test_a_change_in_place_is_a_write() -> None:
+    variables = init(lambda rngs: Tree(), 0)
+    with pytest.raises(errors.FrozenStateError, match="`tree`"):
+        apply(Tree(), variables)
+    assert apply(Tree(), variables, mutable="cache")[1] == {"cache": {"tree": {"x": 1}}}
+    assert variables["cache"]["tree"]["x"] == 0
+
+
+def test_nothing_outside_of_the_model_is_written() -> None:
+    count, other, streams = mu.Variable(0), Tree(), mu.Rngs(0)
+    variables = init(lambda rngs: Tree(), 0)
+    for write in (lambda net: count.set(1), lambda net: other(), lambda net: streams()):
+        with pytest.raises(errors.StructureError, match="the model does not hold it"):
+            apply(Tree(), variables, method=write, mutable=True)
+    apply(Tree(), variables, method=lambda net: setattr(other, "flag", True), mutable=True)
+    assert not hasattr(other, "flag") and count == 0 and other.tree.value["x"] == 0
+
+    def scratch(net: Any) -> Any:
+        total = mu.Variable(0)
+        mu.scan(lambda carry, _: (carry, total.set(total + 1)), None, length=3)
+        made = mu.clone(net)
+        mu.jit(made)()
+        return total.value, made.tree.value["x"]
+
+    assert apply(Tree(), variables, method=scratch) == (3, 1)
+    assert jax.jit(lambda variables: apply(Tree(), variables, method=scratch))(variables) == (3, 1)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from mutatis import transactions
+from mutatis import _compat, transactions
 from mutatis.cells import structure
 from mutatis.containers import Contents
 from mutatis.errors import StructureError
@@ -27,15 +27,10 @@ from mutatis.transactions import Transaction
 class EagerTransaction:
     """A block of ordinary code as a transaction; see `transaction`."""
 
-    __slots__ = ("_contents", "_paths", "_tx")
+    __slots__ = ("_contents", "_node", "_paths", "_tx")
 
     def __init__(self, nodes: tuple[Any, ...]) -> None:
-        encoder = Encoder(describe=False)
-        encoder.encode(check_node(nodes[0] if len(nodes) == 1 else nodes))
-        self._paths: dict[Any, Path] = dict(zip(encoder.cells, encoder.paths, strict=True))
-        containers = [obj for obj in encoder.objects if not isinstance(obj, Module)]
-        self._contents = Contents(containers, copies=True)
-        self._tx = Transaction("transaction", locate=self._locate)
+        self._node = check_node(nodes[0] if len(nodes) == 1 else nodes)
 
     @property
     def reads(self) -> tuple[Any, ...]:
@@ -53,55 +48,94 @@ class EagerTransaction:
         Args:
           *filters: which states, whose values are put back. Without filters it is all of them, and attributes and
             containers, too. (To propose anew, keep the random streams: ``tx.rollback(mu.Not(mu.RngState))``.)
-        """
-        selects = as_filter(filters if filters else ...)
-        self._tx.settle()
-        for cell in [*self._tx.written]:
-            if selects(self._paths.get(cell, ()), cell):
-                self._tx.drop(cell)
-        if not filters:
-            transactions.undo(self._journal())
 
-    def _journal(self) -> list[tuple[Any, str, Any]]:
-        """What the block has changed of structure, which is from now on the caller's to undo."""
-        changes = [(container, "", then) for container, then in self._contents.changed()]
-        journal = [*self._tx.journal, *changes]
-        self._tx.journal.clear()
-        return journal
+        Raises:
+          StructureError: the block has ended, or it is not what runs now: another transaction or a transform is open in it.
+          TraceLevelError: a raw JAX transform has read what was written.
+        """
+        tx = self._tx
+        if transactions.current() is not tx or _compat.current_trace() not in (tx.trace, _compat.EVAL_TRACE):
+            raise StructureError(
+                "a transaction was rolled back where it is not the innermost one",
+                where=transactions.where(),
+                expected="a call in its own block, before the end",
+                cure="Raise an exception there, or open another one there: `with mu.transaction() as inner: inner.rollback()`.",
+            )
+        selects = as_filter(filters if filters else ...)
+        tx.drop(lambda cell: selects(self._paths.get(cell, ()), cell))
+        if not filters:
+            tx.undo()
+            transactions.undo(self._changes())
+
+    def _changes(self) -> list[tuple[Any, str, Any]]:
+        """What containers held, as the first entries of a journal: those of transforms inside say what was in between."""
+        return [(container, "", then) for container, then in self._contents.changed()]
 
     def _locate(self, cell: Any) -> str | None:
         return show_path(self._paths[cell]) if cell in self._paths else None
 
+    def _is_open(self) -> bool:
+        tx = transactions.current()
+        while tx is not None and tx is not self._tx:
+            tx = tx.parent
+        return tx is not None
+
     def __enter__(self) -> Self:
-        self._tx.__enter__()
+        if hasattr(self, "_tx"):
+            raise StructureError(
+                "a transaction was entered a second time",
+                where=transactions.where(),
+                cure="Make one for each block: `with mu.transaction(model) as tx: ...`.",
+            )
+        encoder = Encoder(describe=False)
+        encoder.encode(self._node)
+        self._paths: dict[Any, Path] = dict(zip(encoder.cells, encoder.paths, strict=True))
+        self._contents = Contents([obj for obj in encoder.objects if not isinstance(obj, Module)], copies=True)
+        self._tx = Transaction("transaction", locate=self._locate)
+        if self._tx.parent is not None and self._tx.parent.trace is self._tx.outer:
+            self._tx.pinned |= self._tx.parent.pinned  # no transform is in between that could tell the two apart
+        self._tx.__enter__()  # and nothing after it: an interrupt would leave it open
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
-        with held_back():
-            if kind is None:
-                self._commit()
-            else:
+        try:
+            with held_back():
+                self._commit() if kind is None else self._abandon()
+        except BaseException:
+            if self._is_open():  # a value cannot be kept, or an interrupt came before it was held back
                 self._abandon()
+            raise
 
     def _commit(self) -> None:
         tx = self._tx
-        try:
-            tx.settle()
-        except BaseException:
+        if transactions.current() is not tx:
             self._abandon()
-            raise
-        journal = self._journal()
+            raise StructureError(
+                "a transaction ended before another one that began in it, or after the one that it began in",
+                cure="End the inner one first: leave no `with mu.transaction()` open at a `yield` or `await` where others run.",
+            )
+        tx.settle()
+        journal = [*self._changes(), *tx.journal]
         after = [tx.values[cell] for cell in tx.written]
+        pinned = {*tx.pinned}
         tx.__exit__(None, None, None)
+        try:
+            write_back(tx.written, tx.born, after)
+        except BaseException:
+            transactions.undo(journal)
+            raise
         outside = transactions.current()
         if outside is not None:
             outside.journal += journal
-        write_back(tx.written, tx.born, after)
+            outside.pinned |= pinned
 
     def _abandon(self) -> None:
-        journal = self._journal()
-        self._tx.__exit__(BaseException, None, None)
-        transactions.undo(journal)
+        if self._is_open():
+            self._tx.__exit__(BaseException, None, None)
+        else:  # it ended with the one that it began in
+            self._tx.undo()
+            self._tx.close()
+        transactions.undo(self._changes())
 
 
 def transaction(*nodes: Any) -> EagerTransaction:

@@ -133,7 +133,7 @@ def apply(
       `out`; or ``(out, updates)`` if something is mutable or captured: all mutable states by collection, as in `variables`.
 
     Raises:
-      StructureError: states are missing or superfluous; all are listed.
+      StructureError: states are missing or superfluous; all are listed. Or one is written that the model does not hold.
       StateTypeError: states have other types than in the definition; all are listed.
       FrozenStateError: a state is written that is not mutable. What is sown there is dropped.
       RandomStreamError: the model draws from a stream that `rngs` does not start.
@@ -193,13 +193,42 @@ class _Apply(Transaction):
     def __init__(self, module: Module, selects: Callable[[Path, Any], bool]) -> None:
         paths = {cell: path for path, cell in variables(module).items()}
         super().__init__("apply", locate=lambda cell: show_path(paths[cell]) if cell in paths else None)  # type: ignore[index]
+        self._paths = paths
         self._fixed = {cell: path for cell, path in paths.items() if not selects(path, cell)}
 
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self.undo()  # the model is thrown away, and the attributes of all others stay as they were
+        super().__exit__(kind, value, trace)
+
     def write(self, cell: Any, value: Any, trace: Any) -> None:
-        if cell not in self._fixed or isinstance(cell, RngState):
+        if self._check(cell):
             super().write(cell, value, trace)
-        elif not isinstance(cell, Intermediate):
+
+    def settle(self) -> None:
+        super().settle()
+        for cell in self.written:
+            self._check(cell)
+
+    def _check(self, cell: Any) -> bool:
+        """Whether a write is kept.
+
+        Raises:
+          FrozenStateError: the state is not mutable.
+          StructureError: it is none of the model's.
+        """
+        if cell in self._fixed and not isinstance(cell, RngState):
+            if isinstance(cell, Intermediate):
+                return False
             raise _immutable(cell, self._fixed[cell], "written")
+        if cell not in self._paths and cell not in self.born and cell._birth is None:
+            raise StructureError(
+                f"state {transactions.describe(cell)} was written, and the model does not hold it",
+                path=transactions.path_of(cell),
+                where=transactions.where(),
+                made_at=cell.made_at,
+                cure="Its new value would be lost. Make it a part of the model, or return the value.",
+            )
+        return True
 
 
 def _immutable(cell: Any, path: Path, what: str) -> FrozenStateError:
@@ -270,7 +299,8 @@ def _build(definition: Module, variables: Mapping[str, Any], rngs: Any) -> Modul
         if not isinstance(cell, RngState)
     }
     by_text = {tuple(map(str, path)): path for path in known}  # who has saved a dictionary may find "0" for 0
-    given = {by_text.get(tuple(map(str, p)), p): v for p, v in flat_for(variables, {*known, *by_text}).items()}
+    flat = flat_for(variables, {*known, *by_text})
+    given = {path if path in known else by_text.get(tuple(map(str, path)), path): v for path, v in flat.items()}
     missing = [path for path, (_, cell) in known.items() if path not in given and not isinstance(cell, _PASSING)]
     parents = modules(definition)
     extra = {path: _kind_of_extra(path, parents) for path in given if path not in known}

@@ -53,6 +53,11 @@ class LaneTransaction(Transaction):
         """Whether each lane has a stream of its own in the place of this one."""
         return cell in self._streams
 
+    def close(self) -> None:
+        """Let go of every tracer."""
+        super().close()
+        self._lane, self._given = None, {}
+
     def forget(self) -> None:
         """Let go of the values that live inside."""
         self._streams.clear()

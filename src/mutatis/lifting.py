@@ -240,7 +240,7 @@ class Site:
                 self.undo()
                 raise
             if tx is not None:
-                for entry in self._journal + [(container, "", then) for container, then in changes]:
+                for entry in [(container, "", then) for container, then in changes] + self._journal:
                     tx.note(*entry)
 
     def run(
@@ -315,8 +315,8 @@ class Site:
             encoder.encode(node)
         new = {id(obj) for obj in encoder.objects if self.scope.encoder.known(obj) is None}
         journal = [entry for entry in self._journal if id(entry[0]) not in new]
-        changes = [(container, "", then) for container, then in self._contents.changed()]
-        transactions.undo(journal + changes)
+        transactions.undo(journal)  # first: what it says of a container may be from after other changes of it
+        transactions.undo([(container, "", then) for container, then in self._contents.changed()])
         self._journal.clear()
 
     def refuse_creation(self, end: End, what: str) -> None:

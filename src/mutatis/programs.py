@@ -347,8 +347,8 @@ class Program:
                 packed = Packed(out)
                 record = self._describe(scope, tx, packed, contents, flat)
             finally:
-                for container, then in contents.changed():
-                    tx.note(container, "", then)
+                # Undone last: what transforms inside noted of a container may be from after other changes of it.
+                tx.journal[:0] = [(container, "", then) for container, then in contents.changed()]
             tx.undo()
             if tx.found:
                 raise FoundStates(list(tx.found))

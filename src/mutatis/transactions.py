@@ -146,7 +146,8 @@ class Transaction:
 
     def read(self, cell: Cell, trace: Any) -> Any:
         """The value of a cell, read by code that runs at `trace`."""
-        self.seen[cell] = None
+        if cell._birth is None or cell in self.values:  # else it lives and dies with the raw transform that made it
+            self.seen[cell] = None
         return self.look(cell, trace)
 
     def look(self, cell: Cell, trace: Any) -> Any:
@@ -175,6 +176,17 @@ class Transaction:
         if cell in self._through and self.parent is not None:
             self.parent._pin(cell)
 
+    def _check_pin(self, cell: Cell, what: str) -> None:
+        if cell in self.pinned:
+            raise TraceLevelError(
+                f"state {describe(cell)} was {what} after a raw JAX transform had read it",
+                path=path_of(cell),
+                where=self.label,
+                made_at=made_at(cell),
+                cure="JAX may reuse the raw transform's program with the old value. Use the transform of the same name "
+                "in `mu` (`mu.scan` for `jax.lax.scan`, ...), or write the state before the raw transform.",
+            )
+
     def fill(self, values: Mapping[Any, Any]) -> None:
         """Put values into the overlay that count as read, not written, unless they are changed in place."""
         for cell, value in values.items():
@@ -198,15 +210,7 @@ class Transaction:
                 cell._value = value
                 return
             raise _write_refused(cell, trace)
-        if cell in self.pinned:
-            raise TraceLevelError(
-                f"state {describe(cell)} was written after a raw JAX transform had read it",
-                path=path_of(cell),
-                where=self.label,
-                made_at=made_at(cell),
-                cure="JAX may reuse the raw transform's program with the old value. Use the transform of the same name "
-                "in `mu` (`mu.scan` for `jax.lax.scan`, ...), or write the state before the raw transform.",
-            )
+        self._check_pin(cell, "written")
         self._hold(cell, value)
         self.written[cell] = self.written.get(cell, 0) + 1
         self._through.discard(cell)
@@ -224,9 +228,13 @@ class Transaction:
         if self.parent is None:
             committed(self.written)
 
-    def drop(self, cell: Cell) -> None:
-        """Forget what was written to a cell, unless it was made here."""
-        if cell not in self.born:
+    def drop(self, selects: Callable[[Cell], bool]) -> None:
+        """Forget what was written to cells, but for those that were made here."""
+        cells = [cell for cell in {**self.written, **self._lent} if cell not in self.born and selects(cell)]
+        for cell in cells:
+            if cell in self.written:
+                self._check_pin(cell, "rolled back")
+        for cell in cells:
             for known in (self.written, self.values, self._lent):
                 known.pop(cell, None)
 
@@ -236,6 +244,7 @@ class Transaction:
             after = jax.tree.leaves(self.values[cell])
             if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
                 self.values[cell] = cell.admit(self.values[cell])
+                self._lent[cell] = after
                 self.written[cell] = self.written.get(cell, 0) + 1
                 self.restart(cell)
 

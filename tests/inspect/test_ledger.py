@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -246,3 +247,80 @@ def test_an_error_in_the_function_leaves_nothing() -> None:
     step = mu.jit(net.step)
     step(XS[0])
     np.testing.assert_array_equal(net.n, 1)
+
+
+def test_numbers_flags_and_text_are_what_they_are() -> None:
+    count = mu.Variable(0)
+
+    @functools.partial(mu.jit, static_argnames=("times", "active"))
+    def step(x: Any, times: int, active: bool = False) -> None:
+        for _ in range(times):
+            if active:
+                count.value += x
+
+    for f in (step, step.__wrapped__):
+        assert ledger(f)(1, 3, active=True)["count"].updates == 3
+        assert ledger(f)(jnp.ones((), int), 2, active=False)["count"].unused
+    assert ledger(lambda mode: count.set(1) if mode == "go" else None)("go")["count"].updates == 1
+    assert count == 0
+
+
+def test_states_that_no_name_leads_to() -> None:
+    class Holder(mu.Module):
+        registry: ClassVar[dict[str, Any]] = {}
+
+        def __init__(self) -> None:
+            self.hits = mu.Variable(0)
+
+    holder = Holder.registry["holder"] = Holder()
+    Holder.registry["bare"] = mu.Variable(0)
+
+    def hit() -> None:
+        for item in [*Holder.registry.values()]:
+            cell = item.hits if isinstance(item, Holder) else item
+            cell.value += 1
+
+    found = ledger(hit)()
+    assert found["Holder.hits"].updates == 1
+    assert len(found.entries) == 2 and all(entry.read for entry in found.entries)
+    assert holder.hits == 0
+
+
+def test_states_that_are_gone_are_left_out() -> None:
+    net = Net()
+
+    def f(x: Any) -> Any:
+        total = mu.Variable(0.0)
+
+        def body(carry: Any, row: Any) -> Any:
+            local = mu.Variable(row)
+            local.value = local * 2
+            total.value = total + local
+            return carry, None
+
+        mu.scan(body, None, x)
+        with mu.transaction(net) as tx:
+            net.extra = mu.Variable(1)
+            tx.rollback()
+        return jax.vmap(lambda row: mu.Variable(row).value + 1)(x) + total
+
+    assert all(entry.path.startswith("net.") for entry in ledger(f)(jnp.arange(3.0)).entries)
+
+
+def test_states_that_a_first_call_makes() -> None:
+    layer = nn.Linear(None, 3, rngs=mu.Rngs(0))
+    entry = ledger(layer)(jnp.ones((1, 2)))["model.kernel"]
+    assert (entry.type, entry.bytes, entry.made) == ("float32[2,3]", 24, True)
+    assert layer.kernel.deferred
+    assert not ledger(lambda: layer.bias.value)()["layer.kernel"].made
+
+
+def test_values_that_change_in_place_are_counted_once() -> None:
+    tree = mu.Variable({"x": jnp.zeros(())})
+
+    def f() -> None:
+        with mu.transaction() as tx:
+            tree.value["x"] = tree.value["x"] + 1
+            tx.rollback(mu.Param)
+
+    assert ledger(f)()["tree"].updates == 1

@@ -80,3 +80,35 @@ def test_nothing_is_allocated() -> None:
     net = mu.eval_shape(lambda: nn.Linear(100_000, 100_000, rngs=mu.Rngs(0)))
     (call,) = tabulate(net, jax.ShapeDtypeStruct((1, 100_000), jnp.float32)).calls
     assert call.parameters == 10_000_100_000
+
+
+@pytest.mark.parametrize("transform", ["vmap", "scan"])
+def test_stacked_layers(transform: str) -> None:
+    class Stack(mu.Module):
+        def __init__(self) -> None:
+            keys = jax.random.split(jax.random.key(0), 3)
+            self.layers = mu.vmap(lambda key: nn.Linear(4, 4, rngs=mu.Rngs(key)))(keys)
+
+        def __call__(self, x: Any) -> Any:
+            if transform == "vmap":
+                return mu.vmap(lambda layer: layer(x))(self.layers)
+            return mu.scan(lambda x, layer: (layer(x), None), x, self.layers)[0]
+
+    x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    _, layer = tabulate(Stack(), x).calls
+    (alone,) = tabulate(nn.Linear(4, 4, rngs=mu.Rngs(0)), x).calls
+    assert (layer.path, layer.parameters, layer.bytes) == ("layers", 3 * 20, 3 * 80)
+    assert (layer.inputs, layer.output, layer.flops) == (alone.inputs, alone.output, alone.flops)
+
+
+def test_flags_and_functions_are_what_they_are() -> None:
+    class Switch(mu.Module):
+        def __init__(self) -> None:
+            self.linear = nn.Linear(4, 4, rngs=mu.Rngs(0))
+
+        def __call__(self, x: Any, active: bool, act: Any = None) -> Any:
+            return act(self.linear(x)) if active else x
+
+    x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    assert [call.path for call in tabulate(Switch(), x, True, act=jnp.tanh).calls] == ["", "linear"]
+    assert [call.path for call in tabulate(Switch(), x, False).calls] == [""]

@@ -23,7 +23,7 @@ from mutatis.lanes import LaneTransaction
 from mutatis.lifting import Scope, argument_names, function_name, named_nodes
 from mutatis.modules import Module
 from mutatis.transactions import Transaction
-from mutatis.transforms.abstract import eval_shape
+from mutatis.transforms.abstract import eval_arrays
 from mutatis.transforms.jit import jit
 from mutatis.values import show_type
 from mutatis.variables import Variable
@@ -238,34 +238,50 @@ def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
         named = named_nodes(argument_names(f, args, kwargs), [*args, *kwargs.values()])
         roots = [*named, *search(f).roots]
         before = Scope(roots)
-        types = {cell: _shapes(transactions.glimpse(cell)) for cell in before.cells}
+        types: dict[Any, Any] = {
+            cell: _shapes(transactions.glimpse(cell)) for cell in before.cells if not transactions.is_deferred(cell)
+        }
         shardings = {cell: _show_sharding(cell) for cell in before.cells}
         entries: dict[Any, Entry] = {}
         book = _Book()
 
+        def entry(cell: Any, path: str, **more: Any) -> Entry:
+            leaves = jax.tree.leaves(types[cell])
+            return Entry(
+                path=path,
+                kind=type(cell).__name__,
+                type=show_type(types[cell]),
+                bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+                frozen=cell.frozen,
+                **more,
+            )
+
         def run(*args: Any, **kwargs: Any) -> None:
             out = f(*args, **kwargs)
             after = Scope([*roots, *named_nodes(["result"], [out])])
-            made = [cell for cell in after.cells if cell not in types]
-            types.update({cell: _shapes(transactions.glimpse(cell)) for cell in made})
+            new = {cell: _shapes(transactions.glimpse(cell)) for cell in after.cells if cell not in types}
+            types.update(new)
             owners = {id(o): p for o, p in zip(after.encoder.objects, after.encoder.object_paths, strict=True)}
             modes = {p: o.mode for o in after.encoder.objects if isinstance(o, Module) for p in [owners[id(o)]]}
             for cell, path in zip(after.cells, after.encoder.paths, strict=True):
-                entries[cell] = Entry(
-                    path=str(after.locate(cell)),
-                    kind=type(cell).__name__,
-                    type=show_type(types[cell]),
-                    bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(types[cell])),
-                    made=cell in made,
-                    frozen=cell.frozen,
+                entries[cell] = entry(
+                    cell,
+                    str(after.locate(cell)),
+                    made=cell in new and not transactions.is_deferred(cell),
                     mode=next((modes[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in modes), "train"),
                     sharding=shardings.get(cell, ""),
                 )
 
         with transactions.recorded(book.note):
-            eval_shape(run, *args, **kwargs)
+            eval_arrays(run, args, kwargs)
         root = book.pages[-1]
-        found = [
+        for found in {**root.tx.seen, **root.tx.written}:
+            # What no name leads to, as `mu.jit` finds it, too; but nothing that was made on the way and is gone.
+            lasts = found not in root.tx.born and found._birth is None and transactions.holds_value(found)
+            if lasts and found not in entries:
+                types[found] = _shapes(transactions.glimpse(found))
+                entries[found] = entry(found, transactions.path_of(found) or f"({transactions.made_at(found)})")
+        used = [
             dataclasses.replace(
                 entry,
                 read=cell in root.tx.seen,
@@ -277,7 +293,7 @@ def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
         compiled = jit(f) if not hasattr(f, "lower") else f
         return Ledger(
             function_name(f),
-            tuple(sorted(found, key=lambda entry: entry.path)),
+            tuple(sorted(used, key=lambda entry: entry.path)),
             lambda: compiled.lower(*args, **kwargs).compile().as_text(),
         )
 
@@ -297,6 +313,7 @@ class _Book:
 
     def __init__(self) -> None:
         self.pages: list[_Page] = []
+        self._calls: dict[Transaction | None, dict[Any, list[_Page]]] = {}
 
     def note(self, tx: Transaction) -> None:
         """Take in a transaction that has ended well, and still holds its values."""
@@ -305,11 +322,11 @@ class _Book:
 
     def _inside(self, page: _Page) -> Iterable[list[_Page]]:
         """The transactions directly inside one, those of one call of a transform together."""
-        calls: dict[Any, list[_Page]] = {}
-        for inner in self.pages:
-            if inner.tx.parent is page.tx:
+        if not self._calls:
+            for inner in self.pages:
+                calls = self._calls.setdefault(inner.tx.parent, {})
                 calls.setdefault((inner.tx.label, inner.tx.locate), []).append(inner)
-        return calls.values()
+        return self._calls.get(page.tx, {}).values()
 
     def updates(self, page: _Page, cell: Any) -> int | None:
         """How often a call writes a cell."""

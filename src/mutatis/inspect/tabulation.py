@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from mutatis.graph import show_path, variables
+from mutatis.graph import describe_graph, show_path, variables
 from mutatis.inspect.tables import Table, show_bytes
 from mutatis.interventions import intercept
 from mutatis.kinds import Param
 from mutatis.lifting import Packed
 from mutatis.modules import Module
-from mutatis.state import clone
+from mutatis.state import State, clone, merge
 from mutatis.surgery import modules
-from mutatis.transforms.abstract import eval_shape
+from mutatis.transforms.abstract import eval_arrays
 from mutatis.transforms.jit import jit
 from mutatis.values import show_type
 from mutatis.variables import raw_value
@@ -37,6 +37,7 @@ class Call:
       parameters: the elements of its parameters.
       bytes: the size of all its states.
       flops: the floating point operations of the call, as XLA counts them before it optimizes; None if it does not say.
+        Inside a `vmap` or a loop they are those of one lane or iteration, as inputs and output are.
     """
 
     path: str
@@ -101,13 +102,14 @@ def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any)
       layers[1]  Linear  float32[32,128]  float32[32,10]   2 Param       1,290    5.2 kB     82,240
     """
     made, rows = None, []
-    calls: list[tuple[Any, Any, Any]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def record(module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         row = len(calls)
-        calls.append((None, None, None))
+        calls.append((None, None, None, None))
         out = call(*args, **kwargs)
-        calls[row] = module, _shapes((args, kwargs)), _shapes(out)
+        definition, _ = describe_graph(module)  # with the types of here, which may be those of one lane or iteration
+        calls[row] = module, definition, _shapes((args, kwargs)), _shapes(out)
         return out
 
     def run(*inputs: Any, **kwargs: Any) -> Any:
@@ -116,9 +118,9 @@ def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any)
             copy(*inputs, **kwargs)
         return copy
 
-    made = eval_shape(run, *inputs, **kwargs)
+    made = eval_arrays(run, inputs, kwargs)
     paths = {id(module): path for path, module in modules(made).items()}
-    for module, given, out in calls:
+    for module, definition, given, out in calls:
         path = paths.get(id(module))
         if path is None or (depth is not None and len(path) > depth):
             continue
@@ -132,7 +134,9 @@ def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any)
                 kinds=dict(Counter(type(cell).__name__ for cell in values)),
                 parameters=sum(_size(value) for cell, value in values.items() if isinstance(cell, Param)),
                 bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(list(values.values()))),
-                flops=_flops(module, given),
+                flops=_flops(
+                    merge(definition, State(dict(zip(definition.paths, definition.types, strict=True)))), given
+                ),
             )
         )
     return Tabulation(tuple(rows))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from mutatis.lifting import Packed, Site, Transformed
 from mutatis.transactions import place
@@ -42,6 +43,24 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if cell in site.end.born:
                 place(cell, shape)
         return site.end.fill(out)
+
+
+def eval_arrays(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`eval_shape` of a call in which only arrays are abstract; numbers, flags and all else are what they are."""
+    packed = Packed((tuple(args), kwargs))
+    arrays = [index for index, leaf in enumerate(packed.leaves) if isinstance(leaf, _ARRAYS)]
+
+    def call(nodes: list[Any], tracers: list[Any]) -> Any:
+        leaves = list(packed.leaves)
+        for index, tracer in zip(arrays, tracers, strict=True):
+            leaves[index] = tracer
+        args, kwargs = packed.fill(leaves, nodes)
+        return f(*args, **kwargs)
+
+    return eval_shape(call, packed.nodes, [packed.leaves[index] for index in arrays])
+
+
+_ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
 def make_jaxpr(
