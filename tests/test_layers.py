@@ -29,7 +29,7 @@ ROWS: dict[float, tuple[str, ...]] = {
     3.5: ("contexts",),
     4.0: ("modules",),
     5.0: ("graph",),
-    5.5: ("surgery",),
+    5.5: ("surgery", "observers"),
     6.0: ("state",),
     7.0: ("captures",),
     7.5: ("lifting",),
@@ -54,15 +54,15 @@ ROWS: dict[float, tuple[str, ...]] = {
     ),
     8.5: ("transforms.mapping", "eager"),
     8.6: ("transforms",),
-    9.0: ("interventions", "random", "optim", "metrics", "effects", "sharding"),
-    9.5: ("functional",),
+    9.0: ("interventions", "random", "optim", "metrics", "effects.*", "sharding"),
+    9.5: ("functional", "effects"),
     10.0: ("nn.*", "checkpoint.*", "inspect.*", "interop.*"),
     10.5: ("nn", "checkpoint", "inspect", "interop"),
     11.0: ("", "cli", "__main__"),
 }
 
 # Packages whose modules may import each other (not in a cycle).
-OPEN_PACKAGES = {"nn", "checkpoint", "inspect", "interop"}
+OPEN_PACKAGES = {"nn", "checkpoint", "effects", "inspect", "interop"}
 
 # Further pairs inside a row: (importer, imported).
 SIBLINGS: set[tuple[str, str]] = {("cli", ""), ("__main__", "cli")}

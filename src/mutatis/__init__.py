@@ -9,7 +9,6 @@ from mutatis.axes import Shared as Shared
 from mutatis.axes import StateAxes as StateAxes
 from mutatis.axes import StateSharding as StateSharding
 from mutatis.contexts import Context as Context
-from mutatis.eager import on_commit as on_commit
 from mutatis.eager import transaction as transaction
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
@@ -39,6 +38,7 @@ from mutatis.kinds import Param as Param
 from mutatis.kinds import Perturbation as Perturbation
 from mutatis.kinds import RngState as RngState
 from mutatis.modules import Module as Module
+from mutatis.observers import on_commit as on_commit
 from mutatis.optim import Optimizer as Optimizer
 from mutatis.random import Rngs as Rngs
 from mutatis.random import reseed as reseed

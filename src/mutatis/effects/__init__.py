@@ -1,0 +1,44 @@
+"""Effects: the local state of layers as a dictionary that goes in and comes out.
+
+A layer of any pytree type (a dataclass, an Equinox or Penzai module, a dict) asks for state by an attribute that holds an
+`InitialLocalStateRequest`. `handle_local_states` puts a reference in the place of each request and gives the values as a
+dictionary; the handled layer maps ``(argument, states)`` to ``(output, new_states)``. `freeze_local_states` puts values back.
+
+A handled call is a transaction whose overlay is filled from the dictionary. In the place of a reference stands a `Variable`
+that has no value outside of it, so every transform of Mutatis understands the state, and a write that would leak is refused.
+The states of a Mutatis `Module` are its Variables: the overlay lies on the model's own cells, and nothing else differs. What
+the layer writes of other states is written where it was called; with handlers around handlers that is the next one's overlay.
+
+**Names.** A state with an explicit name goes by it: moving its layer does not change it, `rename` does. Any other goes by its
+position in the tree when it was handled, such as ``.parts[1].state``, which renaming does not change.
+"""
+
+from mutatis.effects.handling import LocalStateEffectImpl as LocalStateEffectImpl
+from mutatis.effects.handling import WithFunctionalLocalState as WithFunctionalLocalState
+from mutatis.effects.handling import freeze_local_states as freeze_local_states
+from mutatis.effects.handling import handle_local_states as handle_local_states
+from mutatis.effects.renaming import rename as rename
+from mutatis.effects.requests import FrozenLocalStateRequest as FrozenLocalStateRequest
+from mutatis.effects.requests import HandledLocalStateRef as HandledLocalStateRef
+from mutatis.effects.requests import InitialLocalStateRequest as InitialLocalStateRequest
+from mutatis.effects.requests import LocalStateEffect as LocalStateEffect
+from mutatis.effects.requests import SharedLocalStateRequest as SharedLocalStateRequest
+from mutatis.effects.sharing import embed_shared_state_requests as embed_shared_state_requests
+from mutatis.effects.sharing import hoist_shared_state_requests as hoist_shared_state_requests
+from mutatis.state import thaw as thaw
+
+__all__ = [
+    "FrozenLocalStateRequest",
+    "HandledLocalStateRef",
+    "InitialLocalStateRequest",
+    "LocalStateEffect",
+    "LocalStateEffectImpl",
+    "SharedLocalStateRequest",
+    "WithFunctionalLocalState",
+    "embed_shared_state_requests",
+    "freeze_local_states",
+    "handle_local_states",
+    "hoist_shared_state_requests",
+    "rename",
+    "thaw",
+]

@@ -1,0 +1,71 @@
+"""`mu.rename`: other explicit names for states."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+
+from mutatis.effects.requests import (
+    Effect,
+    Rename,
+    is_model,
+    is_part,
+    parts_of,
+    variables_of,
+)
+from mutatis.errors import EffectError
+from mutatis.variables import Variable, set_mark
+
+T = TypeVar("T")
+
+
+def rename(node: T, fn: Rename) -> T:
+    """Change the explicit names of states; a state without one keeps going by its position.
+
+    A Variable is renamed in place, like a mark: compiled programs take notice, and a transaction that fails takes it back.
+    Requests, references and handlers are values, so they are renamed in the tree that is returned.
+
+    Args:
+      node: a Module, a Variable, or any pytree of them and of requests, handled or not.
+      fn: gives the new name for an explicit name; it is asked once for each.
+
+    Returns:
+      The node itself, or the renamed tree.
+
+    Raises:
+      EffectError: two names become one, or a name is no string. Then nothing has changed.
+
+    Example:
+      >>> import mutatis as mu
+      >>> norm = {"mean": mu.BatchStat(0.0, name="mean"), "var": mu.BatchStat(1.0)}
+      >>> mu.rename(norm, lambda name: f"encoder/{name}")
+      {'mean': BatchStat(0.0, float32, name='encoder/mean'), 'var': BatchStat(1.0, float32)}
+    """
+    parts = [part for _, part in parts_of(node)]
+    cells = {cell: None for part in parts if is_model(part) for cell in variables_of(part).values()}
+    named: list[Any] = [part for part in [*parts, *cells] if isinstance(part, Effect | Variable)]
+    explicit = {
+        part.name: None for part in named if part.name is not None and getattr(part, "was_explicitly_named", True)
+    }
+    before = {part.name: "a position" for part in named if not getattr(part, "was_explicitly_named", True)}
+    table = {name: fn(name) for name in explicit}
+    for old, new in table.items():
+        if type(new) is not str or new in before:
+            raise EffectError(
+                f"state `{old}` cannot be renamed to {new!r}",
+                path=old,
+                expected="a string that names no other state",
+                got=f"{before[new]}, too" if type(new) is str else type(new).__name__,
+                cure="Give each its own: `mu.rename(model, lambda name: f'encoder/{name}')`.",
+            )
+        before[new] = f"the new name of `{old}`"
+    for cell in cells:
+        if cell.name is not None:
+            set_mark(cell, "name", table[cell.name])
+    renamed: T = jax.tree.map(
+        lambda part: part.with_renamed_parameters(table.__getitem__) if isinstance(part, Effect) else part,
+        node,
+        is_leaf=is_part,
+    )
+    return renamed

@@ -1,0 +1,162 @@
+"""What stands in a tree for a state: requests, and references of handlers; and how to find them there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+import jax
+
+from mutatis.errors import EffectError
+from mutatis.filters import Path
+from mutatis.graph import variables
+from mutatis.modules import borrows, is_node
+from mutatis.variables import Variable
+
+T = TypeVar("T")
+Category: TypeAlias = Hashable
+Rename: TypeAlias = Callable[[str], str]
+
+
+@runtime_checkable
+class LocalStateEffect(Protocol[T]):
+    """What a layer may do with a state that it asked for."""
+
+    def get(self) -> T:
+        """The value."""
+
+    def set(self, value: T) -> None:
+        """Give the state another value."""
+
+
+class Effect:
+    """What stands in a tree for a state."""
+
+    name: str | None
+    category: Category
+
+    def get(self) -> Any:
+        """The value, in a layer that is called by its handler."""
+        raise self._unhandled("read")
+
+    def set(self, value: Any) -> None:
+        """Give the state another value, in a layer that is called by its handler."""
+        raise self._unhandled("written")
+
+    def _unhandled(self, what: str) -> EffectError:
+        which = f"category={self.category!r}" if isinstance(self.category, str) else "category_predicate=lambda _: True"
+        return EffectError(
+            f"state `{self.name or 'without a name'}` was {what} outside of its handler",
+            path=self.name,
+            expected="a layer that is called by its handler",
+            got=type(self).__name__,
+            cure=f"`handled, states = mu.effects.handle_local_states(layer, {which})`, then "
+            "`out, states = handled((x, states))`.",
+        )
+
+    def with_renamed_parameters(self: E, rename_fn: Rename) -> E:
+        """The same with another explicit name, if it has one."""
+        return self if self.name is None else dataclasses.replace(self, name=rename_fn(self.name))  # type: ignore[type-var]
+
+
+E = TypeVar("E", bound=Effect)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialLocalStateRequest(Effect, Generic[T]):
+    """Asks for a state that has yet to start.
+
+    Args:
+      state_initializer: a function of no arguments that makes the first value.
+      category: what the state is for; a handler takes the states of its category.
+      name: an explicit name.
+    """
+
+    state_initializer: Callable[[], T]
+    category: Category
+    name: str | None = None
+
+    def as_frozen(self) -> FrozenLocalStateRequest[T]:
+        """The same with its first value."""
+        return FrozenLocalStateRequest(self.state_initializer(), self.category, self.name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
+class FrozenLocalStateRequest(Effect, Generic[T]):
+    """Asks for a state that has a value, which can be read without a handler.
+
+    Args:
+      state: the value: an array or a pytree of arrays.
+      category: what the state is for.
+      name: an explicit name.
+    """
+
+    state: T
+    category: Category
+    name: str | None = None
+
+    def get(self) -> T:
+        """The value."""
+        return self.state
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedLocalStateRequest(Effect):
+    """Asks for a state that another request, earlier in the tree, defines.
+
+    Args:
+      name: the explicit name of both.
+      category: the category of both.
+    """
+
+    name: str
+    category: Category
+
+
+@dataclasses.dataclass(frozen=True)
+class HandledLocalStateRef(Effect):
+    """Stands in a handled tree for a state.
+
+    Args:
+      handler_id: the handler that fills it.
+      category: what the state is for; of a Variable, its kind.
+      name: its key in the dictionary of states.
+      was_explicitly_named: whether that is an explicit name, else a position.
+    """
+
+    handler_id: str
+    category: Category
+    name: str
+    was_explicitly_named: bool
+
+    def with_renamed_parameters(self, rename_fn: Rename) -> HandledLocalStateRef:
+        """The same with another explicit name, if it has one."""
+        return super().with_renamed_parameters(rename_fn) if self.was_explicitly_named else self
+
+
+Request: TypeAlias = InitialLocalStateRequest[Any] | FrozenLocalStateRequest[Any]
+REQUESTS = (InitialLocalStateRequest, FrozenLocalStateRequest, SharedLocalStateRequest)
+
+
+for _class in (InitialLocalStateRequest, FrozenLocalStateRequest, SharedLocalStateRequest, HandledLocalStateRef):
+    _fields = [field.name for field in dataclasses.fields(_class)]
+    _children = ["state"] if _class is FrozenLocalStateRequest else []
+    jax.tree_util.register_dataclass(_class, _children, [name for name in _fields if name not in _children])
+
+
+def is_model(item: Any) -> bool:
+    return is_node(item) or borrows(item)
+
+
+def is_part(item: Any) -> bool:
+    return isinstance(item, Effect) or is_model(item)
+
+
+def variables_of(model: Any) -> dict[Path, Variable]:
+    return {path[1:]: cell for path, cell in variables([model]).items()}  # in a list: it may be a method
+
+
+def parts_of(tree: Any) -> list[tuple[Any, Any]]:
+    """The requests, references and nodes of a tree (and its other leaves) with their key paths."""
+    return [*jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_part)[0]]
