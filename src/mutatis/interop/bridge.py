@@ -216,6 +216,22 @@ def _of(origin: dict[Any, int], atom: Any) -> int:
     return -1 if hasattr(atom, "val") else origin.get(atom, -1)  # a literal cannot be looked up
 
 
+def no_streams(door: str, values: str) -> RandomStreamError:
+    """The error for states that are to be created without random streams.
+
+    Args:
+      door: the beginning of the call that made the module: ``"FromLinen(module"``.
+      values: how its values might have been given.
+    """
+    return RandomStreamError(
+        f"`{door.partition('(')[0]}` cannot create its states: it holds no random streams",
+        path="params",
+        expected=f"Rngs, or {values}",
+        got="None",
+        cure=f"`mu.interop.{door}, rngs=mu.Rngs(0))`",
+    )
+
+
 # -- ours in theirs --------------------------------------------------------------------------------------------------
 
 

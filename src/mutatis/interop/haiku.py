@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.errors import StructureError
 from mutatis.filters import Path
 from mutatis.graph import show_path
 from mutatis.interop import bridge
@@ -82,13 +82,7 @@ class FromHaiku(Module):
         """
         if self.variables is None:
             if self.rngs is None:
-                raise RandomStreamError(
-                    "`FromHaiku` cannot create its states: it holds no random streams",
-                    path="params",
-                    expected="Rngs, or the values as `params=` and `state=`",
-                    got="None",
-                    cure="`mu.interop.FromHaiku(function, rngs=mu.Rngs(0))`",
-                )
+                raise bridge.no_streams("FromHaiku(function", "the values as `params=` and `state=`")
             self._create(*self._transformed().init(self.rngs.params(), *args, **kwargs))
         return self
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import jax
 
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.errors import StructureError
 from mutatis.filters import Path
 from mutatis.graph import show_path
 from mutatis.interop import bridge
@@ -91,13 +91,7 @@ class FromLinen(Module):
         """
         if self.variables is None:
             if self.rngs is None:
-                raise RandomStreamError(
-                    "`FromLinen` cannot create its states: it holds no random streams",
-                    path="params",
-                    expected="Rngs, or the collections as `variables=`",
-                    got="None",
-                    cure="`mu.interop.FromLinen(module, rngs=mu.Rngs(0))`",
-                )
+                raise bridge.no_streams("FromLinen(module", "the collections as `variables=`")
             shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((args, kwargs)))
             keys = _keys(self.rngs)
             if "params" in self.rngs:
