@@ -35,7 +35,7 @@ ROWS: dict[float, tuple[str, ...]] = {
     7.5: ("lifting",),
     7.6: ("programs", "staging", "axes", "differentiation", "lanes"),
     7.7: ("bindings",),
-    7.75: ("compilations",),
+    7.75: ("compilations", "launching"),
     7.8: ("compiling",),
     7.9: ("control",),
     8.0: (

@@ -12,26 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from itertools import starmap
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mutatis import _compat, contexts, transactions
 from mutatis.bindings import Binding, Bindings, Layout, Request, Split
 from mutatis.captures import Captures, Slot, search
-from mutatis.cells import Cell, expose, give_back, my_lease, structure, structure_lock
+from mutatis.cells import structure, structure_lock
 from mutatis.compilations import Log, facts_of
 from mutatis.errors import CapturedStateWarning, StructureError
-from mutatis.interrupts import held_back
+from mutatis.launching import finish, launch
 from mutatis.lifting import Packed, Site, function_name
 from mutatis.modules import is_node
 from mutatis.programs import REPLAY, FoundStates, NeedsTraceError, Options, Program, StaleBinding, calls, replay
@@ -42,30 +38,6 @@ from mutatis.variables import Variable, raw_value
 _ARRAY = _compat.ARRAY
 _PATIENCE = 20  # traces
 _NUMBERS = frozenset({bool, int, float, complex})
-_set_value = Cell.__dict__["_value"].__set__  # the slot's own setter, written in C
-
-
-_copies = jax.jit(lambda values: values)
-
-
-def _copy(values: list[Any]) -> Any:
-    """New buffers with the same contents, all made by one program."""
-    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
-        return _copies(values)
-    # A program over an array that spans processes would have to be launched by all of them: copy shard by shard.
-    return jax.tree.map(_copy_shards, values)
-
-
-def _copy_exposed(values: list[Any], split: Split, exposed: list[int]) -> None:
-    # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
-    places = [p for i in exposed if (p := split.donating_at[i]) is not None]
-    for place, value in zip(places, _copy([values[p] for p in places]), strict=True):
-        values[place] = value
-
-
-def _copy_shards(array: Any) -> Any:
-    shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def _type_of(leaf: Any) -> Any:
@@ -86,13 +58,6 @@ def _types(cells: Sequence[Variable]) -> list[Any]:
     """What JAX traces for cells. Types, not arrays: another thread may donate those meanwhile."""
     values = [cell._value for cell in cells]
     return [_abstract(value) if type(value) is _ARRAY else jax.tree.map(_abstract, value) for value in values]
-
-
-def _donation_is_safe() -> bool:
-    return not _compat.checks_results() and _HAS_GIL
-
-
-_HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class Compiler:
@@ -145,13 +110,13 @@ class Compiler:
         before = calls.request
         calls.request = REPLAY
         try:
-            number, made, leaves = self._launch(binding, split, flat)
+            number, made, leaves = launch(binding, split, flat)
         except BaseException:
             _compat.restore_eager_trace()
             raise
         finally:
             calls.request = before
-        return split.treedef.unflatten(leaves) if number == split.number else _finish(binding, number, made, leaves)
+        return split.treedef.unflatten(leaves) if number == split.number else finish(binding, number, made, leaves)
 
     def lower(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -452,7 +417,7 @@ class Compiler:
         split = Split(binding.cells, program.variant_for(record), number, record)
         split.first = None
         with structure_lock if split.restructures else contextlib.nullcontext():
-            result = _finish(binding, *self._launch(binding, split, flat, compiled))
+            result = finish(binding, *launch(binding, split, flat, compiled))
         transactions.committed(split.observed)
         return result
 
@@ -464,10 +429,10 @@ class Compiler:
             return self._restructure(request, flat)
         request.fast = True
         try:
-            outcome = self._launch(binding, split, flat, seconds=request.seconds)
+            outcome = launch(binding, split, flat, seconds=request.seconds)
         except NeedsTraceError:
-            outcome = self._launch(binding, self._prepare(request, flat), flat, seconds=request.seconds)
-        result = _finish(binding, *outcome)
+            outcome = launch(binding, self._prepare(request, flat), flat, seconds=request.seconds)
+        result = finish(binding, *outcome)
         if len(request.seconds) == 2:  # else another thread compiled it meanwhile
             self.log.end(request.compilation, *request.seconds)
         transactions.committed(split.observed)
@@ -479,67 +444,6 @@ class Compiler:
             if not request.binding.holds():
                 request.bind(self._bind(request, request.key, request.binding.extras))
             return self._dispatch(request, flat, locked=True)
-
-    @staticmethod
-    def _launch(
-        binding: Binding, split: Split, flat: list[Any], compiled: Any = None, seconds: list[float] | None = None
-    ) -> tuple[int, Sequence[Any], Sequence[Any]]:
-        """Take the buffers, run, commit.
-
-        Args:
-          binding: which cells.
-          split: how to call.
-          flat: the values of the arguments.
-          compiled: what to run in place of the split's own program.
-          seconds: is given what compiling took, if this is the first call.
-        """
-        program, variant, written = binding.program, split.variant, split.written
-        donating = bool(variant.donated) and (compiled is not None or _donation_is_safe())
-        values: list[Any] = []
-        jitted = variant.jitted if donating or not variant.donated else program.plain
-        if compiled is not None:
-            jitted = compiled
-        box: list[Any] = []
-        lease = my_lease()
-        exposed: list[int] = []
-        try:
-            split.group.take(lease, donating, exposed)
-            values += [cell._value for cell in binding.cells]
-            if exposed and donating:
-                _copy_exposed(values, split, exposed)
-            values += flat
-            if split.first is not None:
-                started = time.perf_counter()
-                jitted.lower(*values).compile()
-                if seconds is not None:
-                    seconds.append(time.perf_counter() - started)
-                with held_back():
-                    box.append(jitted(*values))
-                variant.called.add(split.first)
-                split.first = None
-            else:
-                # In one C call, so that an interrupt comes before the launch or after its results are kept.
-                box.extend(starmap(jitted, (values,)))
-            if variant.waits:
-                jax.block_until_ready(box)
-            number, new, made, leaves = _received(box, program, values)
-            if lease.broken:
-                _commit_unbroken(lease, written, new)
-            else:
-                for cell, value in zip(written, new, strict=True):
-                    cell._value = value
-            return number, made, leaves
-        except BaseException:
-            if box and not variant.waits:
-                deque(map(_set_value, written, _received(box, program, values)[1]), 0)
-            else:
-                expose([written[i] for i in exposed])
-            raise
-        finally:
-            lease.busy = lease.broken = False  # before anything that an interrupt could keep from happening
-            give_back(lease)
-            if variant.retypes:
-                structure.changed()
 
     def _inline(self, request: Request, flat: list[Any]) -> Any:
         """The call of a compiled program inside another transform or transaction."""
@@ -563,27 +467,3 @@ class Compiler:
         with site:
             end, leaves, values = site.run({}, make=functools.partial(Transaction, compiled=True))
             return site.commit(end, values, leaves)
-
-
-def _finish(binding: Binding, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
-    """The user's result, and what became of structure."""
-    record = binding.program.records[number]
-    if record.plain and record.out.plain:
-        return record.structure[0].unflatten(leaves)
-    return replay(record, binding.cells, binding.live_objects(), made, leaves)
-
-
-def _received(box: list[Any], program: Program, values: list[Any]) -> tuple[int, Sequence[Any], Any, Any]:
-    """What a program returned: the number of its record, the written values, and the arrays of the rest."""
-    ((number, (new, made, leaves)),) = box[0].items()
-    record = program.records[number]
-    if not record.new.plain:
-        new = record.new.receive(new, [values[index] for index in record.written])
-    return number, new, made, leaves
-
-
-def _commit_unbroken(lease: Any, written: list[Variable], new: Sequence[Any]) -> None:
-    """Commit, except to cells that somebody else wrote while the program ran: theirs is the later write."""
-    for cell, value in zip(written, new, strict=True):
-        if cell._lease is lease:
-            cell._value = value
