@@ -462,7 +462,7 @@ def _find(node: Any, *, described: bool) -> tuple[Parts, list[Variable]]:
 def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
     """The static description of a node, and its cells in the order of their numbers."""
     parts, cells = _find(node, described=True)
-    return GraphDef(*parts, tuple(map(_type, map(transactions.glimpse, cells)))), cells
+    return GraphDef(*parts, tuple(map(_type, transactions.glimpse_all(cells)))), cells
 
 
 def _type(value: Any) -> Any:

@@ -356,7 +356,7 @@ def update(node: Any, *states: Any, cast: bool = False) -> None:
     targets = [cells[path] for path in writes if path in cells]
     news = []
     problems = []
-    pairs = zip(targets, map(transactions.glimpse, targets), strict=True)
+    pairs = zip(targets, transactions.glimpse_all(targets), strict=True)
     for path, value in writes.items():
         if path not in cells:
             problems.append(f"unexpected: {show_path(path)}{_nearest(path, cells)}")
