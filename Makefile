@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Other libraries, which tests, pages and benchmarks are run beside: those that do not install with this Python are left out.
+PEERS ?= flax equinox dm-haiku brainstate penzai
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := .venv/$(VERSION)
@@ -24,7 +26,7 @@ help:
 	@echo 'make bench     measure everything that docs/performance.md shows (ARGS=--write: write it there)'
 	@echo 'make bench-peers  the same beside other libraries'
 	@echo 'make clean     remove all that these targets made'
-	@echo 'Options: PYTHON=python3.13, ARGS="..."'
+	@echo 'Options: PYTHON=python3.13, ARGS="...", PEERS= (an environment without other libraries)'
 
 demo: $(READY)
 	$(RUN) examples/mnist.py $(ARGS)
@@ -59,8 +61,7 @@ bench-peers: $(READY)
 	$(RUN) benchmarks/dispatch.py --peers
 	$(RUN) benchmarks/report.py --only graph $(ARGS)
 
-# The environment: pinned versions, the package itself installed in place. Made again when its recipe changes. Other libraries
-# that do not install with this Python are left out: tests, pages and benchmarks take what is there.
+# The environment: pinned versions, the package itself installed in place. Made again when its recipe changes.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
@@ -68,7 +69,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(@D)
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[dev]'
-	@for peer in flax equinox dm-haiku brainstate penzai; do \
+	@for peer in $(PEERS); do \
 	  $(PIP) $$peer || echo "$$peer is left out: it does not install here" >&2; done
 	@touch $@
 
