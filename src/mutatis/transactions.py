@@ -130,7 +130,7 @@ class Transaction:
             self.undo()
         else:
             if self.parent is not None:
-                self.parent.seen |= self.seen
+                self.parent.note_reads(self.seen)
             if _open.recorder is not None:
                 _open.recorder(self)
         self.close()
@@ -149,6 +149,10 @@ class Transaction:
         if cell._birth is None or cell in self.values:  # else it lives and dies with the raw transform that made it
             self.seen[cell] = None
         return self.look(cell, trace)
+
+    def note_reads(self, cells: Iterable[Cell]) -> None:
+        """Note that code further in has read these cells; one that a raw transform made there may hold its tracer."""
+        self.seen.update({cell: None for cell in cells if cell._birth is None})
 
     def look(self, cell: Cell, trace: Any) -> Any:
         """The same for a transform, which hands the value to code that may read it."""
@@ -327,7 +331,7 @@ def read(cell: Cell) -> Any:
 def note_reads(cells: Iterable[Cell]) -> None:
     """Note that a program, which has been called for the code that runs now, reads these cells."""
     if _open.top is not None:
-        _open.top.seen.update(dict.fromkeys(cells))
+        _open.top.note_reads(cells)
 
 
 def look(cell: Cell) -> Any:
