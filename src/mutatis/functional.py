@@ -281,12 +281,11 @@ def _cells(module: Module) -> dict[Path, Any]:
     return {path: cell for path, cell in variables(module).items() if not isinstance(cell, RngState)}
 
 
-def _collections(states: Mapping[Path, tuple[type, Any]]) -> dict[str, Any]:
+def _collections(states: Mapping[Path, tuple[type[Variable], Any]]) -> dict[str, Any]:
     """Nested dictionaries by collection and path."""
     parts: dict[str, dict[Path, Any]] = {}
     for path, (kind, value) in states.items():
-        if not issubclass(kind, RngState):
-            parts.setdefault(kind.collection, {})[path] = value  # type: ignore[attr-defined]
+        parts.setdefault(kind.collection, {})[path] = value
     return {name: State(flat).to_pure_dict() for name, flat in sorted(parts.items())}
 
 

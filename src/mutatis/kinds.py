@@ -97,8 +97,8 @@ class RngState(Variable):
 
 
 def stream_value(key: jax.Array) -> dict[str, Any]:
-    """The value of a stream that starts at `key`."""
-    return {"key": key, "count": jnp.zeros((), jnp.uint32)}
+    """The value of a stream that starts at `key`, or of stacked ones that start at several."""
+    return {"key": key, "count": jnp.zeros(key.shape, jnp.uint32)}
 
 
 def kind_of(collection: str) -> type[Variable] | None:

@@ -91,7 +91,7 @@ class Rngs(Module):
         """Streams of the same names that are stacked along axis 0, for `n` members of an ensemble."""
         forked = Rngs()
         forked.streams = {
-            name: RngState(jax.vmap(stream_value)(jax.random.split(state.draw(), n)), tag=name)
+            name: RngState(stream_value(jax.random.split(state.draw(), n)), tag=name)
             for name, state in self.streams.items()
         }
         return forked
@@ -176,4 +176,4 @@ def restarted(path: Path, key: jax.Array, old: Any) -> Any:
     """The start of the stream at a path of a model, whose own key is made of a key for many; stacked streams stay stacked."""
     key = jax.random.fold_in(key, np.uint32(zlib.crc32(repr(path).encode())))
     shape = jax.tree.leaves(old)[0].shape if jax.tree.leaves(old) else ()
-    return jax.vmap(stream_value)(jax.random.split(key, shape)) if shape else stream_value(key)
+    return stream_value(jax.random.split(key, shape) if shape else key)

@@ -150,10 +150,6 @@ class Transaction:
             self.seen[cell] = None
         return self.look(cell, trace)
 
-    def note_reads(self, cells: Iterable[Cell]) -> None:
-        """Note that code further in has read these cells; one that a raw transform made there may hold its tracer."""
-        self.seen.update({cell: None for cell in cells if cell._birth is None})
-
     def look(self, cell: Cell, trace: Any) -> Any:
         """The same for a transform, which hands the value to code that may read it."""
         value = self.values.get(cell, _MISSING)
@@ -168,6 +164,10 @@ class Transaction:
                 self._pin(cell)
             return value
         return self._miss(cell) if value is _MISSING else value
+
+    def note_reads(self, cells: Iterable[Cell]) -> None:
+        """Note that code further in has read these cells; one that a raw transform made there may hold its tracer."""
+        self.seen.update({cell: None for cell in cells if cell._birth is None})
 
     def _miss(self, cell: Cell) -> Any:
         self.fill({cell: self.fetch(cell)})
@@ -328,17 +328,17 @@ def read(cell: Cell) -> Any:
     return _read_committed(cell, trace) if tx is None else tx.read(cell, trace)
 
 
-def note_reads(cells: Iterable[Cell]) -> None:
-    """Note that a program, which has been called for the code that runs now, reads these cells."""
-    if _open.top is not None:
-        _open.top.note_reads(cells)
-
-
 def look(cell: Cell) -> Any:
     """The same for a transform, which hands the value to code that may read it."""
     tx = _open.top
     trace = _compat.current_trace()
     return _read_committed(cell, trace) if tx is None else tx.look(cell, trace)
+
+
+def note_reads(cells: Iterable[Cell]) -> None:
+    """Note that a program, which has been called for the code that runs now, reads these cells."""
+    if _open.top is not None:
+        _open.top.note_reads(cells)
 
 
 def read_all(cells: Sequence[Cell]) -> list[Any]:

@@ -101,7 +101,7 @@ def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any)
       layers[0]  Linear  float32[32,784]  float32[32,128]  2 Param     100,480  401.9 kB  6,426,624
       layers[1]  Linear  float32[32,128]  float32[32,10]   2 Param       1,290    5.2 kB     82,240
     """
-    made, rows = None, []
+    rows = []
     calls: list[tuple[Any, ...]] = []
 
     def record(module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

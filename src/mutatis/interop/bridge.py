@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 
 from mutatis import _compat, kinds, transactions
 from mutatis.cells import UNSET, Deferred
@@ -383,8 +382,7 @@ def _start_streams(model: Module, parts: Parts, key_of: Callable[[str], Any]) ->
             keyless[path] = name
             key = jax.random.key(0)
         shape = parts.values[path]["count"].shape  # of stacked streams: one for each layer
-        keys = jax.random.split(key, shape) if shape else key
-        transactions.write(cells[path], {"key": keys, "count": jnp.zeros(shape, jnp.uint32)})
+        transactions.write(cells[path], kinds.stream_value(jax.random.split(key, shape) if shape else key))
     return keyless
 
 
