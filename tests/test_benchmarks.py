@@ -61,7 +61,7 @@ def test_each_written_state_comes_back_in_its_own_buffer() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_one_trace_walks_over_a_model_once(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mutatis.lifting import Scope
+    from mutatis.tracing.scope import Scope
 
     walks: list[Any] = []
     walk = Scope.__init__

@@ -13,8 +13,8 @@ import jax
 import pytest
 
 import mutatis as mu
-from mutatis.cells import structure
-from mutatis.compiling import Compiler
+from mutatis.compilation.compiler import Compiler
+from mutatis.core.structure import structure
 
 pytestmark = pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-from mutatis import cells
+from mutatis.core import cells
 
 
 class Holder(mu.Module):

@@ -15,7 +15,9 @@ import optax
 import pytest
 
 import mutatis as mu
-from mutatis import eager, nn, transactions
+from mutatis import nn
+from mutatis.core import transactions
+from mutatis.transforms import transaction
 
 X = jnp.arange(3.0)
 
@@ -426,7 +428,7 @@ def test_an_interrupt_at_the_end_leaves_nothing_open() -> None:
         pass
 
     net = Net()
-    held, count = eager.held_back, 0
+    held, count = transaction.held_back, 0
 
     @contextlib.contextmanager
     def interrupted() -> Any:
@@ -437,10 +439,10 @@ def test_an_interrupt_at_the_end_leaves_nothing_open() -> None:
 
     before = everything(net)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "held_back", interrupted)
+        patch.setattr(transaction, "held_back", interrupted)
         with pytest.raises(Now), mu.transaction(net):
             change(net)
-    assert count == 1 and eager.held_back is held
+    assert count == 1 and transaction.held_back is held
     assert transactions.current() is None
     same(everything(net), before)
 

@@ -43,7 +43,7 @@ def is_first(path: Any, variable: Any) -> bool:
 
 
 def selected(*filters: Any) -> set[str]:
-    from mutatis.graph import show_path
+    from mutatis.core.naming import show_path
 
     return {show_path(path) for path in mu.variables(Net(), *filters)}
 

@@ -15,7 +15,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
-from mutatis.graph import show_path
+from mutatis.core.naming import show_path
 
 Pair = namedtuple("Pair", "a b")
 

@@ -28,7 +28,10 @@ import pytest
 from jax._src import core
 
 import mutatis as mu
-from mutatis import cells, checkpoint, compiling, interrupts, launching, lifting, programs
+from mutatis import checkpoint
+from mutatis.compilation import compiler, dispatch, program, tracer
+from mutatis.core import cells, interrupts, structure, transactions
+from mutatis.tracing import call_site
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX interval timers"),
@@ -606,6 +609,6 @@ def unprotected_jumps(module: types.ModuleType) -> list[str]:
 def test_no_jump_lies_outside_of_its_try() -> None:
     assert not [
         place
-        for module in (cells, compiling, interrupts, launching, lifting, programs)
+        for module in (call_site, cells, compiler, dispatch, interrupts, program, structure, tracer, transactions)
         for place in unprotected_jumps(module)
     ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-from mutatis import transactions
+from mutatis.core import committed
 
 
 class Net(mu.Module):
@@ -127,14 +127,14 @@ def test_an_observer_that_raises(log: list[Any]) -> None:
 
 def test_an_observation_lasts_as_long_as_its_states(log: list[Any]) -> None:
     net = Net()
-    before = len(transactions.observers)
+    before = len(committed.observers)
     mu.on_commit(net.w, lambda path, _: log.append(path))
-    assert len(transactions.observers) == before + 1
+    assert len(committed.observers) == before + 1
     reference = weakref.ref(net.w)
     del net
     gc.collect()
     assert reference() is None
-    assert len(transactions.observers) <= before
+    assert len(committed.observers) <= before
 
 
 def test_observers_have_to_be_functions() -> None:

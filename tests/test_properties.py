@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import mutatis as mu
 from mutatis import errors
-from mutatis.graph import show_path
+from mutatis.core.naming import show_path
 
 KINDS = [mu.Param, mu.BatchStat, mu.Cache, mu.Hidden, mu.Variable]
 

@@ -191,7 +191,7 @@ def test_recursive_functions_and_containers_have_keys() -> None:
 
     loop: list[Any] = [1]
     loop.append(loop)
-    from mutatis.statics import static_key
+    from mutatis.core.statics import static_key
 
     assert hash(static_key(fact)) == hash(static_key(fact))
     assert static_key(loop) == static_key(loop)

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-from mutatis import compiling, programs
+from mutatis.compilation import compiler, record
 
 pytestmark = pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")  # each thread has its shape
 
@@ -551,7 +551,7 @@ def test_a_state_is_made_while_another_is_made(names: str) -> None:
     other = threading.Thread(target=lambda: step(model, jnp.ones(3), name=names[1]), daemon=True)
 
     def at_replay(frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code is programs.replay.__code__ and other.ident is None:
+        if event == "call" and frame.f_code is record.replay.__code__ and other.ident is None:
             other.start()
             other.join(1)  # it may have to wait
 
@@ -599,7 +599,7 @@ def test_structure_changes_before_a_trace_begins(before: str, after: str) -> Non
     step = mu.jit(count)
 
     def at_trace(frame: types.FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code is compiling.Compiler._prepare.__code__ and other.ident is None:
+        if event == "call" and frame.f_code is compiler.Compiler._prepare.__code__ and other.ident is None:
             other.start()
             other.join(1)  # it may have to wait
 

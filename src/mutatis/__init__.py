@@ -3,61 +3,62 @@
 import pkgutil
 from typing import TYPE_CHECKING
 
+from mutatis import _homes
 from mutatis import errors as errors
-from mutatis.axes import Carry as Carry
-from mutatis.axes import Shared as Shared
-from mutatis.axes import StateAxes as StateAxes
-from mutatis.axes import StateSharding as StateSharding
-from mutatis.contexts import Context as Context
-from mutatis.eager import transaction as transaction
+from mutatis.core.statics import static as static
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
-from mutatis.filters import All as All
-from mutatis.filters import AnyOf as Any
-from mutatis.filters import Everything as Everything
-from mutatis.filters import Filter as Filter
-from mutatis.filters import Not as Not
-from mutatis.filters import Nothing as Nothing
-from mutatis.filters import OfType as OfType
-from mutatis.filters import PathContains as PathContains
-from mutatis.filters import WithTag as WithTag
-from mutatis.graph import GraphDef as GraphDef
-from mutatis.graph import variables as variables
 from mutatis.interventions import capture as capture
 from mutatis.interventions import intercept as intercept
 from mutatis.interventions import perturb as perturb
 from mutatis.interventions import sow as sow
-from mutatis.kinds import BatchStat as BatchStat
-from mutatis.kinds import Buffer as Buffer
-from mutatis.kinds import Cache as Cache
-from mutatis.kinds import Hidden as Hidden
-from mutatis.kinds import Intermediate as Intermediate
-from mutatis.kinds import MetricState as MetricState
-from mutatis.kinds import OptState as OptState
-from mutatis.kinds import Param as Param
-from mutatis.kinds import Perturbation as Perturbation
-from mutatis.kinds import RngState as RngState
-from mutatis.modules import Module as Module
-from mutatis.observers import on_commit as on_commit
+from mutatis.model.contexts import Context as Context
+from mutatis.model.filters import All as All
+from mutatis.model.filters import AnyOf as Any
+from mutatis.model.filters import Everything as Everything
+from mutatis.model.filters import Filter as Filter
+from mutatis.model.filters import Not as Not
+from mutatis.model.filters import Nothing as Nothing
+from mutatis.model.filters import OfType as OfType
+from mutatis.model.filters import PathContains as PathContains
+from mutatis.model.filters import WithTag as WithTag
+from mutatis.model.graphdef import GraphDef as GraphDef
+from mutatis.model.kinds import BatchStat as BatchStat
+from mutatis.model.kinds import Buffer as Buffer
+from mutatis.model.kinds import Cache as Cache
+from mutatis.model.kinds import Hidden as Hidden
+from mutatis.model.kinds import Intermediate as Intermediate
+from mutatis.model.kinds import MetricState as MetricState
+from mutatis.model.kinds import OptState as OptState
+from mutatis.model.kinds import Param as Param
+from mutatis.model.kinds import Perturbation as Perturbation
+from mutatis.model.kinds import RngState as RngState
+from mutatis.model.marks import freeze as freeze
+from mutatis.model.marks import thaw as thaw
+from mutatis.model.modules import Module as Module
+from mutatis.model.observers import on_commit as on_commit
+from mutatis.model.operations import clone as clone
+from mutatis.model.operations import graphdef as graphdef
+from mutatis.model.operations import merge as merge
+from mutatis.model.operations import pop as pop
+from mutatis.model.operations import reset as reset
+from mutatis.model.operations import split as split
+from mutatis.model.operations import state as state
+from mutatis.model.operations import update as update
+from mutatis.model.snapshots import snapshot as snapshot
+from mutatis.model.state import State as State
+from mutatis.model.surgery import modules as modules
+from mutatis.model.surgery import replace as replace
+from mutatis.model.variables import Variable as Variable
+from mutatis.model.views import view as view
+from mutatis.model.walks import variables as variables
 from mutatis.optim import Optimizer as Optimizer
 from mutatis.random import Rngs as Rngs
 from mutatis.random import reseed as reseed
-from mutatis.state import State as State
-from mutatis.state import clone as clone
-from mutatis.state import freeze as freeze
-from mutatis.state import graphdef as graphdef
-from mutatis.state import merge as merge
-from mutatis.state import pop as pop
-from mutatis.state import reset as reset
-from mutatis.state import snapshot as snapshot
-from mutatis.state import split as split
-from mutatis.state import state as state
-from mutatis.state import thaw as thaw
-from mutatis.state import update as update
-from mutatis.state import view as view
-from mutatis.statics import static as static
-from mutatis.surgery import modules as modules
-from mutatis.surgery import replace as replace
+from mutatis.tracing.axes import Carry as Carry
+from mutatis.tracing.axes import Shared as Shared
+from mutatis.tracing.axes import StateAxes as StateAxes
+from mutatis.tracing.axes import StateSharding as StateSharding
 from mutatis.transforms.abstract import eval_shape as eval_shape
 from mutatis.transforms.abstract import make_jaxpr as make_jaxpr
 from mutatis.transforms.autodiff import grad as grad
@@ -65,8 +66,8 @@ from mutatis.transforms.autodiff import value_and_grad as value_and_grad
 from mutatis.transforms.batching import vmap as vmap
 from mutatis.transforms.branches import cond as cond
 from mutatis.transforms.branches import switch as switch
-from mutatis.transforms.custom_rules import custom_jvp as custom_jvp
-from mutatis.transforms.custom_rules import custom_vjp as custom_vjp
+from mutatis.transforms.custom.jvp import custom_jvp as custom_jvp
+from mutatis.transforms.custom.vjp import custom_vjp as custom_vjp
 from mutatis.transforms.derivatives import jvp as jvp
 from mutatis.transforms.derivatives import linearize as linearize
 from mutatis.transforms.derivatives import vjp as vjp
@@ -82,7 +83,7 @@ from mutatis.transforms.loops import while_loop as while_loop
 from mutatis.transforms.mapping import map as map
 from mutatis.transforms.rematerialize import remat as remat
 from mutatis.transforms.sharded import shard_map as shard_map
-from mutatis.variables import Variable as Variable
+from mutatis.transforms.transaction import transaction as transaction
 
 if TYPE_CHECKING:
     from mutatis import checkpoint as checkpoint
@@ -206,3 +207,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_homes.publish(__name__, {name: globals()[name] for name in __all__ if name not in _LATER and name not in dir(errors)})
+_homes.read_former_pickles(__name__)

@@ -15,20 +15,25 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mutatis import transactions
-from mutatis.cells import UNSET, Cell, Deferred
+from mutatis.core import access, naming
+from mutatis.core.cells import UNSET, Cell, Deferred
+from mutatis.core.journal import ABSENT
+from mutatis.core.naming import show_path
+from mutatis.core.transactions import Transaction
 from mutatis.errors import DeferredStateError, FrozenStateError, StructureError
-from mutatis.filters import FilterLike, Path, as_filter
-from mutatis.graph import describe_graph, show_path, variables
 from mutatis.interventions import capture
-from mutatis.kinds import Intermediate, Perturbation, RngState, kind_of
-from mutatis.modules import Module
+from mutatis.model.filters import FilterLike, Path, as_filter
+from mutatis.model.graphdef import describe_graph
+from mutatis.model.kinds import Intermediate, Perturbation, RngState, kind_of
+from mutatis.model.marks import thaw
+from mutatis.model.modules import Module
+from mutatis.model.operations import flat_for, merge, pop
+from mutatis.model.state import State
+from mutatis.model.surgery import modules
+from mutatis.model.variables import Variable
+from mutatis.model.walks import variables
 from mutatis.random import Rngs, as_key, restarted
-from mutatis.state import State, flat_for, merge, pop, thaw
-from mutatis.surgery import modules
-from mutatis.transactions import Transaction
 from mutatis.transforms.abstract import eval_shape
-from mutatis.variables import Variable, raw_value
 
 _PASSING = (Intermediate, Perturbation)  # states that a call makes where they are missing
 
@@ -68,7 +73,7 @@ def init(
     """
     module, _ = _started(ctor, rngs, inputs, method, kwargs)
     cells = _cells(module)
-    if waiting := [show_path(path) for path, cell in cells.items() if type(raw_value(cell)) is Deferred]:
+    if waiting := [show_path(path) for path, cell in cells.items() if type(access.load(cell)) is Deferred]:
         raise DeferredStateError(
             "the sizes of states are taken from an input that was not given",
             differences=waiting,
@@ -156,12 +161,12 @@ def apply(
         if captures:
             call = capture(call, *([] if capture_intermediates is True else [capture_intermediates]), of=module)
         out = call(*inputs, **kwargs)
-        tx.settle()
+        tx.note_changes_in_place()
         cells = _cells(module)
         for path, cell in cells.items():
             if path not in before and not isinstance(cell, _PASSING) and not selects(path, cell):
                 raise _immutable(cell, path, "made")
-        updates = {p: (type(cell), raw_value(cell)) for p, cell in cells.items() if selects(p, cell)}
+        updates = {p: (type(cell), access.load(cell)) for p, cell in cells.items() if selects(p, cell)}
     if captures:
         out, captured = out
         updates |= {(*path, "__call__"): (Intermediate, value) for path, value in captured.flat().items()}
@@ -178,13 +183,13 @@ class _Starts(Transaction):
         self.starts: dict[Cell, Any] = {}
 
     def write(self, cell: Cell, value: Any, trace: Any) -> None:
-        if transactions.is_deferred(cell):
+        if access.is_deferred(cell):
             self.starts[cell] = value
         super().write(cell, value, trace)
 
-    def adopt(self, cell: Cell, value: Any) -> None:
+    def create(self, cell: Cell, value: Any) -> None:
         self.starts[cell] = value
-        super().adopt(cell, value)
+        super().create(cell, value)
 
 
 class _Apply(Transaction):
@@ -197,15 +202,15 @@ class _Apply(Transaction):
         self._fixed = {cell: path for cell, path in paths.items() if not selects(path, cell)}
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        self.undo()  # the model is thrown away, and the attributes of all others stay as they were
+        self.journal.undo()  # the model is thrown away, and the attributes of all others stay as they were
         super().__exit__(kind, value, trace)
 
     def write(self, cell: Any, value: Any, trace: Any) -> None:
         if self._check(cell):
             super().write(cell, value, trace)
 
-    def settle(self) -> None:
-        super().settle()
+    def note_changes_in_place(self) -> None:
+        super().note_changes_in_place()
         for cell in self.written:
             self._check(cell)
 
@@ -222,9 +227,9 @@ class _Apply(Transaction):
             raise _immutable(cell, self._fixed[cell], "written")
         if cell not in self._paths and cell not in self.born and cell._birth is None:
             raise StructureError(
-                f"state {transactions.describe(cell)} was written, and the model does not hold it",
-                path=transactions.path_of(cell),
-                where=transactions.where(),
+                f"state {naming.describe(cell)} was written, and the model does not hold it",
+                path=naming.path_of(cell),
+                where=naming.where(),
                 made_at=cell.made_at,
                 cure="Its new value would be lost. Make it a part of the model, or return the value.",
             )
@@ -235,7 +240,7 @@ def _immutable(cell: Any, path: Path, what: str) -> FrozenStateError:
     return FrozenStateError(
         f"state `{show_path(path)}` ({type(cell).__name__}) was {what}, and its collection is not mutable",
         path=show_path(path),
-        where=transactions.where(),
+        where=naming.where(),
         made_at=cell.made_at,
         cure=f'`out, updates = apply(..., mutable=["{cell.collection}"])`; for statistics also `definition.eval()`.',
     )
@@ -257,10 +262,10 @@ def _started(
         return module, {}
     with _Starts("init") as tx:
         _method(module, method)(*inputs, **kwargs)
-        tx.settle()
+        tx.note_changes_in_place()
         starts, made = dict(tx.starts), dict(tx.born)
     for cell, value in starts.items():
-        transactions.create(cell, value)
+        access.create(cell, value)
     return module, made
 
 
@@ -338,8 +343,8 @@ def _kind_of_extra(path: Path, parents: Mapping[Path, Module]) -> type[Variable]
     parent = parents.get(path[1:-1])
     if parent is None or kind is None:
         return None
-    held = parent.__dict__.get(path[-1], transactions.ABSENT)
-    return kind if held is None or (held is transactions.ABSENT and issubclass(kind, _PASSING)) else None
+    held = parent.__dict__.get(path[-1], ABSENT)
+    return kind if held is None or (held is ABSENT and issubclass(kind, _PASSING)) else None
 
 
 def _stream(path: Path, cell: RngState, rngs: Any) -> Any:
@@ -348,7 +353,7 @@ def _stream(path: Path, cell: RngState, rngs: Any) -> Any:
         return UNSET
     name = cell.metadata.get("tag", "default")
     if isinstance(rngs, Rngs):
-        return restarted(path, rngs.stream(name).draw(), transactions.glimpse(cell))
+        return restarted(path, rngs.stream(name).draw(), access.peek(cell))
     seeds = rngs if isinstance(rngs, Mapping) else {"default": rngs}
     seed = seeds.get(name, seeds.get("default", UNSET))
-    return UNSET if seed is UNSET else restarted(path, as_key(seed, name), transactions.glimpse(cell))
+    return UNSET if seed is UNSET else restarted(path, as_key(seed, name), access.peek(cell))

@@ -14,18 +14,18 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 
-from mutatis import transactions
-from mutatis.contexts import Context
+from mutatis.core import naming
+from mutatis.core.avals import show_type
+from mutatis.core.naming import show_path
 from mutatis.errors import StateTypeError, StructureError
-from mutatis.filters import FilterLike, Path, as_filter
-from mutatis.graph import show_path
-from mutatis.kinds import Intermediate, Perturbation
-from mutatis.lifting import Transformed
-from mutatis.modules import Module, for_each_class
-from mutatis.state import State
-from mutatis.surgery import Places, modules
-from mutatis.values import show_type
-from mutatis.variables import Variable
+from mutatis.model.contexts import Context
+from mutatis.model.filters import FilterLike, Path, as_filter
+from mutatis.model.kinds import Intermediate, Perturbation
+from mutatis.model.modules import Module, for_each_class
+from mutatis.model.state import State
+from mutatis.model.surgery import Places, modules
+from mutatis.model.variables import Variable
+from mutatis.tracing.transformed import Transformed
 
 T = TypeVar("T")
 
@@ -271,9 +271,9 @@ def perturb(module: Module, name: str, value: Any) -> Any:
     zeros = held.get()
     if jax.tree.map(jnp.shape, zeros) != jax.tree.map(jnp.shape, value):
         raise StateTypeError(
-            f"state {transactions.describe(held)} is added to a value of another shape",
-            path=transactions.path_of(held) or name,
-            where=transactions.where(),
+            f"state {naming.describe(held)} is added to a value of another shape",
+            path=naming.path_of(held) or name,
+            where=naming.where(),
             expected=show_type(zeros),
             got=show_type(value),
             made_at=held.made_at,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.errors import StructureError
-from mutatis.kinds import MetricState
-from mutatis.modules import Module
-from mutatis.state import reset
+from mutatis.model.kinds import MetricState
+from mutatis.model.modules import Module
+from mutatis.model.operations import reset
 
 
 class Metric(Module, abc.ABC):

@@ -14,15 +14,16 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mutatis import transactions
+from mutatis.core import naming
+from mutatis.core.avals import show_type
+from mutatis.core.naming import show_path
 from mutatis.errors import DeferredStateError, OptimizerError
-from mutatis.filters import FilterLike, Path, as_filter
-from mutatis.graph import check_node, show_path, variables
-from mutatis.kinds import OptState, Param
-from mutatis.modules import Module
-from mutatis.state import State
-from mutatis.values import show_type
-from mutatis.variables import Variable
+from mutatis.model.filters import FilterLike, Path, as_filter
+from mutatis.model.kinds import OptState, Param
+from mutatis.model.modules import Module
+from mutatis.model.state import State
+from mutatis.model.variables import Variable
+from mutatis.model.walks import check_node, variables
 
 
 class Optimizer(Module):
@@ -114,7 +115,7 @@ class Optimizer(Module):
             raise OptimizerError(
                 "the optimizer was made with another model than the one to update",
                 path=show_path(strange[0]),
-                where=transactions.where(),
+                where=naming.where(),
                 expected="the node that it was made with, or a `mu.view` of it",
                 got=f"a {type(model).__name__} with other states",
                 cure="Make an optimizer for each model, `mu.Optimizer(model, tx)`, and pass that model or the gradients only.",

@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mutatis import transactions
+from mutatis.core import access, naming
 from mutatis.errors import RandomStreamError
-from mutatis.filters import FilterLike, Path
-from mutatis.graph import variables
-from mutatis.kinds import RngState, stream_value
-from mutatis.modules import Module
-from mutatis.variables import raw_value
+from mutatis.model.filters import FilterLike, Path
+from mutatis.model.kinds import RngState, stream_value
+from mutatis.model.modules import Module
+from mutatis.model.walks import variables
 
 
 class Rngs(Module):
@@ -78,7 +77,7 @@ class Rngs(Module):
                 f"there is no random stream `{name}`, and no default stream",
                 path=name,
                 got=f"streams {sorted(self.streams)}",
-                where=transactions.where(),
+                where=naming.where(),
                 cure=f"Name it, `mu.Rngs({name}=0)`, or give a default, `mu.Rngs(0)`.",
             )
         return found
@@ -161,7 +160,7 @@ def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
         name = name if name in keys else "default"
         if name in keys:
             used.add(name)
-            new[cell] = restarted(path, keys[name], raw_value(cell))
+            new[cell] = restarted(path, keys[name], access.load(cell))
     if unknown := set(keys) - used:
         raise RandomStreamError(
             f"the model has no random stream `{sorted(unknown)[0]}`",

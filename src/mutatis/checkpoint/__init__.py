@@ -6,7 +6,10 @@ A reader finds the old one or the new one, never a part; and nothing of a model 
 Static attributes are not saved: they are the code's.
 """
 
+from mutatis import _homes
 from mutatis.checkpoint.restoring import restore as restore
 from mutatis.checkpoint.saving import save as save
 
 __all__ = ["restore", "save"]
+
+_homes.publish(__name__, {name: globals()[name] for name in __all__})

@@ -22,10 +22,10 @@ from typing import Any, TypeAlias
 
 import jax
 
+from mutatis.core.naming import show_path
 from mutatis.errors import CheckpointError
-from mutatis.filters import Path
-from mutatis.graph import show_path
-from mutatis.variables import Variable
+from mutatis.model.filters import Path
+from mutatis.model.variables import Variable
 
 MANIFEST = "mutatis.json"
 FORMAT = "mutatis.checkpoint"

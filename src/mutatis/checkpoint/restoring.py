@@ -11,15 +11,17 @@ from typing import Any
 import jax
 from jax.dtypes import canonicalize_dtype as canonicalize
 
-from mutatis import transactions
-from mutatis.cells import UNSET, Deferred
 from mutatis.checkpoint.arrays import read_arrays
 from mutatis.checkpoint.manifest import Entry, Leaf, Manifest, ValueType, label_of, read_manifest
 from mutatis.checkpoint.saving import by_key, check_call
+from mutatis.core import access
+from mutatis.core.cells import UNSET, Deferred
+from mutatis.core.naming import show_path
+from mutatis.core.transactions import Transaction
 from mutatis.errors import CheckpointError
-from mutatis.filters import Filter, FilterLike, as_filter
-from mutatis.graph import show_path, variables
-from mutatis.variables import Variable, raw_value
+from mutatis.model.filters import Filter, FilterLike, as_filter
+from mutatis.model.variables import Variable
+from mutatis.model.walks import variables
 
 
 def restore(path: str | os.PathLike[str], node: Any, *filters: FilterLike, cast: bool = False) -> None:
@@ -66,10 +68,10 @@ def restore(path: str | os.PathLike[str], node: Any, *filters: FilterLike, cast:
             if read_manifest(path) == manifest:
                 raise
             # Another process saved over it while it was read here: now the new one is there.
-    with transactions.Transaction("restore") as tx:
+    with Transaction("restore") as tx:
         for slot, value in zip(slots, values, strict=True):
-            transactions.write(slot.cell, value)  # below the cell's `set`, so that frozen ones are restored too
-        tx.commit()
+            access.write(slot.cell, value)  # below the cell's `set`, so that frozen ones are restored too
+        access.commit(tx)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool
             hint = "".join(f" (the checkpoint has {others[found]})" for found in near)
             missing.append(f"missing:    {label_of(show_path(at), cell.name)}{hint}")
             continue
-        value = raw_value(cell)
+        value = access.load(cell)
         slot = _Slot(cell, None if value is UNSET or type(value) is Deferred else value, entry)
         mistyped.extend(_differences(slot, cast))
         slots.append(slot)

@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from mutatis import _compat, transactions
-from mutatis.cells import UNSET, Deferred
+from mutatis import _compat
 from mutatis.checkpoint.arrays import describe, write_arrays
 from mutatis.checkpoint.manifest import (
     Entry,
@@ -22,10 +21,13 @@ from mutatis.checkpoint.manifest import (
     read_manifest,
     structure_of,
 )
+from mutatis.core import access, naming
+from mutatis.core.cells import UNSET, Deferred
+from mutatis.core.naming import show_path
 from mutatis.errors import CheckpointError, DeferredStateError
-from mutatis.filters import FilterLike, Path
-from mutatis.graph import show_path, variables
-from mutatis.variables import Variable, raw_value
+from mutatis.model.filters import FilterLike, Path
+from mutatis.model.variables import Variable
+from mutatis.model.walks import variables
 
 
 def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:
@@ -82,7 +84,7 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
     if _compat.current_trace() is not _compat.EVAL_TRACE:
         raise CheckpointError(
             f"states cannot be {what} inside a transform",
-            where=transactions.where(),
+            where=naming.where(),
             cure="Save and restore between the calls of a transformed function.",
         )
     if jax.process_count() > 1:
@@ -124,7 +126,7 @@ def _collect(cells: Mapping[Path, Variable]) -> tuple[tuple[Entry, ...], dict[in
       CheckpointError: two of them have one name.
       DeferredStateError: some have no value; all are listed.
     """
-    values = {path: raw_value(cell) for path, cell in by_key(cells).values()}
+    values = {path: access.load(cell) for path, cell in by_key(cells).values()}
     if missing := [show_path(path) for path, value in values.items() if not _has_arrays(value)]:
         raise DeferredStateError(
             "states without a value cannot be saved",

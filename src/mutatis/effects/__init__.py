@@ -13,6 +13,7 @@ the layer writes of other states is written where it was called; with handlers a
 position in the tree when it was handled, such as ``.parts[1].state``, which renaming does not change.
 """
 
+from mutatis import _homes
 from mutatis.effects.handling import LocalStateEffectImpl as LocalStateEffectImpl
 from mutatis.effects.handling import WithFunctionalLocalState as WithFunctionalLocalState
 from mutatis.effects.handling import freeze_local_states as freeze_local_states
@@ -25,7 +26,7 @@ from mutatis.effects.requests import LocalStateEffect as LocalStateEffect
 from mutatis.effects.requests import SharedLocalStateRequest as SharedLocalStateRequest
 from mutatis.effects.sharing import embed_shared_state_requests as embed_shared_state_requests
 from mutatis.effects.sharing import hoist_shared_state_requests as hoist_shared_state_requests
-from mutatis.state import thaw as thaw
+from mutatis.model.marks import thaw as thaw
 
 __all__ = [
     "FrozenLocalStateRequest",
@@ -42,3 +43,5 @@ __all__ = [
     "rename",
     "thaw",
 ]
+
+_homes.publish(__name__, {name: globals()[name] for name in __all__})

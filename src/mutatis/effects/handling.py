@@ -10,7 +10,11 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from mutatis.cells import UNSET, structure_lock
+from mutatis.core import access
+from mutatis.core.cells import UNSET
+from mutatis.core.naming import caller, show_path
+from mutatis.core.structure import structure_lock
+from mutatis.core.transactions import Transaction
 from mutatis.effects.renaming import rename
 from mutatis.effects.requests import (
     REQUESTS,
@@ -27,14 +31,14 @@ from mutatis.effects.requests import (
 )
 from mutatis.effects.sharing import check_definition, check_shared
 from mutatis.errors import EffectError
-from mutatis.filters import Filter, Path, Satisfies, as_filter
-from mutatis.graph import show_path
-from mutatis.lifting import Site, function_name
-from mutatis.state import merge, split, thaw
-from mutatis.surgery import modules
-from mutatis.transactions import Transaction
-from mutatis.values import as_value
-from mutatis.variables import Variable, caller, detached, initial, raw_value, set_mark
+from mutatis.model.filters import Filter, Path, Satisfies, as_filter
+from mutatis.model.marks import thaw
+from mutatis.model.operations import merge, split
+from mutatis.model.surgery import modules
+from mutatis.model.values import as_value
+from mutatis.model.variables import Variable, detached, initial, set_mark
+from mutatis.tracing.arguments import function_name
+from mutatis.tracing.call_site import CallSite
 
 
 class LocalStateEffectImpl(Variable):
@@ -86,7 +90,7 @@ class WithFunctionalLocalState:
         with _writable(cells.values()):
             overlay = {cell: as_value(given[name], cell) for name, cell in cells.items()}
             others = [("body", self.body)]
-            with Site("handle_local_states", layer, (inner,), {"states": cells}, others) as site:
+            with CallSite("handle_local_states", layer, (inner,), {"states": cells}, others) as site:
                 end, leaves, values = site.run(overlay, call=lambda: layer(inner))
                 site.refuse_changes("a handled layer, which is a pure function")
                 _check_output(end.nodes, cells)
@@ -241,7 +245,7 @@ def freeze_local_states(handled: WithFunctionalLocalState, states: Mapping[str, 
 
     parts, tree = jax.tree.flatten(_replace(handled.body, handled.handler_id, freeze), is_leaf=is_part)
     with Transaction("freeze_local_states") as tx:
-        tx.fill({cell: as_value(states[name], cell) for name, cell in handled._cells().items()})
+        tx.preload({cell: as_value(states[name], cell) for name, cell in handled._cells().items()})
         parted = split([part for part in parts if is_model(part)])  # together, for what they share
     copies = iter(merge(*parted))
     body = tree.unflatten([next(copies) if is_model(part) else part for part in parts])
@@ -325,7 +329,7 @@ def _first_value(key: str, definition: Any) -> Any:
         return as_value(definition.state_initializer(), _live(key))
     if isinstance(definition, FrozenLocalStateRequest):
         return as_value(definition.state, _live(key))
-    value = raw_value(definition)
+    value = access.load(definition)
     return as_value(initial(definition), definition) if value is UNSET and definition.init is not None else value
 
 

@@ -6,16 +6,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from mutatis.effects.requests import (
-    Effect,
-    Rename,
-    is_model,
-    is_part,
-    parts_of,
-    variables_of,
-)
+from mutatis.effects.requests import Effect, Rename, is_model, is_part, parts_of, variables_of
 from mutatis.errors import EffectError
-from mutatis.variables import Variable, set_mark
+from mutatis.model.variables import Variable, set_mark
 
 T = TypeVar("T")
 

@@ -8,11 +8,12 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
 
+from mutatis.core.nodes import is_node
 from mutatis.errors import EffectError
-from mutatis.filters import Path
-from mutatis.graph import variables
-from mutatis.modules import borrows, is_node
-from mutatis.variables import Variable
+from mutatis.model.filters import Path
+from mutatis.model.variables import Variable
+from mutatis.model.walks import variables
+from mutatis.model.wrapped import borrows
 
 T = TypeVar("T")
 Category: TypeAlias = Hashable

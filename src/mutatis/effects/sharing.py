@@ -22,7 +22,7 @@ from mutatis.effects.requests import (
     parts_of,
 )
 from mutatis.errors import EffectError
-from mutatis.variables import Variable
+from mutatis.model.variables import Variable
 
 
 def hoist_shared_state_requests(tree: Any, unsafe: bool = False) -> tuple[Any, dict[str, Request]]:

@@ -1,7 +1,8 @@
 """Inspection: what a model holds and what functions do with it."""
 
-from mutatis.compilations import Compilation as Compilation
-from mutatis.compilations import Explanation as Explanation
+from mutatis import _homes
+from mutatis.compilation.log import Compilation as Compilation
+from mutatis.compilation.log import Explanation as Explanation
 from mutatis.inspect.explanation import explain as explain
 from mutatis.inspect.ledger import Collective as Collective
 from mutatis.inspect.ledger import Entry as Entry
@@ -29,3 +30,5 @@ __all__ = [
     "ledger",
     "state_table",
 ]
+
+_homes.publish(__name__, {name: globals()[name] for name in __all__})

@@ -5,9 +5,9 @@ from __future__ import annotations
 import types
 from typing import Any
 
-from mutatis.compilations import Explanation
+from mutatis.compilation.log import Explanation
 from mutatis.errors import StructureError
-from mutatis.lifting import function_name
+from mutatis.tracing.arguments import function_name
 from mutatis.transforms.jit import Jitted
 
 

@@ -16,17 +16,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from mutatis import transactions
-from mutatis.captures import search
+from mutatis.core import access, frames, naming
+from mutatis.core.avals import show_type
+from mutatis.core.transactions import Transaction
 from mutatis.inspect.tables import Table, show_bytes
-from mutatis.lanes import LaneTransaction
-from mutatis.lifting import Scope, argument_names, function_name, named_nodes
-from mutatis.modules import Module
-from mutatis.transactions import Transaction
+from mutatis.model.modules import Module
+from mutatis.model.variables import Variable
+from mutatis.tracing.arguments import argument_names, function_name, named_nodes
+from mutatis.tracing.captures import search
+from mutatis.tracing.lanes import LaneTransaction
+from mutatis.tracing.scope import Scope
 from mutatis.transforms.abstract import eval_arrays
 from mutatis.transforms.jit import jit
-from mutatis.values import show_type
-from mutatis.variables import Variable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,7 @@ def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
         roots = [*named, *search(f).roots]
         before = Scope(roots)
         types: dict[Any, Any] = {
-            cell: _shapes(transactions.glimpse(cell)) for cell in before.cells if not transactions.is_deferred(cell)
+            cell: _shapes(access.peek(cell)) for cell in before.cells if not access.is_deferred(cell)
         }
         shardings = {cell: _show_sharding(cell) for cell in before.cells}
         entries: dict[Any, Entry] = {}
@@ -259,7 +260,7 @@ def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
         def run(*args: Any, **kwargs: Any) -> None:
             out = f(*args, **kwargs)
             after = Scope([*roots, *named_nodes(["result"], [out])])
-            new = {cell: _shapes(transactions.glimpse(cell)) for cell in after.cells if cell not in types}
+            new = {cell: _shapes(access.peek(cell)) for cell in after.cells if cell not in types}
             types.update(new)
             owners = {id(o): p for o, p in zip(after.encoder.objects, after.encoder.object_paths, strict=True)}
             modes = {p: o.mode for o in after.encoder.objects if isinstance(o, Module) for p in [owners[id(o)]]}
@@ -267,20 +268,20 @@ def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
                 entries[cell] = entry(
                     cell,
                     str(after.locate(cell)),
-                    made=cell in new and not transactions.is_deferred(cell),
+                    made=cell in new and not access.is_deferred(cell),
                     mode=next((modes[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in modes), "train"),
                     sharding=shardings.get(cell, ""),
                 )
 
-        with transactions.recorded(book.note):
+        with frames.recorded(book.note):
             eval_arrays(run, args, kwargs)
         root = book.pages[-1]
         for found in {**root.tx.seen, **root.tx.written}:
             # What no name leads to, as `mu.jit` finds it, too; but nothing that was made on the way and is gone.
-            lasts = found not in root.tx.born and found._birth is None and transactions.holds_value(found)
+            lasts = found not in root.tx.born and found._birth is None and access.holds_value(found)
             if lasts and found not in entries:
-                types[found] = _shapes(transactions.glimpse(found))
-                entries[found] = entry(found, transactions.path_of(found) or f"({transactions.made_at(found)})")
+                types[found] = _shapes(access.peek(found))
+                entries[found] = entry(found, naming.path_of(found) or f"({naming.made_at(found)})")
         used = [
             dataclasses.replace(
                 entry,
@@ -358,7 +359,7 @@ def _role(tx: Transaction, cell: Any, value: Any) -> str:
         return ""
     if isinstance(tx, LaneTransaction) and tx.is_forked(cell):
         return "a stream each"
-    outside = transactions.glimpse(cell)
+    outside = access.peek(cell)
     if outside is not None and jax.tree.map(np.shape, _shapes(outside)) != jax.tree.map(np.shape, _shapes(value)):
         return "split"
     return "carried" if cell in tx.written and not lanes else "shared"
@@ -369,7 +370,7 @@ def _shapes(value: Any) -> Any:
 
 
 def _show_sharding(cell: Variable) -> str:
-    spread = transactions.placement(cell)
+    spread = access.placement(cell)
     return "" if spread is None else ", ".join(str(getattr(sharding, "spec", sharding)) for sharding in spread)
 
 

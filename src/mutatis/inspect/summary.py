@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from mutatis.graph import variables
+from mutatis.core import access
 from mutatis.inspect.tables import Table, show_bytes
-from mutatis.variables import raw_value
+from mutatis.model.walks import variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def state_table(node: Any) -> StateTable:
     """
     rows: dict[str, Row] = {}
     for cell in variables(node).values():
-        leaves = jax.tree.leaves(raw_value(cell))
+        leaves = jax.tree.leaves(access.load(cell))
         kind = type(cell).__name__
         one = Row(kind, 1, sum(leaf.size for leaf in leaves), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
         rows[kind] = rows.get(kind, Row(kind)) + one

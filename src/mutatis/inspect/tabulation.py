@@ -10,18 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from mutatis.graph import describe_graph, show_path, variables
+from mutatis.core import access
+from mutatis.core.avals import show_type
+from mutatis.core.naming import show_path
 from mutatis.inspect.tables import Table, show_bytes
 from mutatis.interventions import intercept
-from mutatis.kinds import Param
-from mutatis.lifting import Packed
-from mutatis.modules import Module
-from mutatis.state import State, clone, merge
-from mutatis.surgery import modules
+from mutatis.model.graphdef import describe_graph
+from mutatis.model.kinds import Param
+from mutatis.model.modules import Module
+from mutatis.model.operations import clone, merge
+from mutatis.model.state import State
+from mutatis.model.surgery import modules
+from mutatis.model.walks import variables
+from mutatis.tracing.arguments import FlatTree
 from mutatis.transforms.abstract import eval_arrays
 from mutatis.transforms.jit import jit
-from mutatis.values import show_type
-from mutatis.variables import raw_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,7 @@ def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any)
         path = paths.get(id(module))
         if path is None or (depth is not None and len(path) > depth):
             continue
-        values = {cell: raw_value(cell) for cell in variables(module).values()}
+        values = {cell: access.load(cell) for cell in variables(module).values()}
         rows.append(
             Call(
                 path=show_path(path),
@@ -144,8 +147,8 @@ def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any)
 
 def _shapes(tree: Any) -> Any:
     """Arrays as shapes; nodes and all else as they are."""
-    packed = Packed(tree)
-    return packed.fill([_shape(leaf) for leaf in packed.leaves])
+    packed = FlatTree(tree)
+    return packed.unflatten([_shape(leaf) for leaf in packed.leaves])
 
 
 def _shape(leaf: Any) -> Any:
@@ -153,7 +156,7 @@ def _shape(leaf: Any) -> Any:
 
 
 def _arrays(tree: Any) -> list[Any]:
-    return [leaf for leaf in Packed(tree).leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return [leaf for leaf in FlatTree(tree).leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
 
 
 def _show(tree: Any) -> str:
@@ -166,12 +169,12 @@ def _size(value: Any) -> int:
 
 def _flops(module: Any, given: Any) -> float | None:
     """What XLA counts for one call."""
-    packed = Packed(given)
+    packed = FlatTree(given)
 
     def call(*arrays: Any) -> Any:
         rest = iter(arrays)
         leaves = [next(rest) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in packed.leaves]
-        args, kwargs = packed.fill(leaves)
+        args, kwargs = packed.unflatten(leaves)
         return module(*args, **kwargs)
 
     costs = jit(call).lower(*_arrays(given)).cost_analysis()

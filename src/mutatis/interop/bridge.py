@@ -14,16 +14,23 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from mutatis import _compat, kinds, transactions
-from mutatis.cells import UNSET, Deferred
+from mutatis import _compat
+from mutatis.core import access, naming
+from mutatis.core.cells import UNSET, Deferred
+from mutatis.core.naming import show_path
+from mutatis.core.transactions import Transaction
 from mutatis.errors import DeferredStateError, MissingPackageError, RandomStreamError, StructureError
-from mutatis.filters import Path
-from mutatis.graph import GraphDef, show_path, variables
-from mutatis.kinds import Intermediate, Param, RngState
-from mutatis.modules import Module
+from mutatis.model import kinds
+from mutatis.model.filters import Path
+from mutatis.model.graphdef import GraphDef
+from mutatis.model.kinds import Intermediate, Param, RngState
+from mutatis.model.modules import Module
+from mutatis.model.operations import merge, pop, split
+from mutatis.model.state import State
+from mutatis.model.variables import Variable, initial
+from mutatis.model.views import view
+from mutatis.model.walks import variables
 from mutatis.random import Rngs
-from mutatis.state import State, merge, pop, split, view
-from mutatis.variables import Variable, initial, raw_value
 
 T = TypeVar("T")
 _PACKAGES = {"haiku": "dm-haiku"}  # where pip knows it by another name
@@ -260,7 +267,7 @@ def construct(constructor: Callable[[Rngs], Module], rngs: Rngs) -> Module:
     """The module that a constructor makes, with a value, or a placeholder of its layer's, for each state."""
     model = constructor(rngs)
     for cell in variables(model).values():
-        if raw_value(cell) is UNSET:
+        if access.load(cell) is UNSET:
             cell.value = initial(cell)
     return model
 
@@ -290,7 +297,7 @@ def _check_created(path: Path, value: Any, door: str) -> None:
         raise DeferredStateError(
             f"state `{show_path(path)}` has no value, which `{door}` would hold",
             path=show_path(path),
-            where=transactions.where(),
+            where=naming.where(),
             cure="Its size is inferred at the first call: call its layer once, or give the size where it is made.",
         )
 
@@ -348,7 +355,7 @@ def run(
       RandomStreamError: the call drew from a stream that has no key.
       StructureError: the call changed what the module is made of, or wrote states that are no part of it.
     """
-    with transactions.Transaction(label) as tx:
+    with Transaction(label) as tx:
         model = build()
         model = view(model, mode="eval") if evaluate else model
         pop(model, Intermediate)
@@ -356,7 +363,7 @@ def run(
         keyless = _start_streams(model, start, key_of) if key_of is not None else {}
         before = take_apart(model)
         out = call(model)
-        tx.settle()
+        tx.note_changes_in_place()
         sown = pop(model, Intermediate).flat()
         after = take_apart(model)
         _check_bounds(label, tx, before, after)
@@ -382,17 +389,17 @@ def _start_streams(model: Module, parts: Parts, key_of: Callable[[str], Any]) ->
             keyless[path] = name
             key = jax.random.key(0)
         shape = parts.values[path]["count"].shape  # of stacked streams: one for each layer
-        transactions.write(cells[path], kinds.stream_value(jax.random.split(key, shape) if shape else key))
+        access.write(cells[path], kinds.stream_value(jax.random.split(key, shape) if shape else key))
     return keyless
 
 
-def _check_bounds(label: str, tx: transactions.Transaction, before: Parts, after: Parts) -> None:
+def _check_bounds(label: str, tx: Transaction, before: Parts, after: Parts) -> None:
     """Raise if a call changed more than the values of its module."""
     strays = [cell for cell in tx.written if cell not in tx.born]
     if strays:
         raise StructureError(
-            f"state {transactions.describe(strays[0])} was written and is no part of the module that was called",
-            path=transactions.path_of(strays[0]),
+            f"state {naming.describe(strays[0])} was written and is no part of the module that was called",
+            path=naming.path_of(strays[0]),
             where=label,
             cure="The write would be lost. Make the state a part: assign it to an attribute of the module.",
         )

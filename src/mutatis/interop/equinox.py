@@ -13,15 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mutatis import _homes
+from mutatis.core.statics import static_key
 from mutatis.errors import StructureError
-from mutatis.filters import Path
-from mutatis.graph import GraphDef
 from mutatis.interop import bridge
-from mutatis.kinds import BatchStat, Buffer, Param
-from mutatis.modules import Module
+from mutatis.model.filters import Path
+from mutatis.model.graphdef import GraphDef
+from mutatis.model.kinds import BatchStat, Buffer, Param
+from mutatis.model.modules import Module
+from mutatis.model.operations import merge
+from mutatis.model.state import State
 from mutatis.random import Rngs, as_key
-from mutatis.state import State, merge
-from mutatis.statics import static_key
 
 eqx = bridge.require("equinox")
 
@@ -306,3 +308,6 @@ def _keys_from(key: Any) -> Callable[[str], Any]:
         return now
 
     return next_key
+
+
+_homes.publish("mutatis.interop", {"FromEquinox": FromEquinox, "ToEquinox": ToEquinox})

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
+from mutatis import _homes
+from mutatis.core.naming import show_path
 from mutatis.errors import StructureError
-from mutatis.filters import Path
-from mutatis.graph import show_path
 from mutatis.interop import bridge
-from mutatis.kinds import BatchStat, Param
-from mutatis.modules import Module
+from mutatis.model.filters import Path
+from mutatis.model.kinds import BatchStat, Param
+from mutatis.model.modules import Module
+from mutatis.model.variables import Variable
 from mutatis.random import Rngs, as_key
 from mutatis.transforms.abstract import eval_shape
-from mutatis.variables import Variable
 
 hk = bridge.require("haiku")
 
@@ -225,3 +226,6 @@ class ToHaiku(_Module):
                 cure="Pass the params and the state that `init` gave.",
             )
         return {path: held[train][key] for path, (train, key) in keys.items()}
+
+
+_homes.publish("mutatis.interop", {"FromHaiku": FromHaiku, "ToHaiku": ToHaiku})

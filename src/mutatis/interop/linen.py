@@ -11,13 +11,14 @@ from typing import Any, Self
 
 import jax
 
+from mutatis import _homes
+from mutatis.core.naming import show_path
+from mutatis.core.statics import static
 from mutatis.errors import StructureError
-from mutatis.filters import Path
-from mutatis.graph import show_path
 from mutatis.interop import bridge
-from mutatis.modules import Module
+from mutatis.model.filters import Path
+from mutatis.model.modules import Module
 from mutatis.random import Rngs
-from mutatis.statics import static
 from mutatis.transforms.abstract import eval_shape
 
 flax = bridge.require("flax")
@@ -236,3 +237,6 @@ class ToLinen(_Module):
         """Have Linen hold a value beside those that it holds."""
         held = bridge.flatten(self.get_variable(collection, name[0], {}), name[:1])
         self.put_variable(collection, name[0], bridge.nest({**held, name: value})[name[0]])
+
+
+_homes.publish("mutatis.interop", {"FromLinen": FromLinen, "ToLinen": ToLinen})

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 
-from mutatis.filters import Path
+from mutatis import _homes
 from mutatis.interop import bridge
-from mutatis.kinds import BatchStat, Buffer, Cache, Intermediate, Param, Perturbation, RngState
-from mutatis.modules import Module
-from mutatis.state import State, merge
-from mutatis.variables import Variable
+from mutatis.model.filters import Path
+from mutatis.model.kinds import BatchStat, Buffer, Cache, Intermediate, Param, Perturbation, RngState
+from mutatis.model.modules import Module
+from mutatis.model.operations import merge
+from mutatis.model.state import State
+from mutatis.model.variables import Variable
 
 nnx = bridge.require("flax.nnx")
 
@@ -225,3 +227,6 @@ def _value(variable: Any) -> Any:
     if isinstance(variable, nnx.RngStream):
         return {"key": variable.key.get_value(), "count": variable.count.get_value()}
     return jax.tree.map(lambda leaf: leaf, variable.get_value())
+
+
+_homes.publish("mutatis.interop", {"FromNnx": FromNnx, "ToNnx": ToNnx})

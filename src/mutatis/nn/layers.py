@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from mutatis import transactions
-from mutatis.cells import Deferred
+from mutatis.core import access, naming
+from mutatis.core.cells import Deferred
 from mutatis.errors import RandomStreamError, StructureError
-from mutatis.kinds import Param
+from mutatis.model.kinds import Param
+from mutatis.model.variables import Variable
 from mutatis.random import Rngs
-from mutatis.variables import Variable, raw_value
 
 Shape = tuple[int, ...]
 
@@ -51,7 +51,7 @@ def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dty
 
 def materialize(cell: Variable | None, init: Initializer | None, shape: Shape, dtype: DTypeLike) -> None:
     """Create the value of a state that waits for its shape; without `init` there is none."""
-    if cell is not None and init is not None and type(placeholder := raw_value(cell)) is Deferred:
+    if cell is not None and init is not None and type(placeholder := access.load(cell)) is Deferred:
         cell.value = init(placeholder.key, shape, dtype)
 
 
@@ -73,9 +73,9 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
     if x.ndim >= ndim and -x.ndim <= axis < x.ndim and features in (None, x.shape[axis]):
         return int(x.shape[axis])
     raise StructureError(
-        f"state {transactions.describe(cell)} does not fit the input of its layer",
-        path=transactions.path_of(cell),
-        where=transactions.where(),
+        f"state {naming.describe(cell)} does not fit the input of its layer",
+        path=naming.path_of(cell),
+        where=naming.where(),
         expected=f"{'' if features is None else features} features along axis {axis} of {ndim} or more axes".lstrip(),
         got=f"an input of shape {x.shape}",
         made_at=cell.made_at,

@@ -13,7 +13,7 @@ from jax.nn.initializers import Initializer, lecun_normal, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.errors import StructureError
-from mutatis.modules import Module
+from mutatis.model.modules import Module
 from mutatis.nn.layers import as_tuple, check_input, materialize, param_key, parameter, promote, stretch
 from mutatis.random import Rngs
 

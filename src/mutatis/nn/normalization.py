@@ -10,11 +10,11 @@ from jax import lax
 from jax.nn.initializers import Initializer, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
-from mutatis import transactions
-from mutatis.cells import Deferred
+from mutatis.core import naming
+from mutatis.core.cells import Deferred
 from mutatis.errors import StructureError
-from mutatis.kinds import BatchStat, Param
-from mutatis.modules import Module
+from mutatis.model.kinds import BatchStat, Param
+from mutatis.model.modules import Module
 from mutatis.nn.layers import (
     check_input,
     convert,
@@ -164,9 +164,9 @@ class BatchNorm(Module):
             return lax.pmean(mean, self.axis_name)
         except NameError:
             raise StructureError(
-                f"state {transactions.describe(self.mean)} is averaged over an axis `{self.axis_name}` that does not exist",
-                path=transactions.path_of(self.mean),
-                where=transactions.where(),
+                f"state {naming.describe(self.mean)} is averaged over an axis `{self.axis_name}` that does not exist",
+                path=naming.path_of(self.mean),
+                where=naming.where(),
                 expected=f"a transform around the call with axis_name={self.axis_name!r}",
                 made_at=self.mean.made_at,
                 cure=f"`mu.vmap(model, axis_name={self.axis_name!r})(batch)`; to use the running statistics, `model.eval()`.",

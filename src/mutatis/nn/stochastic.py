@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mutatis import transactions
+from mutatis.core import naming
 from mutatis.errors import RandomStreamError, StructureError
-from mutatis.kinds import RngState, stream_value
-from mutatis.modules import Module
+from mutatis.model.kinds import RngState, stream_value
+from mutatis.model.modules import Module
 from mutatis.nn.layers import first_said
 from mutatis.random import Rngs
 
@@ -101,7 +101,7 @@ class Dropout(Module):
             raise RandomStreamError(
                 "`nn.Dropout` has no random stream `dropout` to draw from",
                 path="dropout",
-                where=transactions.where(),
+                where=naming.where(),
                 cure="Give it one where it is made, `nn.Dropout(0.5, rngs=mu.Rngs(0))`, or in the call, "
                 "`layer(x, rngs=rngs)`; to drop nothing, call `model.eval()`.",
             )

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mutatis.lifting import Packed, Site, Transformed
-from mutatis.transactions import place
+from mutatis.core import access
+from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.transformed import Transformed
 
 
 def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +32,7 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
       >>> mu.eval_shape(lambda: Net(100_000)).w.value
       ShapeDtypeStruct(shape=(100000, 100000), dtype=float32)
     """
-    with Site("eval_shape", f, args, kwargs) as site:
+    with CallSite("eval_shape", f, args, kwargs) as site:
         cells = site.scope.cells
 
         def pure(values: list[Any], leaves: list[Any]) -> Any:
@@ -41,20 +43,20 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         site.undo(keep=site.end.nodes)
         for cell, shape in zip(site.end.cells, written, strict=True):
             if cell in site.end.born:
-                place(cell, shape)
-        return site.end.fill(out)
+                access.create_detached(cell, shape)
+        return site.end.unflatten(out)
 
 
 def eval_arrays(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """`eval_shape` of a call in which only arrays are abstract; numbers, flags and all else are what they are."""
-    packed = Packed((tuple(args), kwargs))
+    packed = FlatTree((tuple(args), kwargs))
     arrays = [index for index, leaf in enumerate(packed.leaves) if isinstance(leaf, _ARRAYS)]
 
     def call(nodes: list[Any], tracers: list[Any]) -> Any:
         leaves = list(packed.leaves)
         for index, tracer in zip(arrays, tracers, strict=True):
             leaves[index] = tracer
-        args, kwargs = packed.fill(leaves, nodes)
+        args, kwargs = packed.unflatten(leaves, nodes)
         return f(*args, **kwargs)
 
     return eval_shape(call, packed.nodes, [packed.leaves[index] for index in arrays])
@@ -89,12 +91,12 @@ def make_jaxpr(
     def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         statics = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
         numbers = {n % len(args) for n in statics} if args else set()
-        packed = Packed(({n: arg for n, arg in enumerate(args) if n not in numbers}, kwargs))
-        with Site("make_jaxpr", function, args, kwargs) as site:
+        packed = FlatTree(({n: arg for n, arg in enumerate(args) if n not in numbers}, kwargs))
+        with CallSite("make_jaxpr", function, args, kwargs) as site:
             cells = site.scope.cells
 
             def pure(values: list[Any], leaves: list[Any]) -> Any:
-                new_args, new_kwargs = packed.fill(leaves)
+                new_args, new_kwargs = packed.unflatten(leaves)
                 all_args = [new_args.get(n, arg) for n, arg in enumerate(args)]
                 overlay = dict(zip(cells, values, strict=True))
                 site.end, out, written = site.run(overlay, call=lambda: function(*all_args, **new_kwargs))
@@ -103,6 +105,6 @@ def make_jaxpr(
             trace = jax.make_jaxpr(pure, axis_env=axis_env, return_shape=True)
             jaxpr, shapes = trace(site.values(cells), packed.leaves)
             site.undo()
-            return (jaxpr, site.end.fill(shapes[0])) if return_shape else jaxpr
+            return (jaxpr, site.end.unflatten(shapes[0])) if return_shape else jaxpr
 
     return Transformed(f, make_jaxpr, call)

@@ -14,14 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mutatis import _compat, transactions
-from mutatis.axes import Shared, StateAxes, assign, check_axis
+from mutatis import _compat
+from mutatis.core import naming
+from mutatis.core.nodes import is_node
+from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
-from mutatis.lanes import LaneTransaction, unite
-from mutatis.lifting import End, Site, Transformed, broadcast
-from mutatis.modules import is_node
-from mutatis.transactions import Transaction
-from mutatis.variables import Variable, spelled
+from mutatis.model.variables import Variable, spelled
+from mutatis.tracing.arguments import broadcast
+from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
+from mutatis.tracing.call_site import CallSite, RunResult
+from mutatis.tracing.lanes import LaneTransaction, unite
+from mutatis.tracing.transformed import Transformed
 
 
 def vmap(
@@ -91,9 +94,9 @@ def vectorize(
       writes: whether shared states may be written (the same value in all lanes).
     """
     named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
-    with Site(name, function, args, kwargs, others=[("states", [node for node, _ in named])]) as site:
+    with CallSite(name, function, args, kwargs, others=[("states", [node for node, _ in named])]) as site:
         leaf_axes, node_axes = _argument_axes(site, args, kwargs, in_axes)
-        axes = assign(site, node_axes, states)
+        axes = axes_by_cell(site, node_axes, states)
         for cell in site.scope.cells:
             if cell not in axes and type(cell).vmap_axis is not None:
                 axes[cell] = type(cell).vmap_axis
@@ -112,7 +115,7 @@ def vectorize(
 
             overlay = dict(zip(split, values, strict=True))
             site.end, out, written = site.run(overlay, leaves, make=make)
-            result = site.end.fill(out, [None] * len(site.end.nodes))
+            result = site.end.unflatten(out, [None] * len(site.end.nodes))
             return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace if writes else None)
 
         groups = {axis: axis for axis in {*split.values(), 0}}
@@ -136,7 +139,7 @@ def vectorize(
 
 
 def _sort_by_axis(
-    site: Site, end: End, split: dict[Variable, int], written: list[Any], tx: LaneTransaction, trace: Any
+    site: CallSite, end: RunResult, split: dict[Variable, int], written: list[Any], tx: LaneTransaction, trace: Any
 ) -> tuple[dict[int, list[Any]], list[Any]]:
     """The written values by the axis that they have outside, and those without one (refused if there is no `trace`)."""
     groups: dict[int, list[Any]] = {axis: [] for axis in {*split.values(), 0}}
@@ -154,7 +157,7 @@ def _sort_by_axis(
                 f"state {site.describe(cell)} was written in a vectorized `map`, where items have no order",
                 path=site.scope.locate(cell),
                 where=site.label,
-                made_at=transactions.made_at(cell),
+                made_at=naming.made_at(cell),
                 cure="Leave out `batch_size`, so that the items are run one after the other.",
             )
         elif any(_compat.is_batched(leaf, trace) for leaf in jax.tree.leaves(value)):
@@ -164,7 +167,7 @@ def _sort_by_axis(
                 where=site.label,
                 expected="the same value in all lanes, or an axis for the state",
                 got="a value per lane",
-                made_at=transactions.made_at(cell),
+                made_at=naming.made_at(cell),
                 cure=unite(cell, f"mu.StateAxes({{{spelled(type(cell))}: 0, ...: None}})", "axis_name"),
             )
         else:
@@ -174,7 +177,7 @@ def _sort_by_axis(
 
 
 def _argument_axes(
-    site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any
+    site: CallSite, args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any
 ) -> tuple[list[Any], list[tuple[Any, Any]]]:
     """The axes of the arguments' leaves, and those of the nodes among them."""
     if isinstance(in_axes, list):
@@ -203,7 +206,7 @@ def _plain_axes(out_axes: Any) -> Any:
 
 
 def _count(
-    site: Site, leaf_axes: Sequence[Any], split: dict[Variable, int], values: Sequence[Any], axis_size: int | None
+    site: CallSite, leaf_axes: Sequence[Any], split: dict[Variable, int], values: Sequence[Any], axis_size: int | None
 ) -> int:
     """The number of lanes.
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
-from mutatis import transactions
-from mutatis.control import compiled, runs_eagerly
+from mutatis.compilation.eager_control import compiled, runs_eagerly
+from mutatis.core import access
 from mutatis.errors import StructureError
-from mutatis.lifting import Packed, Site
-from mutatis.staging import Staged, check_kept, refuse_structure, stage
+from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
 
 _NONE = object()
 
@@ -79,8 +80,8 @@ def _choose_compiled(functions: Sequence[Any], options: dict[str, Any], operands
 
 
 def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
-    with Site(name, functions[-1], operands, functions=functions[:-1]) as site:
-        packed = Packed(operands)
+    with CallSite(name, functions[-1], operands, functions=functions[:-1]) as site:
+        packed = FlatTree(operands)
         cells = site.scope.cells
         branches: list[Staged] = []
         for function in functions:
@@ -112,15 +113,15 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         else:
             new, leaves = jax.lax.switch(index, [pure(staged) for staged in branches], *inputs)
         for cell, value in zip(written, new, strict=True):
-            transactions.write(cell, value)
-        return branches[0].end.fill(leaves)
+            access.write(cell, value)
+        return branches[0].end.unflatten(leaves)
 
 
-def _caller(function: Callable[..., Any], packed: Packed) -> Callable[[Any], Any]:
-    return lambda leaves: function(*packed.fill(leaves))
+def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], Any]:
+    return lambda leaves: function(*packed.unflatten(leaves))
 
 
-def _check_results(site: Site, branches: Sequence[Staged]) -> None:
+def _check_results(site: CallSite, branches: Sequence[Staged]) -> None:
     first = branches[0]
     for number, staged in enumerate(branches):
         same_nodes = [id(node) for node in staged.end.nodes] == [id(node) for node in first.end.nodes]

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from mutatis.differentiation import Differentiation, Form
-from mutatis.filters import FilterLike
-from mutatis.kinds import Param
+from mutatis.model.filters import FilterLike
+from mutatis.model.kinds import Param
+from mutatis.tracing.differentiation import Differentiation, Form
 
 
 def jvp(

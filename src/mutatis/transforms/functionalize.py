@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mutatis.captures import search
-from mutatis.contexts import ContextValue
+from mutatis.core.naming import show_path
 from mutatis.errors import StructureError
-from mutatis.graph import show_path, variables
-from mutatis.lifting import Site
-from mutatis.modules import Module
-from mutatis.state import State, state
+from mutatis.model.contexts import ContextValue
+from mutatis.model.modules import Module
+from mutatis.model.operations import state
+from mutatis.model.state import State
+from mutatis.model.walks import variables
+from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.captures import search
 
 
 def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Callable[..., Any], State]:
@@ -55,7 +57,7 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
                 differences=differences,
                 cure="Pass the state that `mu.functionalize` gave, or one that `pure` returned.",
             )
-        with Site("functionalize", f, args, kwargs, others=[("of", node)]) as site:
+        with CallSite("functionalize", f, args, kwargs, others=[("of", node)]) as site:
             end, leaves, values = site.run({cell: state[path] for path, cell in cells.items()})
             written = dict(zip(end.cells, values, strict=True))
             site.refuse_changes("a pure function")
@@ -69,7 +71,7 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
                     cure="Its new value would be lost. Name its owner, too: `mu.functionalize(f, of=[model, other])`.",
                 )
             new = {path: written.get(cell, state[path]) for path, cell in cells.items()}
-            return end.fill(leaves), State(new, {path: type(cell) for path, cell in cells.items()})
+            return end.unflatten(leaves), State(new, {path: type(cell) for path, cell in cells.items()})
 
     return pure, state(node)
 

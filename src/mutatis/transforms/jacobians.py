@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from mutatis.differentiation import UNSAID, Differentiation
-from mutatis.filters import FilterLike
-from mutatis.kinds import Param
-from mutatis.lifting import Transformed
+from mutatis.model.filters import FilterLike
+from mutatis.model.kinds import Param
+from mutatis.tracing.differentiation import UNSAID, Differentiation
+from mutatis.tracing.transformed import Transformed
 
 
 def jacfwd(

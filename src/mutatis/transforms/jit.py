@@ -10,10 +10,12 @@ from typing import Any
 import jax
 
 from mutatis import _compat
-from mutatis.compiling import Compiler
+from mutatis.compilation.compiler import Compiler
+from mutatis.compilation.options import Options
+from mutatis.compilation.program import Program
 from mutatis.errors import OptionError
-from mutatis.lifting import Transformed, function_name
-from mutatis.programs import Options, Program
+from mutatis.tracing.arguments import function_name
+from mutatis.tracing.transformed import Transformed
 
 
 class Jitted(Transformed):

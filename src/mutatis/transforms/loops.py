@@ -13,14 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mutatis import _compat, transactions
-from mutatis.axes import assign, check_axis
-from mutatis.control import compiled, runs_eagerly
+from mutatis import _compat
+from mutatis.compilation.eager_control import compiled, runs_eagerly
+from mutatis.core import access
 from mutatis.errors import OptionError, StateTypeError, StructureError
-from mutatis.graph import variables
-from mutatis.lifting import Packed, Site
-from mutatis.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
-from mutatis.variables import Variable
+from mutatis.model.variables import Variable
+from mutatis.model.walks import variables
+from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.axes import axes_by_cell, check_axis
+from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
 
 
 def scan(
@@ -129,9 +131,9 @@ def _scan(
     _split_transpose: bool = False,
     checkpoint_every: int | None = None,
 ) -> tuple[Any, Any]:
-    with Site(name, f, others=[("init", init), ("xs", xs)]) as site:
-        carry, slices = Packed(init), Packed(xs)
-        axes = assign(site, [], states)
+    with CallSite(name, f, others=[("init", init), ("xs", xs)]) as site:
+        carry, slices = FlatTree(init), FlatTree(xs)
+        axes = axes_by_cell(site, [], states)
         for node in slices.nodes:
             for cell in variables(node).values():
                 axes.setdefault(cell, 0)
@@ -141,7 +143,7 @@ def _scan(
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
 
         def one_step(leaves: Any) -> Any:
-            result = call(carry.fill(leaves[0]), slices.fill(leaves[1]))
+            result = call(carry.unflatten(leaves[0]), slices.unflatten(leaves[1]))
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise StructureError(
                     f"the body of `{site.label}` returned {type(result).__name__}",
@@ -194,10 +196,10 @@ def _scan(
         stacks_of = dict(zip((*stacked, *sown), new_stacks, strict=True))
         new |= {cell: _from_front(stacks_of[cell], sliced[cell]) for cell in stacked}
         for cell in written:
-            transactions.write(cell, new[cell])
+            access.write(cell, new[cell])
         for cell in sown:
-            transactions.create(cell, stacks_of[cell])
-        return end.fill([*leaves, *ys])  # type: ignore[no-any-return]
+            access.create(cell, stacks_of[cell])
+        return end.unflatten([*leaves, *ys])  # type: ignore[no-any-return]
 
 
 def _in_blocks(loop: Callable[..., Any], start: Any, xs: Any, count: int, size: int | None, reverse: bool) -> Any:
@@ -263,7 +265,7 @@ def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Varia
     return size
 
 
-def _promote(carry: Packed, staged: Staged) -> bool:
+def _promote(carry: FlatTree, staged: Staged) -> bool:
     """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does."""
     changed = False
     for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
@@ -274,12 +276,12 @@ def _promote(carry: Packed, staged: Staged) -> bool:
     return changed
 
 
-def _check_carry(site: Site, carry: Packed, staged: Staged) -> None:
+def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
     width = len(carry.leaves)
-    result = staged.end.fill([*staged.leaves])
-    after = Packed(result[0])
+    result = staged.end.unflatten([*staged.leaves])
+    after = FlatTree(result[0])
     check_same_nodes(site, carry.nodes, after.nodes)
-    before = carry.fill([jax.typeof(leaf) for leaf in carry.leaves])
+    before = carry.unflatten([jax.typeof(leaf) for leaf in carry.leaves])
     if after.structure != carry.structure or any(
         a.shape != b.shape or a.dtype != b.dtype for a, b in zip(carry.leaves, staged.leaves[:width], strict=True)
     ):
@@ -326,15 +328,15 @@ def _while_compiled(functions: Sequence[Any], options: dict[str, Any], operands:
 
 
 def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Sequence[Any] = ()) -> Any:
-    with Site(name, body_fun, others=[("init_val", init_val)], functions=[cond_fun, *functions]) as site:
-        carry = Packed(init_val)
+    with CallSite(name, body_fun, others=[("init_val", init_val)], functions=[cond_fun, *functions]) as site:
+        carry = FlatTree(init_val)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
         site.repeats = None
         cells = site.scope.cells
-        body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.fill(leaves)),))
+        body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
         while _promote(carry, body):
-            body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.fill(leaves)),))
-        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.fill(leaves)))
+            body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
+        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
         _refuse_condition_writes(site, test)
         refuse_structure(site, body.end, f"the body of `{name}`")
         _check_carry(site, carry, body)
@@ -356,11 +358,11 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
 
         last, leaves = jax.lax.while_loop(goes_on, step, ([values[cell] for cell in written], carry.leaves))
         for cell, value in zip(written, last, strict=True):
-            transactions.write(cell, value)
-        return body.end.fill(leaves)[0]
+            access.write(cell, value)
+        return body.end.unflatten(leaves)[0]
 
 
-def _refuse_condition_writes(site: Site, test: Staged) -> None:
+def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
     for cell in test.end.cells:
         if cell not in test.end.born:
             raise StructureError(

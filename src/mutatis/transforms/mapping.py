@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mutatis.control import compiled, runs_eagerly
+from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.errors import StructureError
-from mutatis.lifting import Packed
+from mutatis.tracing.arguments import FlatTree
 from mutatis.transforms.batching import vectorize
 from mutatis.transforms.loops import for_loop
 
@@ -48,7 +48,7 @@ def _map_compiled(functions: Sequence[Any], options: dict[str, Any], operands: A
 
 
 def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
-    if Packed(xs).nodes:
+    if FlatTree(xs).nodes:
         raise StructureError(
             "`map` with `batch_size` cannot slice modules",
             expected="arrays in `xs`",

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 
-from mutatis.lifting import Packed, Site, Transformed
+from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.transformed import Transformed
 
 
 def remat(
@@ -64,11 +66,11 @@ def _remat(
         {n: arg for n, arg in enumerate(args) if n not in numbers},
         {name: arg for name, arg in kwargs.items() if name not in names},
     )
-    packed = Packed(dynamic)
-    with Site("remat", function, args, kwargs) as site:
+    packed = FlatTree(dynamic)
+    with CallSite("remat", function, args, kwargs) as site:
 
         def pure(leaves: list[Any]) -> Any:
-            new_args, new_kwargs = packed.fill(leaves)
+            new_args, new_kwargs = packed.unflatten(leaves)
             all_args = [new_args.get(n, arg) for n, arg in enumerate(args)]
             site.end, out, written = site.run({}, call=lambda: function(*all_args, **{**kwargs, **new_kwargs}))
             return out, written

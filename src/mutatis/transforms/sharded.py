@@ -11,16 +11,19 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from mutatis import _compat, transactions
-from mutatis.axes import Shared, StateSharding, assign
+from mutatis import _compat
+from mutatis.core import naming
+from mutatis.core.nodes import is_node
+from mutatis.core.transactions import Transaction
 from mutatis.errors import LaneError, OptionError
-from mutatis.kinds import RngState
-from mutatis.lanes import LaneTransaction, unite
-from mutatis.lifting import End, Site, Transformed, broadcast
-from mutatis.modules import is_node
-from mutatis.staging import refuse_structure
-from mutatis.transactions import Transaction
-from mutatis.variables import Variable, spelled
+from mutatis.model.kinds import RngState
+from mutatis.model.variables import Variable, spelled
+from mutatis.tracing.arguments import broadcast
+from mutatis.tracing.axes import Shared, StateSharding, axes_by_cell
+from mutatis.tracing.call_site import CallSite, RunResult
+from mutatis.tracing.lanes import LaneTransaction, unite
+from mutatis.tracing.staging import refuse_structure
+from mutatis.tracing.transformed import Transformed
 
 _REPLICATED = PartitionSpec()
 _INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
@@ -86,7 +89,7 @@ def _shard(
     **options: Any,
 ) -> Any:
     named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
-    with Site("shard_map", function, args, others=[("states", [node for node, _ in named])]) as site:
+    with CallSite("shard_map", function, args, others=[("states", [node for node, _ in named])]) as site:
         if kwargs:
             raise OptionError(
                 f"`{site.label}` was called with keyword arguments",
@@ -100,7 +103,7 @@ def _shard(
         leaf_specs = [spec for spec, item in entries if not is_node(item)]
         if inferred:
             leaf_specs = list(map(_own_spec, site.packed.leaves))
-        given = assign(site, [(item, spec) for spec, item in entries if is_node(item)], states, StateSharding)
+        given = axes_by_cell(site, [(item, spec) for spec, item in entries if is_node(item)], states, StateSharding)
         cells = site.scope.cells
         values = site.values(cells)
         specs = [_spec_of(value, given.get(cell)) for cell, value in zip(cells, values, strict=True)]
@@ -127,7 +130,7 @@ def _shard(
             refuse_structure(site, site.end, "what each device runs")
             written = [value for cell, value in zip(site.end.cells, written, strict=True) if cell not in site.end.born]
             site.end.cells = [cell for cell in site.end.cells if cell not in site.end.born]
-            result = site.end.fill(out, [None] * len(site.end.nodes))
+            result = site.end.unflatten(out, [None] * len(site.end.nodes))
             return result, _sort_by_spec(site, site.end, written, by_cell, groups, mapped, opened[0])
 
         out, new = jax.shard_map(
@@ -160,8 +163,8 @@ def _own_spec(leaf: Any) -> PartitionSpec:
 
 
 def _sort_by_spec(
-    site: Site,
-    end: End,
+    site: CallSite,
+    end: RunResult,
     written: Sequence[Any],
     specs: dict[Variable, PartitionSpec],
     groups: list[PartitionSpec],
@@ -185,7 +188,7 @@ def _sort_by_spec(
                     where=site.label,
                     expected=f"the same value on all devices that share it, as its spec is {spec}",
                     got=f"a value that varies along {sorted(differs)}",
-                    made_at=transactions.made_at(cell),
+                    made_at=naming.made_at(cell),
                     cure=unite(
                         cell,
                         f"mu.StateSharding({{{spelled(type(cell))}: P({sorted(differs)[0]!r}), ...: P()}})",

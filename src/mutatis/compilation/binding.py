@@ -1,0 +1,151 @@
+"""Bindings: what is known about the objects of a call, so that the next call with them does no walking.
+
+A binding keeps the list of cells to hand to the program, and what proves cheaply that nothing has changed: one number for
+all attributes (`core.structure`), the elements of plain containers, the names that the function uses. A flag that is put back
+brings the number back, and with it the binding of that time. A binding refers to modules weakly.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Sequence
+from operator import is_
+from typing import Any
+
+from mutatis.compilation.plan import DispatchPlan
+from mutatis.compilation.program import Program
+from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.structure import structure
+from mutatis.model import contexts
+from mutatis.model.modules import Module
+from mutatis.model.variables import Variable
+from mutatis.tracing.arguments import FlatTree, unflatten
+from mutatis.tracing.captures import Captures
+from mutatis.tracing.scope import Scope
+
+
+class Layout:
+    """How the arguments of a call are divided among nodes and JAX's positional arguments."""
+
+    __slots__ = ("mixed", "names", "positions", "statics")
+
+    def __init__(self, positions: list[Any], mixed: dict[Any, Any], statics: set[Any]) -> None:
+        self.positions = tuple(positions)  # of JAX's arguments: a number or a keyword
+        self.mixed = mixed  # positions of containers that hold nodes, with their structure
+        self.statics = statics
+
+    def rebuild(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], flat: Sequence[Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of a call with JAX's values in the place of its leaves."""
+        new_args, new_kwargs = list(args), dict(kwargs)
+        for position, value in zip(self.positions, flat, strict=True):
+            target: Any = new_args if isinstance(position, int) else new_kwargs
+            if position in self.mixed:
+                value = unflatten(self.mixed[position], value, FlatTree(target[position]).nodes)
+            target[position] = value
+        return new_args, new_kwargs
+
+
+class Bindings:
+    """The bindings for given objects: the one in use first, then others over the same cells, whose flags may come back."""
+
+    __slots__ = ("__weakref__", "_all", "first")
+
+    def __init__(self) -> None:
+        self._all: list[Binding] = []
+        self.first: Binding
+
+    def put_first(self, binding: Binding) -> None:
+        """Use this one from now on."""
+        others = [other for other in self._all if other is not binding and other.is_over(binding.cells)]
+        self.first, self._all = binding, [binding, *others][:_REMEMBERED]
+
+    def find(self) -> Binding | None:
+        """One that holds, which is then in use."""
+        binding = next((binding for binding in self._all if binding.holds()), None)
+        if binding is not None:
+            self.put_first(binding)
+        return binding
+
+
+_REMEMBERED = 4  # bindings for the same objects
+
+
+class Binding:
+    """What is known about given objects: which cells to hand over, and what proves that this still holds.
+
+    It refers to modules weakly, and is dropped when one of them dies.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "ambient",
+        "captures",
+        "cells",
+        "containers",
+        "epoch",
+        "extras",
+        "label",
+        "layout",
+        "objects",
+        "plan",
+        "program",
+        "references",
+        "specs",
+        "structural",
+    )
+
+    def __init__(self, label: str, layout: Layout, extras: list[Variable]) -> None:
+        self.label = label
+        self.layout = layout
+        self.extras = extras  # states that only tracing found
+        self.epoch = structure.epoch  # from before the walk: what changes meanwhile is looked at again
+        self.ambient = contexts.cells()
+        self.cells: list[Variable]
+        self.specs: Hashable  # what the walk found
+        self.captures: Captures
+        self.containers: ContainerSnapshot
+        self.program: Program
+        self.structural: Hashable  # the key of the program, but for what the function captured
+        self.objects: list[Any] = []
+        self.references: list[Any] = []
+        self.plan: DispatchPlan | None = None  # how to call; None before the first call
+
+    def make_scope(self, nodes: list[tuple[str, Any]], captures: Captures) -> Scope:
+        """Walk over arguments and captures."""
+        extras = [("captured", cell) for cell in self.extras]
+        return Scope([*nodes, *captures.roots, *extras], watch=True)
+
+    def keep_walk(self, scope: Scope, captures: Captures) -> None:
+        """Keep of a walk what the calls need."""
+        self.cells = scope.cells
+        self.specs = (scope.specs, scope.tail)
+        self.captures = captures
+        self.containers = ContainerSnapshot(scope.containers, [scope.encoder.held[id(obj)] for obj in scope.containers])
+        for obj in scope.encoder.objects:
+            if isinstance(obj, Module):
+                self.objects.append(weakref.ref(obj))
+            else:
+                self.objects.append(obj)
+
+    def live_objects(self) -> list[Any]:
+        """The modules, lists and dicts, by number."""
+        return [obj() if isinstance(obj, weakref.ref) else obj for obj in self.objects]
+
+    def is_over(self, cells: list[Variable]) -> bool:
+        """Whether these are its cells."""
+        return len(self.cells) == len(cells) and all(map(is_, self.cells, cells))
+
+    def invalidate(self) -> None:
+        """Have it hold no more."""
+        self.epoch = -1
+
+    def holds(self) -> bool:
+        """Whether nothing about the objects has changed."""
+        return (
+            self.epoch == structure.epoch
+            and self.containers.unchanged()
+            and self.captures.unchanged()
+            and self.ambient == contexts.cells()
+        )

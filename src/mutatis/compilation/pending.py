@@ -1,0 +1,93 @@
+"""Pending calls: one call of a compiled function, with what is found out about it while it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from mutatis import _compat
+from mutatis.compilation.binding import Binding, Layout
+from mutatis.compilation.program import Program
+from mutatis.tracing.arguments import argument_names, named_nodes
+from mutatis.tracing.captures import search
+from mutatis.tracing.scope import Scope
+
+
+class PendingCall:
+    """One call of a program, for the case that it has to be traced."""
+
+    __slots__ = (
+        "args",
+        "binding",
+        "compilation",
+        "fast",
+        "found",
+        "function",
+        "functions",
+        "key",
+        "kwargs",
+        "outer",
+        "program",
+        "seconds",
+        "stale",
+        "traced",
+        "walked",
+    )
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        functions: tuple[Any, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: tuple[Hashable, ...],
+    ) -> None:
+        self.function = function
+        self.key = key  # of its objects
+        self.functions = functions  # those whose captures count
+        self.args = args
+        self.kwargs = kwargs
+        self.fast = False  # whether the call holds a lease and should not trace
+        self.stale = 0  # how often its trace found something changed
+        self.traced = False  # whether the function was run
+        self.found: Scope | None = None  # what the walk for its binding found, if there was one
+        self.walked: Scope | None = None  # what could be reached when it was run
+        self.compilation: Any = None  # the entry of the log, if it compiles
+        self.seconds: list[float] = []  # what tracing and compiling took
+        self.outer = _compat.current_trace()
+        self.binding: Binding
+        self.program: Program
+
+    def bind(self, binding: Binding) -> None:
+        """Say which binding and program the call goes to."""
+        self.binding = binding
+        self.program = binding.program
+
+    @property
+    def label(self) -> str:
+        """What the call is, for messages."""
+        return self.binding.label
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run the user's function with JAX's values in the place of the arguments' leaves."""
+        args, kwargs = self.binding.layout.rebuild(self.args, self.kwargs, leaves)
+        return self.function(*args, **kwargs)
+
+    def nodes(self, layout: Layout) -> list[tuple[str, Any]]:
+        """The nodes among the arguments, with the names they go by."""
+        named = self.functions[0] if len(self.functions) == 1 else self.function
+        names = argument_names(named, self.args, self.kwargs)
+        entries = zip(names, [*self.args, *self.kwargs.values()], [*range(len(self.args)), *self.kwargs], strict=True)
+        dynamic = [(name, value) for name, value, position in entries if position not in layout.statics]
+        return named_nodes([name for name, _ in dynamic], [value for _, value in dynamic])
+
+    def scope(self) -> Scope:
+        """A walk over everything that the call can reach, in the order of the binding's cells."""
+        if self.found is not None and self.binding.holds():
+            return self.found
+        captures = search(*self.functions, ignored=self.binding.captures.ignored)
+        return self.binding.make_scope(self.nodes(self.binding.layout), captures)
+
+    def bound_to(self, scope: Scope) -> bool:
+        """Whether a walk finds what the program was chosen for: another thread may have changed it."""
+        return self.binding.is_over(scope.cells) and (scope.specs, scope.tail) == self.binding.specs

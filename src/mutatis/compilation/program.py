@@ -1,0 +1,155 @@
+"""Programs: a stateful function of one structure as a pure function under `jax.jit`.
+
+The pure function takes one positional argument per cell and then the leaves of the user's arguments. Each trace of it leaves a
+**record** (`record`): which cells were written, what was returned, what was built. The program returns ``{number of the record:
+values}``: the key of a dict is static in a pytree, so what the values mean comes back with them and no Python code runs inside
+the compiled call.
+
+Which call a program is traced for, it does not know: who calls it sets `tracing.run`, on this thread, to what makes a trace.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+
+from mutatis import _compat
+from mutatis.compilation.options import Options
+from mutatis.compilation.record import TraceRecord
+from mutatis.errors import MutatisError
+
+
+class NeedsTraceError(Exception):
+    """The compiled call would trace, though its shapes are known: JAX's settings changed, or its caches were cleared."""
+
+
+def refuse_to_trace(_program: Program, _flat: Sequence[Any]) -> dict[int, Any]:
+    """What `tracing.run` is for a call that must not trace.
+
+    Raises:
+      NeedsTraceError: always.
+    """
+    raise NeedsTraceError
+
+
+def refuse_outside_calls(program: Program, _flat: Sequence[Any]) -> dict[int, Any]:
+    """What `tracing.run` is where nothing is called.
+
+    Raises:
+      MutatisError: always.
+    """
+    raise MutatisError(f"`{program.label}` was traced outside a call", cure="Call it, or use `mu.make_jaxpr`.")
+
+
+class _Tracing(threading.local):
+    def __init__(self) -> None:
+        # Given a program and JAX's tracers, runs the user's function on them: what the pure function returns.
+        self.run: Callable[[Program, Sequence[Any]], dict[int, Any]] = refuse_outside_calls
+
+
+tracing = _Tracing()
+
+
+class Program:
+    """One structure's pure function, the records of its traces, and the `jax.jit`s of it.
+
+    Args:
+      options: those of `mu.jit`.
+      label: the name of the user's function.
+      count: the number of cells.
+      positions: of the arguments that JAX gets after the cells: numbers and keywords.
+      placements: for each cell its shardings, or None.
+    """
+
+    def __init__(
+        self, options: Options, label: str, count: int, positions: tuple[Any, ...], placements: list[Any]
+    ) -> None:
+        self.options = options
+        self.label = label
+        self.count = count
+        self.records: dict[int, TraceRecord] = {}
+        self._placements = placements
+        self._positions = positions
+        self._numbers = itertools.count()
+        self._variants: dict[Hashable, Variant] = {}  # more than one if its traces differ in what they write
+        me = weakref.ref(self)
+
+        def pure(*flat: Any) -> dict[int, Any]:
+            program = me()
+            if program is None:
+                raise MutatisError(f"`{label}` was traced when it was dropped already")
+            return tracing.run(program, flat)
+
+        pure.__name__ = pure.__qualname__ = label
+        self._pure = pure
+        self.undonated = self.make_jit(())
+
+    def make_jit(self, donated: tuple[int, ...]) -> Any:
+        """The pure function under `jax.jit`, with these arguments donated (and those that the user named)."""
+        options = self.options
+        users = tuple(self.count + i for i in range(len(self._positions)) if self._positions[i] in options.donate_args)
+        shardings: dict[str, Any] = {}
+        if options.in_shardings is not _compat.UNSPECIFIED:
+            given = options.in_shardings
+            each = [given[p] if isinstance(given, tuple) else given for p in self._positions]
+            shardings["in_shardings"] = (*[_compat.UNSPECIFIED] * self.count, *each)
+        return jax.jit(
+            self._pure,
+            donate_argnums=(*donated, *users),
+            keep_unused=options.keep_unused,
+            inline=options.inline,
+            **({} if options.compiler_options is None else {"compiler_options": options.compiler_options}),
+            **shardings,
+            **options.where,
+        )
+
+    def add(self, record: TraceRecord) -> int:
+        """Keep the record of a trace; its number."""
+        number = next(self._numbers)
+        self.records[number] = record
+        return number
+
+    def variant_for(self, record: TraceRecord) -> Variant:
+        """How to call the program for the shapes of a record."""
+        key = (record.written, record.same_type, record.waits)
+        if key not in self._variants:
+            self._variants[key] = Variant(self, record)
+        return self._variants[key]
+
+    def keep_placement(self, number: int, value: Any) -> Any:
+        """A written value, constrained to where the cell of this number is placed."""
+        shardings = self._placements[number]
+        if shardings is None:
+            return value
+        leaves, treedef = jax.tree.flatten(value)
+        if len(leaves) != len(shardings):
+            return value
+        return jax.tree.unflatten(treedef, [_constrain(x, s) for x, s in zip(leaves, shardings, strict=True)])
+
+
+def _constrain(value: Any, sharding: Any) -> Any:
+    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) <= value.ndim:
+        explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
+        return jax.sharding.reshard(value, sharding) if explicit else jax.lax.with_sharding_constraint(value, sharding)
+    return value
+
+
+class Variant:
+    """One way to call a program: with these cells written and these buffers donated."""
+
+    __slots__ = ("called", "donated", "jitted", "retypes", "waits", "written")
+
+    def __init__(self, program: Program, record: TraceRecord) -> None:
+        self.called: set[int] = set()  # the numbers of the records for which it was called
+        self.written = record.written
+        self.retypes = len(record.same_type) < len(record.written)  # some cell holds another type afterwards
+        self.waits = record.waits
+        donate = program.options.donate
+        donates = donate is True or (donate == "auto" and not record.waits)
+        self.donated = frozenset(record.donatable) if donates else frozenset()
+        self.jitted = program.make_jit(tuple(sorted(self.donated)))

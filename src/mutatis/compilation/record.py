@@ -1,0 +1,192 @@
+"""Trace records: what one trace of a program did, so that every later call can do the same to the user's objects.
+
+A traced function returns values, writes states, makes states, and changes attributes and containers. The values go through JAX;
+the rest is noted in a record, undone before JAX goes on, and done after the call, the first and every later one, by `replay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from mutatis.core import access, transactions
+from mutatis.core.avals import ONE_LEAF
+from mutatis.core.journal import ABSENT
+from mutatis.core.structure import structure_lock
+from mutatis.model.graph import Decoder, Spec, make_cell
+from mutatis.model.variables import Variable, set_mark
+from mutatis.tracing.arguments import unflatten
+
+
+class OutputEncoding:
+    """How values come out of a program: as plain arrays.
+
+    Python's own pytree nodes and typed random keys among the results would take JAX's compiled call off its fast path, on which
+    it runs no Python code: it is slower then, and an interrupt inside it loses the results.
+
+    Args:
+      values: the traced values.
+      before: for each what it was when it came in, or None; a key that is still the same does not go out.
+    """
+
+    __slots__ = ("_parts", "arrays", "keyed", "plain")
+
+    def __init__(self, values: Sequence[Any], before: Sequence[Any] | None = None) -> None:
+        self.arrays: list[Any] = []
+        self.keyed: list[bool] = []  # by value: whether it holds random keys
+        self._parts: list[tuple[Any, list[Any]]] = []  # the structure of each value, and where its leaves come from
+        self.plain = True
+        for index, value in enumerate(values):
+            leaves, treedef = jax.tree.flatten(value)
+            old = [] if before is None else jax.tree.leaves(before[index])
+            sources = [self._encode(leaf, old) for leaf in leaves]
+            self.keyed.append(any(source is not None for source in sources))
+            self.plain = self.plain and sources == [None] and treedef == ONE_LEAF
+            self._parts.append((treedef, sources))
+
+    def _encode(self, leaf: Any, old: list[Any]) -> Any:
+        if not (hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
+            self.arrays.append(leaf)
+            return None
+        for index, known in enumerate(old):
+            if known is leaf:
+                return index
+        self.arrays.append(jax.random.key_data(leaf))
+        return jax.random.key_impl(leaf)
+
+    def decode(self, arrays: Sequence[Any], before: Sequence[Any] | None = None) -> Sequence[Any]:
+        """The values, of what JAX gave back."""
+        if self.plain:
+            return arrays
+        rest = iter(arrays)
+        values = []
+        for index, (treedef, sources) in enumerate(self._parts):
+            old = [] if before is None else jax.tree.leaves(before[index])
+            values.append(jax.tree.unflatten(treedef, [_decoded(source, rest, old) for source in sources]))
+        return values
+
+
+def _decoded(source: Any, arrays: Iterator[Any], old: list[Any]) -> Any:
+    if source is None:
+        return next(arrays)
+    return old[source] if isinstance(source, int) else jax.random.wrap_key_data(next(arrays), impl=source)
+
+
+class TraceRecord:
+    """One trace of a program: which values it returns, and what it did besides.
+
+    Args:
+      written: the numbers of the cells that are written, in the order in which their values are returned.
+      same_type: those of them whose type stays the same.
+      encodings: how the written values, those of the cells that were made, and the leaves of the result come out.
+      made: the specifications of the cells that were made.
+      out: the structure of the user's result, with the specifications of the nodes in it.
+      changes: what became of attributes and containers.
+      marks: what is marked on cells that were frozen, thawed or renamed: number, attribute, mark.
+      restarted: the numbers of the random streams that were set.
+      seen: the numbers of the cells that the function read.
+    """
+
+    __slots__ = (
+        "born",
+        "changes",
+        "donatable",
+        "made",
+        "marks",
+        "new",
+        "nodes",
+        "out",
+        "plain",
+        "restarted",
+        "same_type",
+        "seen",
+        "structure",
+        "waits",
+        "written",
+    )
+
+    def __init__(
+        self,
+        written: list[int],
+        same_type: list[int],
+        encodings: tuple[OutputEncoding, OutputEncoding, OutputEncoding],
+        made: list[tuple[int, Spec]],
+        structure: Any,
+        nodes: tuple[Spec, ...],
+        changes: list[tuple[int, str | None, Spec | None]],
+        marks: list[tuple[int, str, str | None]],
+        restarted: list[int],
+        seen: list[int],
+    ) -> None:
+        self.written = tuple(written)
+        self.same_type = tuple(same_type)
+        self.new, self.born, self.out = encodings
+        keyed = {number for number, holds in zip(written, self.new.keyed, strict=True) if holds}
+        self.donatable = tuple(number for number in same_type if number not in keyed)
+        self.made = made
+        self.structure = structure
+        self.nodes = nodes
+        self.changes = changes
+        self.marks = marks
+        self.restarted = restarted
+        self.seen = seen
+        self.plain = not (made or nodes or changes or marks)
+        self.waits = False  # it calls back into Python, so it may fail at run time
+
+    def take_arrays(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """What the program returns: the written values, those of the cells that were made, and the leaves of the result."""
+        out = self.new.arrays, self.born.arrays, self.out.arrays
+        self.new.arrays = self.born.arrays = self.out.arrays = []  # they are tracers
+        return out
+
+
+def replay(
+    record: TraceRecord, cells: list[Any], objects: list[Any], made: Sequence[Any], leaves: Sequence[Any]
+) -> Any:
+    """Do to the user's objects what the trace did, and rebuild the result.
+
+    Args:
+      record: what the trace did.
+      cells: the cells of the call.
+      objects: its modules, lists and dicts, by number.
+      made: the values of the cells that were made, as they came out.
+      leaves: the leaves of the result, as they came out.
+    """
+    leaves = record.out.decode(leaves)
+    if record.plain:
+        return record.structure[0].unflatten(leaves)
+    values = {number: value for (number, _), value in zip(record.made, record.born.decode(made), strict=True)}
+
+    def make(number: int, spec: Spec) -> Variable:
+        cell = make_cell(spec)
+        access.create(cell, values[number])
+        return cell
+
+    decoder = Decoder(list(cells), objects, make)
+    with structure_lock:
+        for number, name, spec in record.changes:
+            target: Any = objects[number]
+            if name is None:
+                _refill(target, spec, decoder)
+            elif spec is None:
+                target._set_structure(name, ABSENT)
+            else:
+                target._set_structure(name, decoder.decode(spec))
+        for number, name, mark in record.marks:
+            set_mark(cells[number], name, mark)
+        nodes = [decoder.decode(spec) for spec in record.nodes]
+    return unflatten(record.structure, leaves, nodes)
+
+
+def _refill(container: Any, items: Any, decoder: Decoder) -> None:
+    tx = transactions.current()
+    if tx is not None:
+        tx.journal.note(container, "", container.copy())
+    if isinstance(container, list):
+        container[:] = [decoder.decode(item) for item in items]
+    else:
+        entries = {key.value: decoder.decode(item) for key, item in items}
+        container.clear()
+        container.update(entries)

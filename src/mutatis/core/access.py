@@ -1,0 +1,221 @@
+"""Access: how the engine reads and writes cells for the code that runs now, through whatever transaction is open on this thread.
+
+The vocabulary, here and on `Transaction`:
+
+| verb | what it does | counts as read or written | the array counts as handed out |
+|---|---|---|---|
+| `read`, `write` | what the user's code does | yes | yes |
+| `load` | takes a value for a transform, which hands it to code that may then read it; `UNSET` if there is none | no | yes |
+| `peek` | looks at what kind of thing the value is, and lets go of it | no | no |
+| `create` | gives a cell that was made just now its first value | as made | |
+| `create_detached` | the same for a cell that JAX makes of a pytree, outside every transaction | no | |
+| `preload` | fills an overlay with what JAX gives, before the code runs | no, until it is changed in place | |
+| `commit_writes` | writes what a transform or transaction leaves, where it was called | as written and made | |
+
+`load` and `store` of `cells` are below all of this: they know nothing of transactions. A handed-out array may still be held by
+the user, so the next compiled step copies it instead of donating it. `..._many` takes several cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mutatis import _compat
+from mutatis.core import avals, cells, naming
+from mutatis.core.cells import UNSET, Cell, Deferred
+from mutatis.core.committed import load_committed, notify, store_committed
+from mutatis.core.frames import here
+from mutatis.core.structure import structure
+from mutatis.core.transactions import Transaction
+from mutatis.errors import TraceLevelError
+
+
+def is_outside() -> bool:
+    """Whether the code that runs now is in no transaction and no JAX transform: to read and write is to load and store."""
+    return here.top is None and _compat.current_trace() is _compat.EVAL_TRACE
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def read(cell: Cell) -> Any:
+    """The value of a cell, for the user's code."""
+    tx: Transaction | None = here.top
+    trace = _compat.current_trace()
+    return load_committed(cell, trace) if tx is None else tx.read(cell, trace)
+
+
+def read_many(states: Sequence[Cell]) -> list[Any]:
+    """The values of cells, for the user's code; `UNSET` where there is none."""
+    if is_outside():
+        return list(map(cells.load, states))
+    return [read(cell) if holds_value(cell) else UNSET for cell in states]
+
+
+def load(cell: Cell) -> Any:
+    """The value of a cell, for a transform; its placeholder if it is deferred: nothing is created."""
+    if not holds_value(cell):
+        return UNSET
+    tx: Transaction | None = here.top
+    trace = _compat.current_trace()
+    return load_committed(cell, trace) if tx is None else tx.load(cell, trace)
+
+
+def peek(cell: Cell) -> Any:
+    """The value of a cell, only to look at what kind of thing it is."""
+    tx: Transaction | None = here.top
+    while tx is not None:
+        if cell in tx.values:
+            return tx.values[cell]
+        tx = tx.parent
+    return cell._value
+
+
+def peek_many(states: Sequence[Cell]) -> list[Any]:
+    """The values of cells, only to look at what kind of thing they are."""
+    return [cell._value for cell in states] if here.top is None else list(map(peek, states))
+
+
+def holds_value(cell: Cell) -> bool:
+    """Whether a cell has a value (or a placeholder for one)."""
+    return peek(cell) is not UNSET
+
+
+def is_deferred(cell: Cell) -> bool:
+    """Whether a cell has no value yet."""
+    value = peek(cell)
+    return value is UNSET or type(value) is Deferred
+
+
+def placement(cell: Cell) -> tuple[Any, ...] | None:
+    """The shardings of a cell's leaves, if on several devices; None in a trace: there it belongs to the program around."""
+    tx: Transaction | None = here.top
+    while tx is not None:
+        if cell in tx.values:
+            return None
+        tx = tx.parent
+    return None if cell._birth is not None else avals.placement(cell._value)
+
+
+def note_reads(states: Iterable[Cell]) -> None:
+    """Note that a compiled program, which has been called for the code that runs now, reads these cells."""
+    if (tx := here.top) is not None:
+        tx.note_reads(states)
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(cell: Cell, value: Any) -> None:
+    """Give a cell another value."""
+    tx: Transaction | None = here.top
+    trace = _compat.current_trace()
+    if tx is not None:
+        tx.write(cell, value, trace)
+        return
+    store_committed(cell, value, trace)
+    notify((cell,))
+
+
+def write_many(states: Sequence[Cell], values: Sequence[Any]) -> None:
+    """Give cells other values, together."""
+    if not is_outside():
+        for cell, value in zip(states, values, strict=True):
+            write(cell, value)
+        return
+    pairs = zip(states, values, strict=True)
+    same = all(cell._birth is not None or avals.fits_program(cell._value, value) for cell, value in pairs)
+    if not same:
+        structure.changed()
+    for cell, value in zip(states, values, strict=True):
+        cells.store(cell, value)
+    if not same:
+        structure.changed()
+    notify(states)
+
+
+def restart(cell: Cell) -> None:
+    """Note that a random stream is set, not drawn from; see `Transaction.restart`."""
+    if (tx := here.top) is not None:
+        tx.restart(cell)
+
+
+def create(cell: Cell, value: Any) -> None:
+    """Give a cell that was made just now its first value."""
+    tx: Transaction | None = here.top
+    trace = _compat.current_trace()
+    if tx is not None and (trace is tx.trace or trace is _compat.EVAL_TRACE):
+        tx.create(cell, value)
+    else:
+        create_detached(cell, value)
+
+
+def create_detached(cell: Cell, value: Any) -> None:
+    """Give a cell its value outside every transaction; it belongs to the trace that runs now."""
+    trace = _compat.current_trace()
+    if trace is not _compat.EVAL_TRACE:
+        cell._birth = _compat.weak_trace(trace)
+    cell._value = value
+
+
+def commit_writes(states: Iterable[Cell], born: Mapping[Cell, None], values: Iterable[Any]) -> None:
+    """Write what a transform or transaction left in the cells that it wrote or made."""
+    old = []
+    for cell, value in zip(states, values, strict=True):
+        if cell in born:
+            create(cell, value)
+        else:
+            old.append((cell, value))
+    write_many([cell for cell, _ in old], [value for _, value in old])
+
+
+def commit(tx: Transaction) -> None:
+    """End a transaction well and move everything that it did one level out: values, states, changes of structure.
+
+    It is the last thing in the transaction's block. If it raises, everything is undone.
+    """
+    tx.note_changes_in_place()
+    values = [tx.values[cell] for cell in tx.written]
+    pinned = {*tx.pinned}
+    tx.__exit__(None, None, None)
+    try:
+        commit_writes(tx.written, tx.born, values)
+    except BaseException:
+        tx.journal.undo()
+        raise
+    if (outer := here.top) is not None:
+        tx.journal.hand_over(outer.journal)
+        outer.pinned |= pinned
+
+
+# -- what is made under raw JAX -----------------------------------------------------------------------------------
+
+
+def birth() -> Any:
+    """A weak reference to the raw transform that is tracing, to which what is made now belongs; None outside of any."""
+    trace = _compat.current_trace()
+    if trace is _compat.EVAL_TRACE:
+        return None
+    tx: Transaction | None = here.top
+    return None if tx is not None and trace is tx.trace else _compat.weak_trace(trace)
+
+
+def check_outlived(obj: Any, name: str) -> None:
+    """Raise if an object is to hold a state that is made under a raw transform, which the object outlives.
+
+    Raises:
+      TraceLevelError: it is.
+    """
+    now = birth()
+    if now is None or (obj._birth is not None and obj._birth() is now()):
+        return
+    owner = type(obj).__name__
+    raw = _compat.raw_transform_name(now())
+    raise TraceLevelError(
+        f"`{owner}.{name}` was set to a state that is made inside a raw JAX transform ({raw})",
+        path=f"{owner}.{name}",
+        where=naming.where(),
+        cure="It would hold a tracer when the transform is over. Use the transform of the same name in `mu` (`mu.jit`, "
+        "`mu.grad`, `mu.vmap`, ...), or make the state before.",
+    )

@@ -1,0 +1,85 @@
+"""Abstract values: the type of a value, when two are the same, how one is shown, and where a value is placed.
+
+A value is a pytree of arrays, of tracers, or of `jax.ShapeDtypeStruct`s. Its type is its structure and the shapes and dtypes of
+its leaves. A compiled program goes by more: weak types, mesh axes, and the devices that a value is on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from mutatis import _compat
+from mutatis.core.cells import UNSET
+
+_ARRAY = _compat.ARRAY
+ONE_LEAF = jax.tree.structure(0)
+
+
+def same_type(a: Any, b: Any, *, exact: bool = False) -> bool:
+    """Whether two values agree in structure, shapes and dtypes.
+
+    Args:
+      a: a value.
+      b: another.
+      exact: whether they are also to agree in all else that JAX types have: weak types, mesh axes.
+    """
+    if type(a) is _ARRAY and type(b) is _ARRAY:
+        return _same_leaf_type(a.aval, b.aval, exact)
+    left, left_tree = jax.tree.flatten(a)
+    right, right_tree = jax.tree.flatten(b)
+    if left_tree != right_tree:
+        return False
+    if exact:
+        if not all(isinstance(leaf, jax.Array) for leaf in (*left, *right)):
+            return False
+        left, right = list(map(jax.typeof, left)), list(map(jax.typeof, right))
+    return all(_same_leaf_type(x, y, exact) for x, y in zip(left, right, strict=True))
+
+
+def _same_leaf_type(x: Any, y: Any, exact: bool) -> bool:
+    if x is y:
+        return True
+    return bool(x == y) if exact else bool(x.shape == y.shape and x.dtype == y.dtype)
+
+
+def fits_program(old: Any, new: Any) -> bool:
+    """Whether a program that was compiled for one concrete value fits the other: type and placement are the same."""
+    if not same_type(old, new, exact=True):
+        return False
+    if type(old) is _ARRAY:
+        x, y = old.sharding, new.sharding
+        return x is y or bool(x == y)
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    return all(a.sharding == b.sharding for a, b in pairs)
+
+
+def placement(value: Any) -> tuple[Any, ...] | None:
+    """The shardings of a concrete value's leaves if they live on several devices, else None."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]
+    spread = [sharding for sharding in shardings if type(sharding) is not jax.sharding.SingleDeviceSharding]
+    return tuple(spread) if spread else None
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether no leaf of a value is a tracer."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def show_type(value: Any) -> str:
+    """A value's structure, shapes and dtypes in short: ``float32[3,4]``."""
+    if value is UNSET:
+        return "no value"
+    leaves, treedef = jax.tree.flatten(value)
+    if treedef == ONE_LEAF:
+        return _show_leaf_type(leaves[0])
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {show_type(item)}" for key, item in value.items()) + "}"
+    return f"{type(value).__name__}({', '.join(map(_show_leaf_type, leaves))})"
+
+
+def _show_leaf_type(leaf: Any) -> str:
+    if not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

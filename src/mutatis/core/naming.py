@@ -1,0 +1,111 @@
+"""Naming: how messages speak of a cell, and of the place where something happens.
+
+A cell's path is known to what is open (`frames`). Where nothing open knows it, all live modules are searched for it, by asking
+the garbage collector for them; only errors come there.
+"""
+
+from __future__ import annotations
+
+import gc
+import keyword
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from mutatis.core import frames
+from mutatis.core.nodes import is_node
+
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the files of this library
+
+
+def path_of(cell: Any) -> str | None:
+    """The printed path of a cell in what the open transforms were given, else in the live modules."""
+    frame = frames.here.top
+    while frame is not None:
+        if frame.locate is not None and (path := frame.locate(cell)) is not None:
+            return str(path)
+        frame = frame.parent
+    return _path_by_search(cell)
+
+
+def describe(cell: Any) -> str:
+    """A cell as messages name it, after the word state: ```model.w` (Param)``."""
+    path = path_of(cell) or getattr(cell, "name", None)
+    kind = type(cell).__name__
+    return f"`{path}` ({kind})" if path else f"({kind} without a place in a model)"
+
+
+def made_at(cell: Any) -> str | None:
+    """Where a cell was made: ``model.py:41 in Net.__init__``."""
+    return getattr(cell, "made_at", None)
+
+
+def where() -> str | None:
+    """The transforms that are open on this thread: ``jit(train_step) > scan(body)``."""
+    labels: list[str] = []
+    frame = frames.here.top
+    while frame is not None:
+        labels.append(frame.label)
+        frame = frame.parent
+    return " > ".join(reversed(labels)) or None
+
+
+def _path_by_search(cell: Any) -> str | None:
+    """The path of a cell from the outermost module that leads to it: ``Net.blocks[0].mean``."""
+    holders: dict[int, tuple[Any, str]] = {}
+    for obj in gc.get_objects():
+        if is_node(obj) and isinstance(getattr(obj, "__dict__", None), dict):
+            for child, path in _children(obj):
+                holders.setdefault(id(child), (obj, path))
+    path = ""
+    target = cell
+    seen = {id(cell)}
+    while id(target) in holders:
+        holder, part = holders[id(target)]
+        if id(holder) in seen:
+            break
+        seen.add(id(holder))
+        path = part + path
+        target = holder
+    return None if target is cell else type(target).__name__ + path
+
+
+def _children(obj: Any) -> Iterator[tuple[Any, str]]:
+    """The nodes that an object's attributes hold, directly or in containers, with the way to them."""
+    attributes = vars(obj)
+    pending: list[tuple[Any, str]] = [(attributes[name], f".{name}") for name in sorted(attributes)]
+    seen: set[int] = set()
+    while pending:
+        value, path = pending.pop(0)
+        if is_node(value):
+            yield value, path
+        elif isinstance(value, list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending[:0] = [(item, f"{path}[{key!r}]") for key, item in items]
+
+
+def show_path(path: tuple[Any, ...]) -> str:
+    """A path as it would be written in Python.
+
+    Example:
+      >>> from mutatis.core.naming import show_path
+      >>> show_path(("blocks", 0, "norm", "mean"))
+      'blocks[0].norm.mean'
+    """
+    text = ""
+    for part in path:
+        if isinstance(part, str) and part.isidentifier() and not keyword.iskeyword(part):
+            text += f".{part}" if text else part
+        else:
+            text += f"[{part!r}]"
+    return text
+
+
+def caller() -> tuple[str, int, str]:
+    """The nearest frame outside this package."""
+    frame: Any = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname

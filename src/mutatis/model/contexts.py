@@ -1,0 +1,142 @@
+"""Contexts: one ambient value each, such as a simulation's time step, logical axis rules or a dtype policy.
+
+What is set is seen by everything that runs inside, on this thread. Compiled programs depend on it: a static value is part of
+their key, an array or a model is an implicit argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+from collections.abc import Hashable, Iterator
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from mutatis.core import access
+from mutatis.core.nodes import is_node
+from mutatis.core.statics import Static, StaticObject, check_static
+from mutatis.errors import StaticAttributeError
+from mutatis.model.variables import Variable, detached
+
+
+class ContextValue(Variable):
+    """The array (or pytree of arrays) that a context is set to."""
+
+    collection = "context"
+
+
+class Context:
+    """An ambient value: `get` reads it, and ``with context.set(value):`` changes it for a while, on this thread.
+
+    A raw `jax.jit` knows nothing of contexts: it keeps a static value that it read when it traced.
+
+    Args:
+      name: its name, for messages.
+      default: the value where none is set.
+
+    Raises:
+      StaticAttributeError: a value is neither of arrays nor of modules, and cannot be static.
+
+    Example:
+      >>> import mutatis as mu
+      >>> dt = mu.Context("dt", 1.0)
+      >>> position = mu.Variable(0.0)
+      >>> @mu.jit
+      ... def move():
+      ...     position.value += dt.get()
+      >>> move()
+      >>> with dt.set(0.5):
+      ...     move()
+      >>> float(position), dt.get()
+      (1.5, 1.0)
+    """
+
+    __slots__ = ("__weakref__", "_number", "default", "name")
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self, name: str, default: Any = None) -> None:
+        self.name = name
+        self.default = default
+        self._number = next(Context._numbers)
+
+    def get(self) -> Any:
+        """The value that is set, or the default."""
+        active: dict[Context, Any] = dict(_active.get())
+        if self not in active:
+            return self.default
+        entry = active[self]
+        if isinstance(entry, Static):
+            return entry.value.value if isinstance(entry.value, StaticObject) else entry.value
+        # Containers anew: what is changed in them stays with who asked.
+        return jax.tree.map(lambda leaf: leaf, entry.get()) if isinstance(entry, ContextValue) else entry
+
+    @contextlib.contextmanager
+    def set(self, value: Any) -> Iterator[None]:
+        """Set the value inside a ``with`` block."""
+        entry = self._admit(value)
+        before = _active.get()
+        pairs = [*(pair for pair in before if pair[0] is not self), (self, entry)]
+        token = _active.set(tuple(sorted(pairs, key=lambda pair: pair[0]._number)))  # in whatever order they are set
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def _admit(self, value: Any) -> Any:
+        """How a value is kept: a node as it is, arrays in a cell, anything else as a static value."""
+        if is_node(value):
+            return value
+        leaves = jax.tree.leaves(value, is_leaf=is_node)
+        if leaves and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+            cell = detached(ContextValue)
+            cell._frozen, cell.name = None, self.name
+            access.create_detached(cell, cell.admit(value))
+            return cell
+        try:
+            if any(map(is_node, leaves)):
+                raise StaticAttributeError("a container of modules or states")
+            if not isinstance(value, StaticObject | tuple):
+                check_static(value, "Context", self.name)
+            return Static(value)
+        except (StaticAttributeError, TypeError):
+            raise StaticAttributeError(
+                f"context `{self.name}` cannot be set to a {type(value).__name__} like this one",
+                path=self.name,
+                expected="arrays, a Module or Variable, or a hashable value such as a number, string or function",
+                got=f"{value!r:.60}",
+                cure=f"Keep an object by its identity, `{self.name}.set(mu.static(...))`, or set a Module that holds the states.",
+            ) from None
+
+    def __repr__(self) -> str:
+        return f"Context({self.name!r})"
+
+
+_active: contextvars.ContextVar[tuple[tuple[Context, Any], ...]] = contextvars.ContextVar("mutatis", default=())
+
+
+def active() -> tuple[tuple[Context, Any], ...]:
+    """The contexts that are set, each with its entry: a `Static` or a node."""
+    return _active.get()
+
+
+def key() -> Hashable:
+    """What of the contexts decides which program is called; models among them by identity, arrays not at all."""
+    return tuple((context, _identity(entry)) for context, entry in _active.get())
+
+
+def _identity(entry: Any) -> Hashable:
+    return entry if isinstance(entry, Static) else None if isinstance(entry, ContextValue) else id(entry)
+
+
+def structure() -> Hashable:
+    """The same without identities: nodes are described with the other arguments."""
+    return tuple((context, entry if isinstance(entry, Static) else None) for context, entry in _active.get())
+
+
+def cells() -> tuple[ContextValue, ...]:
+    """The arrays that are set."""
+    active = _active.get()
+    return tuple(entry for _, entry in active if isinstance(entry, ContextValue)) if active else ()

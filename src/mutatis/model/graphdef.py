@@ -1,0 +1,109 @@
+"""Graph definitions: the static rest of a model, as a value; and a Module as one node of a pytree, whose structure it is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from mutatis import _compat
+from mutatis.core import access
+from mutatis.core.cells import UNSET
+from mutatis.core.naming import show_path
+from mutatis.model.filters import Path
+from mutatis.model.graph import Decoder, Spec, make_cell
+from mutatis.model.modules import Module, for_each_class
+from mutatis.model.variables import Variable
+from mutatis.model.walks import _find
+
+
+class GraphDef:
+    """The static rest of a model: types, names, static values and sharing, without values.
+
+    Hashable, holds no arrays, and equal for models of equal structure.
+    """
+
+    __slots__ = ("_hash", "cells", "paths", "spec", "tail", "types")
+
+    def __init__(
+        self,
+        spec: Spec,
+        tail: tuple[Spec, ...],
+        paths: tuple[Path, ...],
+        cells: tuple[Spec, ...],
+        types: tuple[Any, ...] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.tail = tail
+        self.paths = paths
+        self.cells = cells  # what of each is static, by number; it is in `spec` too
+        self.types = types  # shapes and dtypes that the cells had; not part of what makes two definitions equal
+        self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
+
+    def untyped(self) -> GraphDef:
+        """The same for values of any type."""
+        return GraphDef(self.spec, self.tail, self.paths, self.cells, (UNSET,) * len(self.paths))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GraphDef):
+            return NotImplemented
+        return hash(self) == hash(other) and self.spec == other.spec and self.tail == other.tail
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash((self.spec, self.tail))
+        return self._hash
+
+    def __repr__(self) -> str:
+        kind = self.spec[1].__name__ if self.spec[0] == "m" else "tree"
+        return f"GraphDef({kind}, {len(self.paths)} states)"
+
+    def build(self, cells: list[Any]) -> Any:
+        """The model around these cells."""
+        decoder = Decoder(cells)
+        root = decoder.decode(self.spec)
+        decoder.refer(self.tail)
+        return root
+
+
+def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
+    """The static description of a node, and its cells in the order of their numbers."""
+    parts, cells = _find(node, described=True)
+    return GraphDef(*parts, tuple(map(_type, access.peek_many(cells)))), cells
+
+
+def _type(value: Any) -> Any:
+    if type(value) is _compat.ARRAY:
+        return _struct(value.shape, value.dtype)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _register(cls: type[Module]) -> None:
+    def flatten(module: Module) -> tuple[list[Any], GraphDef]:
+        definition, cells = describe_graph(module)
+        return access.read_many(cells), definition
+
+    def flatten_with_keys(module: Module) -> tuple[list[tuple[Any, Any]], GraphDef]:
+        children, definition = flatten(module)
+        keys = [jax.tree_util.GetAttrKey(show_path(path)) for path in definition.paths]
+        return list(zip(keys, children, strict=True)), definition
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, _unflatten, flatten)
+
+
+def _unflatten(definition: GraphDef, children: Sequence[Any]) -> Any:
+    cells = list(map(make_cell, definition.cells))
+    for cell, child in zip(cells, children, strict=True):
+        cell._frozen = "detached"
+        access.create_detached(cell, child)
+    return definition.build(cells)
+
+
+for_each_class(_register, later=True)

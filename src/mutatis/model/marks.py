@@ -1,0 +1,49 @@
+"""Marks: states that can be read and not written, for good or for a while."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mutatis.model.filters import FilterLike
+from mutatis.model.variables import set_mark
+from mutatis.model.walks import variables
+
+
+class _Marked:
+    """States that were frozen or thawed; leaving it as a context puts the marks back."""
+
+    def __init__(self, node: Any, filters: tuple[FilterLike, ...], mark: str | None) -> None:
+        self._node = node
+        self._before = {cell: cell._frozen for cell in variables(node, *filters).values()}
+        for cell in self._before:
+            set_mark(cell, "_frozen", mark)
+
+    def __enter__(self) -> Any:
+        return self._node
+
+    def __exit__(self, *_: object) -> None:
+        for cell, mark in self._before.items():
+            set_mark(cell, "_frozen", mark)
+
+
+def freeze(node: Any, *filters: FilterLike) -> _Marked:
+    """Make states readable only, for good or, as a context manager, for a while.
+
+    A frozen state still matches its kind, is left out by `grad` and optimizers, and may be a constant in raw JAX.
+
+    Example:
+      >>> import mutatis as mu
+      >>> w = mu.Param(1.0)
+      >>> with mu.freeze(w):
+      ...     w.value = 2.0
+      Traceback (most recent call last):
+      ...
+      mutatis.errors.FrozenStateError: frozen state (Param without a place in a model) was written
+      Make it live again: `mu.thaw(model)`.
+    """
+    return _Marked(node, filters, "frozen")
+
+
+def thaw(node: Any, *filters: FilterLike) -> _Marked:
+    """Make frozen (and detached) states live again, for good or, as a context manager, for a while."""
+    return _Marked(node, filters, None)

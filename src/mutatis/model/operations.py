@@ -1,0 +1,275 @@
+"""State operations: taking the values out of a model and putting them back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from mutatis import _compat
+from mutatis.core import access
+from mutatis.core.avals import same_type, show_type
+from mutatis.core.cells import UNSET, Deferred
+from mutatis.core.naming import show_path
+from mutatis.core.transactions import Transaction
+from mutatis.errors import FilterError, StateTypeError, StructureError
+from mutatis.model.filters import FilterLike, Path
+from mutatis.model.graph import make_cell
+from mutatis.model.graphdef import GraphDef, describe_graph
+from mutatis.model.kinds import RngState
+from mutatis.model.state import State, first_filters
+from mutatis.model.surgery import GONE, held_fast, holders_of, rewrite, swapped
+from mutatis.model.values import as_value
+from mutatis.model.variables import Variable, initial
+from mutatis.model.walks import variables
+
+T = TypeVar("T")
+
+
+def state(node: Any, *filters: FilterLike) -> Any:
+    """The values of a node by path.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: with none, one `State` of everything; with n, n of them, each state in the first filter that selects
+        it (one filter gives one `State`). States that no filter selects are left out.
+
+    Note:
+      The arrays are handed out, so the next compiled step copies these states once instead of donating them.
+    """
+    cells = variables(node)
+    if not filters:
+        return _state_of(cells)
+    places = first_filters(cells.items(), filters, leftovers=True)
+    states = tuple(_state_of({p: cells[p] for p, at in places.items() if at == i}) for i in range(len(filters)))
+    return states[0] if len(filters) == 1 else states
+
+
+def _state_of(cells: Mapping[Path, Variable]) -> State:
+    values = access.read_many([*cells.values()])
+    return State(dict(zip(cells, values, strict=True)), dict(zip(cells, map(type, cells.values()), strict=True)))
+
+
+def graphdef(node: Any) -> GraphDef:
+    """The static rest of a node: hashable, without arrays, equal for equal structure."""
+    return describe_graph(node)[0]
+
+
+def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
+    """The `GraphDef` of a node and its values: one `State`, or one for each filter.
+
+    Raises:
+      FilterError: states are left over (``...`` as the last filter takes the rest).
+
+    Example:
+      >>> import mutatis as mu
+      >>> definition, params, rest = mu.split({"w": mu.Param(1.0), "n": mu.Cache(0)}, mu.Param, ...)
+      >>> mu.merge(definition, params, rest)["w"]
+      Param(1.0, float32)
+    """
+    definition, cells = describe_graph(node)
+    by_path = dict(zip(definition.paths, cells, strict=True))
+    everything = _state_of(by_path)
+    if not filters:
+        return definition, everything
+    places = first_filters(by_path.items(), filters)
+    return definition, *(everything._only(p for p, at in places.items() if at == i) for i in range(len(filters)))
+
+
+def merge(definition: GraphDef, *states: Any) -> Any:
+    """A new node from a `GraphDef` and values; sharing is as it was.
+
+    Raises:
+      StructureError: a value is missing, or one belongs to no path.
+    """
+    if not isinstance(definition, GraphDef):
+        raise StructureError(
+            f"{type(definition).__name__} is not a graph definition",
+            expected="a GraphDef, and then States",
+            got=f"{definition!r:.60}",
+            cure="`definition, state = mu.split(model)`; `mu.merge(definition, state)`.",
+        )
+    given: dict[Path, Any] = {}
+    for part in states:
+        given.update(flat_for(part, definition.paths))
+    known = set(definition.paths)
+    if given.keys() != known:
+        missing = [f"missing:    {show_path(p)}" for p in definition.paths if p not in given]
+        extra = [f"unexpected: {show_path(p)}" for p in given if p not in known]
+        raise StructureError(
+            "the states do not fit the graph definition",
+            differences=missing + extra,
+            cure="Merge with every State that `mu.split` gave, and no other.",
+        )
+
+    values = [given[path] for path in definition.paths]
+    wrong = [
+        f"{show_path(path)}: expected {show_type(kept)}, got {show_type(value)}"
+        for path, kept, value in zip(definition.paths, definition.types or (), values, strict=True)
+        if not _fits(kept, value)
+    ]
+    if wrong:
+        raise StateTypeError(
+            "the states do not have the types that the graph definition was made with",
+            differences=wrong,
+            cure="Convert the values, or take the definition from a model of these types: `mu.graphdef(model)`.",
+        )
+
+    cells = list(map(make_cell, definition.cells))
+    for cell, value in zip(cells, values, strict=True):
+        access.create(cell, value if value is UNSET or type(value) is Deferred else as_value(value, cell))
+    return definition.build(cells)
+
+
+def _fits(kept: Any, value: Any) -> bool:
+    """Whether a value may stand for a state of a type. A tracer may have another shape: it may be one lane of it."""
+    if kept is UNSET or value is UNSET or type(kept) is Deferred or type(value) is Deferred:
+        return True
+    if type(kept) is jax.ShapeDtypeStruct and type(value) is _compat.ARRAY:
+        return bool(kept.shape == value.shape and kept.dtype == value.dtype)
+    before, tree = jax.tree.flatten(kept)
+    after, other = jax.tree.flatten(as_value(value))
+    return tree == other and all(
+        a.dtype == b.dtype and (a.shape == b.shape or isinstance(b, jax.core.Tracer))
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def clone(node: T) -> T:
+    """An independent copy of a node with the same values; sharing is kept."""
+    copied: T = merge(*split(node))
+    return copied
+
+
+def update(node: Any, *states: Any, cast: bool = False) -> None:
+    """Write values into the states of a node, by path. Everything is checked before anything is written.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *states: `State`s or plain nested dictionaries; they need not cover all states.
+      cast: whether another dtype is converted.
+
+    Raises:
+      StateTypeError: paths do not exist, or a value has another structure, shape or dtype; all are listed.
+      FrozenStateError: a state is frozen.
+    """
+    cells = variables(node)
+    writes: dict[Path, Any] = {}
+    for part in states:
+        writes.update(flat_for(part, cells))
+    targets = [cells[path] for path in writes if path in cells]
+    news = []
+    problems = []
+    pairs = zip(targets, access.peek_many(targets), strict=True)
+    for path, value in writes.items():
+        if path not in cells:
+            problems.append(f"unexpected: {show_path(path)}{_nearest(path, cells)}")
+            continue
+        cell, old = next(pairs)
+        try:
+            new = as_value(value, cell)
+        except StateTypeError as error:
+            problems.append(f"{show_path(path)}: expected {error.expected}, got {error.got}")
+            continue
+        if old is not UNSET and type(old) is not Deferred:
+            if cast and jax.tree.structure(new) == jax.tree.structure(old):
+                new = jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
+            if not same_type(old, new):
+                problems.append(f"{show_path(path)}: expected {show_type(old)}, got {show_type(new)}")
+        news.append(new)
+    if problems:
+        raise StateTypeError(
+            "the values do not fit the states; nothing was written",
+            differences=problems,
+            cure="`mu.variables(model)` lists the states by path."
+            if all(problem.startswith("unexpected") for problem in problems)
+            else "`cast=True` converts dtypes; another shape needs another cell: `model.w = mu.Param(x)`.",
+        )
+    if access.is_outside() and all(cell._frozen is None and type(cell).set in _STORING for cell in targets):
+        access.write_many(targets, news)
+        return
+    with Transaction("update") as tx:
+        for cell, new in zip(targets, news, strict=True):
+            cell.set(new)
+        access.commit(tx)
+
+
+_STORING = {Variable.set, RngState.set}  # outside of transactions, after the checks, they only store the value
+
+
+def _nearest(path: Path, paths: Iterable[Path]) -> str:
+    near = difflib.get_close_matches(show_path(path), map(show_path, paths), 1, 0.0)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
+    """A State or nested dictionary by path; a dictionary at a full path is a value."""
+    if isinstance(part, State):
+        return part._flat
+    if not isinstance(part, Mapping):
+        raise StateTypeError(
+            f"{type(part).__name__} is not a state",
+            expected="a State, or nested dictionaries by path",
+            got=f"{part!r:.60}",
+            cure="`mu.state(model)` gives a State; `state.to_pure_dict()` nested dictionaries.",
+        )
+    ends = set(paths)
+    flat: dict[Path, Any] = {}
+    pending: list[tuple[Path, Any]] = [((), part)]
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, Mapping) and path not in ends:
+            pending.extend(((*path, key), inner) for key, inner in value.items())
+        else:
+            flat[path] = value
+    return flat
+
+
+def pop(node: Any, *filters: FilterLike) -> Any:
+    """Take states out of a node: their values are returned and their attributes removed.
+
+    Raises:
+      FilterError: no filter was given.
+      StructureError: a state cannot be taken from where it is: it is the node itself, or in a tuple that is.
+    """
+    if not filters:
+        raise FilterError("`mu.pop` needs a filter", cure="Say what to take out: `mu.pop(model, mu.Intermediate)`.")
+    cells = variables(node)
+    places = first_filters(cells.items(), filters, leftovers=True)
+    taken = [{p: cells[p] for p, at in places.items() if at == i} for i in range(len(filters))]
+    states = tuple(_state_of(part) for part in taken)
+    gone = {cell for part in taken for cell in part.values()}
+
+    def swap(item: Any) -> Any:
+        return GONE if isinstance(item, Variable) and item in gone else item
+
+    if swapped(node, swap, ()) is not node:
+        raise held_fast((), node)
+    rewrite(holders_of(node), swap)
+    return states[0] if len(filters) == 1 else states
+
+
+def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) -> None:
+    """Write again how the states with `init` start, where they live now.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: which states; all with `init`, if none is given.
+      batch_shape: axes that are put in front of each initial value.
+    """
+    for cell in variables(node, *filters).values():
+        if cell.init is None:
+            continue
+        value = as_value(initial(cell), cell)
+        if batch_shape:
+            value = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch_shape, *x.shape)), value)
+        where = access.placement(cell)
+        if where is not None and len(where) == len(jax.tree.leaves(value)):
+            value = jax.tree.unflatten(
+                jax.tree.structure(value),
+                [jax.device_put(x, s) for x, s in zip(jax.tree.leaves(value), where, strict=True)],
+            )
+        cell.set(value)

@@ -1,0 +1,233 @@
+"""Changing what models are made of: finding submodules, putting others in their place, taking states out."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from operator import is_
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from mutatis.core import access, transactions
+from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.journal import Journal, put_back
+from mutatis.core.naming import show_path
+from mutatis.core.nodes import is_node
+from mutatis.core.statics import check_static
+from mutatis.core.structure import structure, structure_lock
+from mutatis.core.transactions import Transaction
+from mutatis.errors import StructureError
+from mutatis.model.filters import FilterLike, Path, as_filter
+from mutatis.model.graph import Encoder
+from mutatis.model.modules import Module
+from mutatis.model.walks import check_node
+from mutatis.model.wrapped import Wrapped
+
+T = TypeVar("T")
+GONE = object()  # in the place of what is taken out
+
+
+def modules(node: Any, *filters: FilterLike) -> dict[Path, Module]:
+    """The submodules of a node by path, the node itself first, each at its first place.
+
+    Args:
+      node: a Module, or a list, tuple or dict of them.
+      *filters: a module is given if any of them selects it: a type, a predicate on (path, module), ...; all are, if there
+        are none.
+
+    Example:
+      >>> import mutatis as mu
+      >>> from mutatis import nn
+      >>> net = mu.Module()
+      >>> net.layers = [nn.Linear(2, 3, rngs=mu.Rngs(0)), nn.Dropout(0.5, rngs=mu.Rngs(0))]
+      >>> [*mu.modules(net, nn.Linear)]
+      [('layers', 0)]
+    """
+    selects = as_filter(filters if filters else ...)
+    encoder = Encoder()
+    with structure_lock:
+        encoder.encode(check_node(node))
+    found = zip(encoder.object_paths, encoder.objects, strict=True)
+    return {path: obj for path, obj in found if isinstance(obj, Module) and selects(path, obj)}
+
+
+def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
+    """Put others in the place of submodules: ``fn(module)`` for each that is selected, innermost first.
+
+    A module that is reached by several paths is replaced by one other at all of them.
+
+    Args:
+      node: a Module, or a list, tuple or dict of them; it is changed in place.
+      where: a path, as a tuple of attribute names, keys and indices or as it is printed (``"blocks[0].norm"``), or a filter.
+      fn: gives what stands in a module's place; it may hold the module.
+
+    Returns:
+      The node, or what stands in its place.
+
+    Raises:
+      StructureError: nothing is selected. Whatever is raised, by `fn` too, nothing has changed then.
+
+    Example:
+      >>> import mutatis as mu
+      >>> from mutatis import nn
+      >>> net = mu.Module()
+      >>> net.layers = [nn.Linear(2, 3, rngs=mu.Rngs(0))]
+      >>> _ = mu.replace(net, nn.Linear, mu.remat)
+      >>> net.layers
+      [Transformed(Linear)]
+    """
+    every = modules(node)
+    holders = holders_of(node)
+    if isinstance(where, str) or (isinstance(where, tuple) and all(isinstance(key, str | int) for key in where)):
+        wanted = {where, ()} if where == "." else {where}
+        places = {**dict(_places(holders)), **every}
+        chosen = [module for path, module in places.items() if path in wanted or show_path(path) in wanted]
+    else:
+        chosen = [*modules(node, where).values()]
+    if not chosen:
+        raise StructureError(
+            f"no module is selected by {where!r}",
+            expected="the path of a module, or a filter that selects some",
+            got=", ".join(show_path(path) or "." for path in every) or "no modules",
+            cure="`mu.modules(model)` lists them by path.",
+        )
+    paths = {module: path for path, module in every.items()}
+    others: dict[int, Any] = {}
+
+    def swap(item: Any) -> Any:
+        return others.get(id(item), item)
+
+    containers = [obj for _, obj in holders if not isinstance(obj, Module)]
+    with Transaction("replace", journal=Journal(containers)) as tx:
+        for module in reversed(chosen):
+            other = fn(module)
+            if not is_node(other) and not isinstance(other, list | tuple | dict | jax.Array | np.ndarray):
+                check_static(other, "replace", show_path(paths[module]))
+            others = {id(module): other}
+            rewrite(holders, swap)
+            node = swapped(node, swap, ())
+        Encoder().encode(node)  # what lists and dicts hold now can be part of a model
+        access.commit(tx)
+    return node
+
+
+def _places(holders: list[tuple[Path, Any]]) -> Iterator[tuple[Path, Module]]:
+    """Every place of every submodule; `modules` gives the first of each."""
+    for path, obj in holders:
+        for key, item in _entries(obj):
+            yield from _modules_in(item, (*path, key))
+
+
+def _modules_in(item: Any, path: Path) -> Iterator[tuple[Path, Module]]:
+    if isinstance(item, Module):
+        yield path, item
+    elif isinstance(item, Wrapped):
+        yield from _modules_in(item.__wrapped__, path)
+    elif isinstance(item, tuple):
+        for index, inner in enumerate(item):
+            yield from _modules_in(inner, (*path, index))
+
+
+def _entries(obj: Any) -> list[tuple[Any, Any]]:
+    """What a module, list or dict holds, by name, index or key."""
+    return [*enumerate(obj)] if isinstance(obj, list) else [*(vars(obj) if isinstance(obj, Module) else obj).items()]
+
+
+class Places:
+    """The paths of a node's submodules, looked up anew when the node has changed."""
+
+    __slots__ = ("_contents", "_epoch", "_node", "_paths")
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+        self._look()
+
+    def path_of(self, module: Module) -> Path | None:
+        """The first path of a module that is somewhere in the node."""
+        if self._epoch != structure.epoch or not self._contents.unchanged():
+            self._look()
+        return self._paths.get(module)
+
+    def _look(self) -> None:
+        encoder = Encoder()
+        with structure_lock:
+            self._epoch = structure.epoch
+            encoder.encode(check_node(self._node))
+        self._contents = ContainerSnapshot([obj for obj in encoder.objects if not isinstance(obj, Module)])
+        self._paths: dict[Any, Path] = {}
+        for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
+            if isinstance(obj, Module):
+                obj._watch()
+                self._paths[obj] = path
+
+
+def holders_of(node: Any) -> list[tuple[Path, Any]]:
+    """The modules, lists and dicts of a node, with their paths."""
+    encoder = Encoder()
+    with structure_lock:
+        encoder.encode(check_node(node))
+    return list(zip(encoder.object_paths, encoder.objects, strict=True))
+
+
+def rewrite(holders: list[tuple[Path, Any]], swap: Callable[[Any], Any]) -> None:
+    """Put ``swap(item)`` in the place of each item that modules, lists and dicts hold; `GONE` takes it out.
+
+    Raises:
+      StructureError: an item cannot be taken out of where it is; then nothing has changed.
+    """
+    changes = []
+    for path, obj in holders:
+        changes.append([(key, item, swapped(item, swap, (*path, key))) for key, item in _entries(obj)])
+    for (_, obj), entries in zip(holders, changes, strict=True):
+        if any(item is not new for _, item, new in entries):
+            _refill(obj, [(key, new) for key, _, new in entries])
+
+
+def swapped(item: Any, swap: Callable[[Any], Any], path: Path) -> Any:
+    """What comes in the place of an attribute or entry, looking into tuples and transformed modules too."""
+    if isinstance(item, Wrapped):
+        inner = swapped(item.__wrapped__, swap, path)
+        return item if inner is item.__wrapped__ else item.remake(inner, **item.parts)
+    if isinstance(item, types.MethodType) and is_node(item.__self__):
+        owner = swapped(item.__self__, swap, path)
+        return item if owner is item.__self__ else GONE if owner is GONE else getattr(owner, item.__name__)
+    if not isinstance(item, tuple):
+        return swap(item)
+    inside = [swapped(inner, swap, (*path, index)) for index, inner in enumerate(item)]
+    if all(map(is_, inside, item)):
+        return item
+    left = [inner for inner in inside if inner is not GONE]
+    if not hasattr(item, "_fields"):
+        return tuple(left)
+    if len(left) < len(inside):
+        raise held_fast(path, item)
+    return type(item)(*left)
+
+
+def _refill(obj: Any, entries: list[tuple[Any, Any]]) -> None:
+    if isinstance(obj, Module):
+        for name, new in entries:
+            if new is GONE:
+                delattr(obj, name)
+            elif obj.__dict__[name] is not new:
+                setattr(obj, name, new)
+        return
+    tx = transactions.current()
+    if tx is not None:
+        tx.journal.note(obj, "", obj.copy())
+    left = [(key, new) for key, new in entries if new is not GONE]
+    put_back(obj, "", [new for _, new in left] if isinstance(obj, list) else dict(left))
+
+
+def held_fast(path: Path, holder: Any) -> StructureError:
+    """The error for what cannot be taken out of where it is."""
+    return StructureError(
+        f"`{show_path(path) or type(holder).__name__}` cannot be popped: nothing can be taken out of a "
+        f"{type(holder).__name__}",
+        path=show_path(path),
+        expected="states that are attributes of modules, or in lists, dicts or tuples below them",
+        got=type(holder).__name__,
+        cure="Pop from each module that holds states: `mu.pop(model, mu.Cache)`.",
+    )

@@ -1,0 +1,49 @@
+"""The readable tree that the `repr` of a module is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mutatis.core.nodes import is_node
+from mutatis.model.variables import Variable
+from mutatis.model.wrapped import Wrapped
+
+
+def tree_lines(module: Any, indent: str, seen: set[int]) -> list[str]:
+    """One line per attribute, nested modules indented."""
+    if id(module) in seen:
+        return [f"{type(module).__name__}(...)"]
+    seen.add(id(module))
+    lines = [f"{type(module).__name__}("]
+    hidden = type(module)._references_
+    for name, value in dict(module.__dict__).items():
+        if name in hidden:
+            continue
+        shown = _show(value, indent + "  ", seen)
+        lines.append(f"{indent}  {name.lstrip('_') if name == '_mode' else name}={shown},")
+    lines.append(f"{indent})")
+    return lines if len(lines) > 2 else [f"{type(module).__name__}()"]
+
+
+def _show(value: Any, indent: str, seen: set[int]) -> str:
+    if isinstance(value, Variable):
+        if id(value) in seen:
+            return f"{value!r} (shared)"
+        seen.add(id(value))
+        return repr(value)
+    if isinstance(value, Wrapped):
+        return f"{type(value).__name__}({_show(value.__wrapped__, indent, seen)})"
+    if is_node(value):
+        return "\n".join(tree_lines(value, indent, seen))
+    if isinstance(value, list | dict) and id(value) in seen:
+        return "[...]" if isinstance(value, list) else "{...}"
+    if isinstance(value, list | tuple) and any(is_node(item) for item in value):
+        seen.add(id(value))
+        inner = "".join(f"{indent}  {_show(item, indent + '  ', seen)},\n" for item in value)
+        left, right = ("[", "]") if isinstance(value, list) else ("(", ")")
+        return f"{left}\n{inner}{indent}{right}"
+    if isinstance(value, dict) and any(is_node(item) for item in value.values()):
+        seen.add(id(value))
+        inner = "".join(f"{indent}  {key!r}: {_show(item, indent + '  ', seen)},\n" for key, item in value.items())
+        return f"{{\n{inner}{indent}}}"
+    return getattr(value, "__name__", None) or repr(value)

@@ -1,0 +1,510 @@
+"""Variables: the mutable cells that users hold, and their kinds.
+
+A `Variable` reads and writes through the open transaction, if there is one. Everything else here makes it
+pleasant: arithmetic on the value, item assignment, metadata. A *kind* is a subclass; it says what a state is for
+and declares defaults as class attributes (`collection`, `vmap_axis`, `fixed`).
+"""
+
+from __future__ import annotations
+
+import copyreg
+import operator
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis.core import access, naming, transactions
+from mutatis.core.avals import same_type, show_type
+from mutatis.core.cells import UNSET, Cell, Deferred
+from mutatis.core.naming import caller
+from mutatis.core.nodes import Node
+from mutatis.core.structure import structure
+from mutatis.errors import DeferredStateError, FrozenStateError, StateTypeError
+from mutatis.model.values import as_value, brief, from_bytes, to_bytes
+
+V = TypeVar("V", bound="Variable")
+
+
+class _Kind(type):
+    """Gives kinds no instance dictionary: what is set there would be lost in copies, and is no metadata."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+        return super().__new__(mcs, name, bases, {"__slots__": (), **namespace}, **options)
+
+
+class Variable(Cell, Node, metaclass=_Kind):
+    """A mutable cell that holds an array or a pytree of arrays.
+
+    Numbers become strongly typed arrays and NumPy arrays are copied in. Eagerly and under `jit`, `grad` and
+    `vmap` another shape or dtype may be assigned, unless `fixed`.
+
+    Args:
+      value: the value; may be left out when `init` is given.
+      init: how the state starts: a value, or a function of no arguments that makes one. `mu.reset` writes it again.
+        Without `value` the state is *deferred*: it is created at its first read, in the current transaction.
+      name: an explicit name, which does not change when the state moves in a model.
+      sharding: logical axis names or a `jax.sharding.PartitionSpec`.
+      fixed: whether every change of structure, shape or dtype is refused.
+      **metadata: anything hashable; readable as attributes, which are for good.
+
+    Raises:
+      StateTypeError: a leaf of the value is not an array or a number.
+
+    Example:
+      >>> import mutatis as mu
+      >>> count = mu.Variable(0)
+      >>> count.value += 2
+      >>> count
+      Variable(2, int32)
+      >>> int(count) + 1
+      3
+    """
+
+    __slots__ = ("_behind", "_frozen", "_init", "_made_at", "fixed", "metadata", "name", "sharding")
+    __array_priority__ = 100  # NumPy leaves `array + variable` to us, as it does with JAX arrays
+
+    collection: ClassVar[str] = "variables"
+    vmap_axis: ClassVar[int | None] = None
+    fixed: bool
+
+    def __init__(
+        self,
+        value: Any = UNSET,
+        *,
+        init: Any = None,
+        name: str | None = None,
+        sharding: Any = None,
+        fixed: bool | None = None,
+        **metadata: Any,
+    ) -> None:
+        super().__init__()
+        self._frozen: str | None = None
+        self._behind = False
+        self._init = init
+        self._made_at: tuple[str, int, str] | None = caller()
+        self.name = name
+        self.sharding = sharding
+        self.fixed = type(self)._fixed_by_kind if fixed is None else fixed
+        self.metadata = metadata
+        if value is UNSET and init is None:
+            raise StateTypeError(
+                f"a {type(self).__name__} needs a value",
+                made_at=self.made_at,
+                cure=f"Give a value, `{spelled(type(self))}(jnp.zeros(3))`, or say how it starts: `init=lambda: ...`.",
+            )
+        access.create(self, value if value is UNSET else as_value(value, self))
+
+    _fixed_by_kind: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        declared = cls.__dict__.get("fixed")
+        if isinstance(declared, bool):
+            cls._fixed_by_kind = declared
+            delattr(cls, "fixed")  # the slot of the base class holds it per cell
+        _register(cls)
+
+    # -- the value -------------------------------------------------------------------------------------------
+
+    def get(self) -> Any:
+        """The value."""
+        value = access.read(self)
+        if value is UNSET or type(value) is Deferred:
+            return self._create()
+        return value
+
+    def set(self, value: Any) -> None:
+        """Give the state another value."""
+        if self._frozen is not None:
+            raise frozen_error(self)
+        new = as_value(value, self)
+        if self.fixed:
+            check_same_type(self, new, "may not change (fixed=True)")
+        access.write(self, new)
+
+    def admit(self, value: Any) -> Any:
+        """A value as the state stores it: a pytree of strongly typed arrays.
+
+        Raises:
+          StateTypeError: a leaf is not an array or a number.
+        """
+        return as_value(value, self)
+
+    value = property(get, set, doc="The value, read and written through the current transaction.")
+
+    def _create(self) -> Any:
+        start = Deferred(None) if self._init is None else initial(self)
+        if type(start) is Deferred:
+            raise DeferredStateError(
+                f"state {naming.describe(self)} was read before its layer created it",
+                path=naming.path_of(self),
+                where=naming.where(),
+                made_at=self.made_at,
+                cure="Its size is inferred at the first call: call the model once, or give the size, e.g. "
+                "`nn.Linear(in_features, out_features, rngs=rngs)`.",
+            )
+        self.set(start)
+        return access.read(self)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the state has no value yet."""
+        return access.is_deferred(self)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the state may be read but not written."""
+        return self._frozen is not None
+
+    @property
+    def init(self) -> Any:
+        """How the state starts: a value, a function of no arguments, or None."""
+        return self._init
+
+    @property
+    def made_at(self) -> str | None:
+        """The file, line and function in which the state was made; None for a copy that was made of another."""
+        if self._made_at is None:
+            return None
+        file, line, function = self._made_at
+        return f"{os.path.basename(file)}:{line} in {function}"
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names that are neither slots nor methods: metadata.
+        if not name.startswith("_"):
+            try:
+                return self.metadata[name]
+            except KeyError:
+                pass
+        if hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; the array has: `v.value.{name}`")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its metadata are {[*self.metadata]}")
+
+    # -- as an array -----------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.get() if index is ... else self.get()[index]
+
+    def __setitem__(self, index: Any, item: Any) -> None:
+        item = item.get() if isinstance(item, Variable) else item
+        if index is ...:
+            new = as_value(item, self)
+            check_same_type(self, new, "was given another type by `v[...] = x`")
+            self.set(new)
+            return
+        old = self.get()
+        if isinstance(old, dict | list):
+            new = old.copy()
+            new[index] = as_value(item, self)
+            check_same_type(self, new, "was given another type by item assignment")
+            self.set(new)
+            return
+        with jax.numpy_dtype_promotion("standard"):  # to compare, not to promote
+            fits = jnp.result_type(old, item) == old.dtype
+        if not fits:
+            raise StateTypeError(
+                f"state {naming.describe(self)} was given another dtype by item assignment",
+                path=naming.path_of(self),
+                where=naming.where(),
+                expected=old.dtype,
+                got=jnp.result_type(item),
+                made_at=self.made_at,
+                cure=f"Convert the item: `v[i] = x.astype(jnp.{old.dtype})`.",
+            )
+        self.set(old.at[index].set(item))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return tuple(self.get().shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the value."""
+        return self.get().dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the value."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the value."""
+        return int(np.prod(self.shape))
+
+    @property
+    def T(self) -> Any:
+        """The transpose of the value."""
+        return self.get().T
+
+    def astype(self, dtype: Any) -> Any:
+        """The value in another dtype."""
+        return self.get().astype(dtype)
+
+    def __jax_array__(self) -> Any:
+        return self.get()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        array = np.asarray(self.get(), dtype=dtype)
+        return array.copy() if copy else array
+
+    def __len__(self) -> int:
+        return len(self.get())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.get())
+
+    def __bool__(self) -> bool:
+        return bool(self.get())
+
+    def __int__(self) -> int:
+        return int(self.get())
+
+    def __float__(self) -> float:
+        return float(self.get())
+
+    def __complex__(self) -> complex:
+        return complex(self.get())
+
+    def __index__(self) -> int:
+        return operator.index(self.get())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.get(), spec) if spec else str(self)
+
+    def __hash__(self) -> int:
+        return id(self) >> 4
+
+    def __eq__(self, other: object) -> Any:
+        return self is other if isinstance(other, Variable) else self.get() == other
+
+    def __ne__(self, other: object) -> Any:
+        return self is not other if isinstance(other, Variable) else self.get() != other
+
+    if TYPE_CHECKING:  # made by `_forward`, below the class
+
+        def __add__(self, other: Any) -> Any: ...
+        def __sub__(self, other: Any) -> Any: ...
+        def __mul__(self, other: Any) -> Any: ...
+        def __truediv__(self, other: Any) -> Any: ...
+        def __matmul__(self, other: Any) -> Any: ...
+        def __pow__(self, other: Any) -> Any: ...
+        def __radd__(self, other: Any) -> Any: ...
+        def __rsub__(self, other: Any) -> Any: ...
+        def __rmul__(self, other: Any) -> Any: ...
+        def __rtruediv__(self, other: Any) -> Any: ...
+        def __rmatmul__(self, other: Any) -> Any: ...
+        def __iadd__(self, other: Any) -> Self: ...
+        def __isub__(self, other: Any) -> Self: ...
+        def __imul__(self, other: Any) -> Self: ...
+        def __itruediv__(self, other: Any) -> Self: ...
+        def __neg__(self) -> Any: ...
+        def __lt__(self, other: Any) -> Any: ...
+        def __le__(self, other: Any) -> Any: ...
+        def __gt__(self, other: Any) -> Any: ...
+        def __ge__(self, other: Any) -> Any: ...
+
+    # -- as a Python object ----------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        if not access.holds_value(self):
+            body = "deferred"
+        else:
+            value = access.read(self)
+            body = "deferred" if type(value) is Deferred else brief(value)
+        marks = [f"name={self.name!r}"] if self.name is not None else []
+        marks += ["frozen"] if self.frozen else []
+        marks += [f"{key}={item!r}" for key, item in self.metadata.items()]
+        return f"{type(self).__name__}({', '.join([body, *marks])})"
+
+    def __deepcopy__(self: V, memo: dict[int, Any]) -> V:
+        new = duplicate(self)
+        memo[id(self)] = new
+        access.create(new, access.read(self))
+        return new
+
+    def __copy__(self: V) -> V:
+        return self.__deepcopy__({})  # arrays are immutable; two cells over one state there are not
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        leaves, treedef = jax.tree.flatten(access.read(self))
+        return {
+            **fields,
+            "leaves": [to_bytes(leaf) for leaf in leaves],
+            "tree": jax.tree.unflatten(treedef, [0] * len(leaves)),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Cell.__init__(self)
+        for name in _FIELDS:
+            setattr(self, name, state[name])
+        leaves = [from_bytes(leaf) for leaf in state["leaves"]]
+        access.create(self, jax.tree.unflatten(jax.tree.structure(state["tree"]), leaves))
+
+    def __reduce__(self) -> Any:
+        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
+
+
+_FIELDS = ("_frozen", "_behind", "_init", "_made_at", "name", "sharding", "fixed", "metadata")
+
+
+def _forward(name: str) -> None:
+    """Give Variable a binary operator that works on the value, and its reflected and in-place forms."""
+    apply = getattr(operator, name)
+
+    def binary(self: Variable, other: Any) -> Any:
+        return apply(self.get(), other.get() if isinstance(other, Variable) else other)
+
+    def reflected(self: Variable, other: Any) -> Any:
+        return apply(other, self.get())
+
+    def in_place(self: Variable, other: Any) -> Variable:
+        self.set(binary(self, other))
+        return self
+
+    stem = name.rstrip("_")
+    for prefix, method in (("", binary), ("r", reflected), ("i", in_place)):
+        setattr(Variable, f"__{prefix}{stem}__", method)
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+):
+    _forward(_name)
+
+
+def _forward_plain(name: str) -> None:
+    apply = getattr(operator, name)
+    if name in ("neg", "pos", "abs", "invert"):
+        setattr(Variable, f"__{name}__", lambda self: apply(self.get()))
+    else:
+        setattr(
+            Variable,
+            f"__{name}__",
+            lambda self, other: apply(self.get(), other.get() if isinstance(other, Variable) else other),
+        )
+
+
+for _name in ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge"):
+    _forward_plain(_name)
+
+
+# -- pytree: the child is the value, the kind is static --------------------------------------------------------
+
+
+def _register(kind: type[Variable]) -> None:
+    def flatten(variable: Variable) -> tuple[tuple[Any], Any]:
+        return (variable.get(),), None
+
+    def unflatten(_aux: None, children: tuple[Any]) -> Variable:
+        variable: Variable = detached(kind)
+        access.create_detached(variable, children[0])
+        return variable
+
+    def flatten_with_keys(variable: Variable) -> tuple[tuple[tuple[Any, Any]], Any]:
+        return ((jax.tree_util.GetAttrKey("value"), variable.get()),), None
+
+    jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
+
+
+def detached(kind: type[V]) -> V:
+    """A cell outside every model: what JAX makes when it rebuilds a pytree. It can be read, not written."""
+    variable = kind.__new__(kind)
+    Cell.__init__(variable)
+    variable._frozen = "detached"
+    variable._behind = False
+    variable._init = None
+    variable._made_at = None
+    variable.name = variable.sharding = None
+    variable.fixed = kind._fixed_by_kind
+    variable.metadata = {}
+    return variable
+
+
+def duplicate(variable: V) -> V:
+    """Another cell of the same kind, name and metadata, without a value."""
+    new = type(variable).__new__(type(variable))
+    Cell.__init__(new)
+    for name in _FIELDS:
+        setattr(new, name, getattr(variable, name))
+    new.metadata = dict(variable.metadata)
+    return new
+
+
+_register(Variable)
+
+
+def spelled(kind: type) -> str:
+    """A kind as a user writes it: ours are in `mu`."""
+    return f"mu.{kind.__name__}" if kind.__module__ == "mutatis" else kind.__name__
+
+
+def initial(variable: Variable) -> Any:
+    """The value that a state with `init` starts with."""
+    return variable._init() if callable(variable._init) else variable._init
+
+
+def check_same_type(variable: Variable, new: Any, what: str) -> None:
+    """Raise unless `new` has the type of the state's present value."""
+    if not access.holds_value(variable):
+        return
+    old = access.read(variable)
+    if type(old) is not Deferred and not same_type(old, new):
+        raise StateTypeError(
+            f"state {naming.describe(variable)} {what}",
+            path=naming.path_of(variable),
+            where=naming.where(),
+            expected=show_type(old),
+            got=show_type(new),
+            made_at=variable.made_at,
+            cure="Convert the value, `x.astype(v.dtype)`, or put another cell in its place: "
+            f"`model.w = {spelled(type(variable))}(x)`.",
+        )
+
+
+def frozen_error(variable: Variable) -> FrozenStateError:
+    """The error for a write to a frozen state."""
+    if variable._frozen == "detached":
+        problem = f"state {naming.describe(variable)} was written in a detached copy, which raw JAX made"
+        cure = (
+            "The write would be lost. Use `mu.jit` (or another `mu` transform) in place of `jax.jit`, make a pure "
+            "function with `mu.functionalize`, or make the copy a model of its own: `mu.thaw(copy)`."
+        )
+    else:
+        problem = f"frozen state {naming.describe(variable)} was written"
+        cure = (
+            "Make it live again: `mu.thaw(model)`."
+            if variable.collection != "batch_stats"
+            else "Call `model.eval()` so that the statistics are not updated, or make them live again: `mu.thaw(model)`."
+        )
+    return FrozenStateError(problem, path=naming.path_of(variable), where=naming.where(), cure=cure)
+
+
+def set_mark(variable: Variable, name: str, mark: Any) -> None:
+    """Set what is static of a state: whether it is frozen (`_frozen`), or its `name`; compiled programs take notice."""
+    before = getattr(variable, name)
+    if before != mark:
+        tx = transactions.current()
+        if tx is not None:
+            tx.journal.note(variable, name, before)
+        structure.changed()
+        setattr(variable, name, mark)
+        structure.changed()

@@ -1,0 +1,217 @@
+"""Axes for states: how `vmap`, `scan` and `shard_map` are told which states are split, shared or carried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+
+from mutatis.core import access, naming
+from mutatis.errors import AxisError
+from mutatis.model.filters import Filter, FilterLike, Path, as_filter
+from mutatis.model.variables import Variable, spelled
+from mutatis.model.walks import variables
+from mutatis.tracing.call_site import CallSite
+
+
+class _Mark:
+    """A named alternative to an axis."""
+
+    __module__ = "mutatis"  # where it is pickled from, by its name
+
+    def __init__(self, name: str, doc: str) -> None:
+        self._name = name
+        self.__doc__ = doc
+
+    def __repr__(self) -> str:
+        return f"mu.{self._name}"
+
+    def __reduce__(self) -> str:
+        return self._name
+
+
+Carry = _Mark("Carry", "In `scan`: the state is carried from one iteration to the next.")
+Shared = _Mark("Shared", "In `vmap`: a random stream that all lanes draw alike from.")
+
+
+class ByFilter:
+    """Something for each state, by filter: the first filter that selects a state decides."""
+
+    __slots__ = ("_entries",)
+    _what: ClassVar[str]
+    _expected: ClassVar[str]
+    _example: ClassVar[str]
+    _pair: ClassVar[str]
+
+    def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
+        self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())
+        for _, entry in self._entries:
+            if not self._fits(entry):
+                raise AxisError(
+                    f"{entry!r:.40} is not {self._what}",
+                    expected=self._expected,
+                    got=type(entry).__name__,
+                    cure=f"`{self._example}`",
+                )
+
+    @staticmethod
+    def _fits(entry: Any) -> bool:
+        raise NotImplementedError
+
+    @staticmethod
+    def _normal(entry: Any) -> Any:
+        return entry
+
+    def of(self, path: Path, variable: Variable) -> Any:
+        """What is said for a state, None if no filter selects it."""
+        return next((entry for selects, entry in self._entries if selects(path, variable)), None)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._entries == other._entries
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._entries))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({{" + ", ".join(f"{f!r}: {entry!r}" for f, entry in self._entries) + "})"
+
+
+class StateAxes(ByFilter):
+    """Axes of states for `mu.vmap` and `mu.scan`, by filter: the first filter that selects a state decides.
+
+    Args:
+      axes: for each filter an axis, or None (shared by all lanes of a `vmap`), `mu.Shared` (so are random draws) or
+        `mu.Carry` (carried by a `scan`).
+
+    Example:
+      >>> import mutatis as mu
+      >>> mu.StateAxes({mu.Param: None, ...: 0})
+      StateAxes({OfType(Param): None, Everything(): 0})
+    """
+
+    __slots__ = ()
+    _what = "an axis"
+    _expected = "an int, None, `mu.Carry` or `mu.Shared`"
+    _example = "mu.StateAxes({mu.Param: None, ...: 0})"
+    _pair = "[(model, 0)]"
+
+    def __init__(self, axes: Mapping[FilterLike, Any]) -> None:
+        super().__init__(axes)
+
+    @staticmethod
+    def _fits(entry: Any) -> bool:
+        return entry is None or isinstance(entry, _Mark) or (isinstance(entry, int) and not isinstance(entry, bool))
+
+
+class StateSharding(ByFilter):
+    """Partition specs of states for `mu.shard_map`, by filter: the first filter that selects a state decides.
+
+    Args:
+      specs: for each filter a `jax.sharding.PartitionSpec`, or None (each device has the whole state), or `mu.Shared` (so
+        has it, and random streams draw alike on all devices).
+
+    Example:
+      >>> import mutatis as mu
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mu.StateSharding({mu.Param: P("model"), ...: P()})
+      StateSharding({OfType(Param): P('model',), Everything(): P()})
+    """
+
+    __slots__ = ()
+    _what = "a spec"
+    _expected = "a PartitionSpec, None or `mu.Shared`"
+    _example = 'mu.StateSharding({mu.Param: P("model"), ...: P()})'
+    _pair = '[(model, P("model"))]'
+
+    def __init__(self, specs: Mapping[FilterLike, Any]) -> None:
+        super().__init__(specs)
+
+    @staticmethod
+    def _fits(entry: Any) -> bool:
+        return entry is None or entry is Shared or isinstance(entry, jax.sharding.PartitionSpec)
+
+    @staticmethod
+    def _normal(entry: Any) -> Any:
+        return jax.sharding.PartitionSpec() if entry is None else entry
+
+
+def axes_by_cell(
+    site: CallSite, nodes: Sequence[tuple[Any, Any]], states: Any, by: type[ByFilter] = StateAxes
+) -> dict[Variable, Any]:
+    """The axis (or spec) of every cell for which one was given.
+
+    Args:
+      site: the call of the transform.
+      nodes: nodes among the arguments, each with an axis or a `by`.
+      states: a `by` for all other cells, or pairs of a node and its axes, or a dict of them.
+      by: what says axes by filter.
+
+    Raises:
+      AxisError: two different axes are asked for one state.
+    """
+    found: dict[Variable, Any] = {}
+    pairs = list(nodes)
+    if isinstance(states, Mapping):
+        pairs += list(states.items())
+    elif isinstance(states, list | tuple):
+        pairs += states
+    elif states is not None and not isinstance(states, by):
+        raise AxisError(
+            f"`states={states!r:.40}` says no axes",
+            where=site.label,
+            expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
+            got=type(states).__name__,
+            cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
+        )
+    for node, axes in pairs:
+        for path, cell in variables(node).items():
+            axis = axes.of(path, cell) if isinstance(axes, ByFilter) else axes
+            if not by._fits(axis):
+                raise AxisError(
+                    f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) is asked for along what is not {by._what}",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    expected=by._expected,
+                    got=f"{axis!r:.60}",
+                    cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
+                )
+            axis = by._normal(axis)
+            if cell in found and found[cell] != axis:
+                raise AxisError(
+                    f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) is asked for along two axes",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    expected="one axis or spec for a state, however it is reached",
+                    got=f"{found[cell]!r} and {axis!r}",
+                    cure="Give the same axis at both places, or pass the module once.",
+                )
+            found[cell] = axis
+    if isinstance(states, ByFilter):
+        for path, cell in zip(site.scope.encoder.paths, site.scope.cells, strict=True):
+            if cell not in found:
+                found[cell] = states.of(path[1:], cell)
+    return found
+
+
+def check_axis(site: CallSite, cell: Variable, axis: int) -> Any:
+    """The value of a cell, which has this axis.
+
+    Raises:
+      AxisError: it has not.
+    """
+    value = access.load(cell)
+    for leaf in jax.tree.leaves(value):
+        count = axis + 1 if axis >= 0 else -axis  # that it takes to have this axis
+        if leaf.ndim < count:
+            raise AxisError(
+                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) has no axis {axis}",
+                path=site.scope.locate(cell),
+                where=site.label,
+                expected=f"at least {count} {'axis' if count == 1 else 'axes'}",
+                got=f"shape {leaf.shape}",
+                made_at=naming.made_at(cell),
+                cure=f"Share it, `mu.StateAxes({{{spelled(type(cell))}: None, ...: 0}})`, or stack the models: "
+                "`mu.vmap(make)(keys)`.",
+            )
+    return value

@@ -1,0 +1,255 @@
+"""Lifting: a stateful function made pure for one call, and its effects brought back.
+
+Every transform is a page on top of this:
+
+    with Site("vmap", f, args, kwargs) as site:        # what can be reached: arguments and captures
+        def pure(values, leaves):                      # what JAX sees: arrays in, arrays out
+            site.end, leaves, values = site.run(dict(zip(cells, values)), leaves)
+            return leaves, values
+        leaves, values = jax.vmap(pure, ...)(...)
+        return site.commit(site.end, values, leaves)   # the states are written; the user's result
+
+A **Site** is the outer side of a transaction: it sets the nodes among the arguments apart from the leaves (the function
+gets its own objects back, `self is self`), knows every cell that can be reached and its path, and remembers the
+containers, so that an exception leaves all as it was. `Site.run` is the inner side: it opens a `Transaction` over
+JAX's tracers, runs the function on the real objects and takes out what was written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from mutatis import _compat
+from mutatis.core import access, naming, transactions
+from mutatis.core.journal import Journal
+from mutatis.core.transactions import Transaction
+from mutatis.errors import StructureError
+from mutatis.model.graph import Encoder
+from mutatis.model.kinds import Intermediate
+from mutatis.model.modules import Module
+from mutatis.model.variables import Variable
+from mutatis.tracing.arguments import FlatTree, argument_names, function_name, named_nodes, unflatten
+from mutatis.tracing.captures import Captures, search
+from mutatis.tracing.scope import Scope, show_root_path
+
+
+class RunResult:
+    """How one run of the function ended: the shape of its result, and the cells it wrote or made.
+
+    It holds no values: those go through JAX and come back.
+    """
+
+    __slots__ = ("born", "cells", "nodes", "structure")
+
+    def __init__(self, out: FlatTree, tx: Transaction) -> None:
+        self.structure = out.structure
+        self.nodes = out.nodes
+        self.cells: list[Any] = list(tx.written)
+        self.born: dict[Any, None] = dict(tx.born)
+
+    def without_cells(self) -> RunResult:
+        """The shape of the result alone."""
+        end = copy.copy(self)
+        end.cells, end.born = [], {}
+        return end
+
+    def unflatten(self, leaves: Sequence[Any], nodes: Sequence[Any] | None = None) -> Any:
+        """The user's result around these leaves."""
+        return unflatten(self.structure, leaves, self.nodes if nodes is None else nodes)
+
+
+class CallSite:
+    """One call of a transform: the outer side of its transactions.
+
+    Args:
+      name: the transform's name, for messages.
+      function: the user's function; what it names becomes an implicit argument.
+      args: the positional arguments.
+      kwargs: the keyword arguments.
+      others: further values that hold nodes, by name (``of=model``).
+      functions: further functions to search.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        others: Sequence[tuple[str, Any]] = (),
+        functions: Sequence[Any] = (),
+    ) -> None:
+        self.function = function
+        self.label = f"{name}({function_name(function)})"
+        self.args = tuple(args)
+        self.kwargs = kwargs or {}
+        self.packed = FlatTree((self.args, self.kwargs))
+        self.captures: Captures = search(function, *functions)
+        values = [*self.args, *self.kwargs.values()]
+        nodes = named_nodes(argument_names(function, self.args, self.kwargs), values)
+        further = named_nodes([name for name, _ in others], [value for _, value in others])
+        self.scope = Scope([*nodes, *self.captures.roots, *further])
+        self.outer = _compat.current_trace()
+        self.end: RunResult
+        self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
+        self.journal = Journal(self.scope.containers)  # of all runs
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.journal.undo()
+            return
+        try:
+            for container, _ in self.journal.changed_containers():
+                number = self.scope.encoder.known(container)
+                path = () if number is None else self.scope.encoder.object_paths[number]
+                Encoder().encode(container, path)  # what was put in is no array, and so no tracer
+        except StructureError:
+            self.journal.undo()
+            raise
+        if (tx := transactions.current()) is not None:
+            self.journal.hand_over(tx.journal)
+
+    def run(
+        self,
+        overlay: dict[Any, Any],
+        leaves: Sequence[Any] | None = None,
+        *,
+        call: Callable[[], Any] | None = None,
+        make: Callable[..., Transaction] = Transaction,
+    ) -> tuple[RunResult, list[Any], list[Any]]:
+        """Run the function in a transaction over JAX's values.
+
+        Args:
+          overlay: JAX's values of cells.
+          leaves: JAX's values of the arguments' leaves.
+          call: what to run, if not the function on the arguments.
+          make: makes the transaction.
+
+        Returns:
+          How it ended, the leaves of the result, and the values of the cells that were written or made.
+        """
+        with make(self.label, locate=self.scope.locate, outer=self.outer, journal=self.journal) as tx:
+            tx.preload(overlay)
+            tx.repeats = self.repeats
+            if call is None:
+                args, kwargs = self.packed.unflatten(self.packed.leaves if leaves is None else leaves)
+                out = self.function(*args, **kwargs)
+            else:
+                out = call()
+            tx.note_changes_in_place()
+            packed = FlatTree(out)
+            end = RunResult(packed, tx)
+            return end, packed.leaves, [tx.values[cell] for cell in end.cells]
+
+    def describe(self, cell: Variable) -> str:
+        """``state `model.w` (Param)``, less the word state, by the name that the call knows the cell by."""
+        path = self.scope.locate(cell)
+        return f"`{path}` ({type(cell).__name__})" if path else naming.describe(cell)
+
+    def values(self, cells: Sequence[Variable]) -> list[Any]:
+        """The present values of cells, as code at the call of the transform reads them."""
+        return [access.load(cell) for cell in cells]
+
+    def commit(self, end: RunResult, values: Sequence[Any], leaves: Sequence[Any]) -> Any:
+        """Write what the function wrote, as JAX gave it back.
+
+        Returns:
+          The user's result around the leaves that JAX gave back.
+
+        Raises:
+          TraceLevelError: it made states of modules that outlive a raw JAX transform around the call.
+        """
+        for obj, name, _ in self.journal.noted if end.born else ():
+            value = obj.__dict__.get(name) if isinstance(obj, Module) else None
+            if isinstance(value, Variable) and value in end.born:
+                access.check_outlived(obj, name)
+        access.commit_writes(end.cells, end.born, values)
+        return end.unflatten(leaves)
+
+    def undo(self, keep: Sequence[Any] = ()) -> None:
+        """Put structure back as it was before the call, as an exception would.
+
+        Args:
+          keep: nodes that were made in the call and stay as they are.
+        """
+        encoder = Encoder()
+        for node in keep:
+            encoder.encode(node)
+        new = {id(obj) for obj in encoder.objects if self.scope.encoder.known(obj) is None}
+        self.journal.undo(but=frozenset(new))
+
+    def refuse_creation(self, end: RunResult, what: str) -> None:
+        """Raise if the function created deferred states, where that has no meaning.
+
+        Raises:
+          StructureError: it did; the message names the first.
+        """
+        for cell in end.cells:
+            if cell not in end.born and access.is_deferred(cell):
+                raise StructureError(
+                    f"state {naming.describe(cell)} was created inside {what}",
+                    path=self.scope.locate(cell),
+                    where=self.label,
+                    made_at=naming.made_at(cell),
+                    cure="Create it before: call the model once, or give its size where it is made.",
+                )
+
+    def sown(self, end: RunResult) -> list[Any]:
+        """The intermediate values that the function kept as new attributes of modules.
+
+        Raises:
+          StructureError: one is reduced over the runs of the function, of which none is the first.
+        """
+        new = [o.__dict__.get(name) for o, name, _ in self.journal.noted if isinstance(o, Module)]
+        sown = [cell for cell in new if isinstance(cell, Intermediate) and cell in end.born]
+        for cell in sown:
+            if "reduced" in cell.metadata:
+                raise StructureError(
+                    f"state {naming.describe(cell)} is reduced over iterations, and made by the first of them",
+                    path=naming.path_of(cell),
+                    where=self.label,
+                    made_at=cell.made_at,
+                    cure="Start it before the loop, with what leaves the others as they are: "
+                    "`mu.sow(model, 'total', 0.0, reduce=jnp.add)`.",
+                )
+        return sown
+
+    def refuse_changes(self, what: str, but: Sequence[Any] = ()) -> None:
+        """Raise if the function changed attributes or containers, where that has no meaning.
+
+        Args:
+          what: where that is, for the message.
+          but: cells that may be new attributes.
+
+        Raises:
+          StructureError: it did; the message names the first.
+        """
+        for obj, name, _ in self.journal.entries():
+            number = self.scope.encoder.known(obj)
+            if number is None:
+                continue  # an object that the function made
+            if isinstance(obj, Module) and any(obj.__dict__.get(name) is cell for cell in but):
+                continue
+            if isinstance(obj, Module) and isinstance(obj.__dict__.get(name), Intermediate):
+                raise StructureError(
+                    f"a value was kept inside {what}, by `mu.sow` or `mu.capture`",
+                    path=naming.path_of(obj.__dict__[name]),
+                    where=self.label,
+                    expected="values that are kept each time that it runs",
+                    got=f"a first value for `{name}`",
+                    cure="Return the value from there, and keep it outside.",
+                )
+            path = show_root_path((*self.scope.encoder.object_paths[number], *((name,) if name else ())))
+            raise StructureError(
+                f"`{path}` was changed inside {what}",
+                path=path,
+                where=self.label,
+                cure="The body is traced once, not run each time. Make states and change attributes before; "
+                "inside, write to states.",
+            )

@@ -1,0 +1,170 @@
+"""Staging: one run of a stateful function as a jaxpr, for loops and branches.
+
+A loop has to know what its body writes before it can be built: those states are carried. So the body is traced once, with
+every cell that can be reached as an explicit input, and what its transaction recorded is the answer. The loop is then built
+around that jaxpr, and the user's code does not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mutatis.core import access, naming
+from mutatis.core.avals import same_type, show_type
+from mutatis.core.transactions import Transaction
+from mutatis.errors import StateTypeError, StructureError
+from mutatis.model.variables import Variable
+from mutatis.tracing.call_site import CallSite, RunResult
+
+
+class Code:
+    """The jaxpr of a run, with the structure of its results. It holds no states and nothing of the user's."""
+
+    __slots__ = ("_closed", "_treedef")
+
+    def __init__(self, closed: Any, treedef: Any) -> None:
+        self._closed = closed
+        self._treedef = treedef
+
+    def __call__(self, values: Sequence[Any], leaves: Any) -> tuple[list[Any], list[Any]]:
+        """Run the jaxpr: the leaves of the result, and the written values."""
+        flat = jax.tree.leaves((values, leaves))
+        out = jax.core.eval_jaxpr(self._closed.jaxpr, self._closed.consts, *flat)
+        return jax.tree.unflatten(self._treedef, out)  # type: ignore[no-any-return]
+
+
+class Staged:
+    """A traced run: call it with values of its cells and leaves.
+
+    Args:
+      cells: the cells that are explicit inputs, in order.
+      end: how the run ended.
+      closed: the jaxpr.
+      shapes: the shapes of the result's leaves and of the written values.
+    """
+
+    def __init__(self, cells: list[Variable], end: RunResult, closed: Any, shapes: Any) -> None:
+        self.cells = cells
+        self.end = end
+        leaves, values = shapes
+        self.leaves = list(closed.out_avals[: len(leaves)])  # with their weak types, unlike `shapes`
+        self.values = dict(zip(end.cells, values, strict=True))  # shapes of what is written, by cell
+        self.code = Code(closed, jax.tree.structure(shapes))
+
+    def __call__(self, values: Mapping[Any, Any], leaves: Any) -> tuple[list[Any], dict[Any, Any]]:
+        """Run the jaxpr.
+
+        Args:
+          values: the values of the cells.
+          leaves: the values of the arguments' leaves, in the structure they were staged with.
+
+        Returns:
+          The leaves of the result, and the written values by cell.
+        """
+        new_leaves, written = self.code([values[cell] for cell in self.cells], leaves)
+        return new_leaves, dict(zip(self.end.cells, written, strict=True))
+
+
+def stage(
+    site: CallSite,
+    cells: Sequence[Variable],
+    types: Mapping[Any, Any],
+    leaves: Any,
+    call: Callable[[Any], Any],
+    make: Callable[..., Transaction] = Transaction,
+) -> Staged:
+    """Trace ``call(leaves)`` with the cells as inputs.
+
+    Args:
+      site: the call of the transform.
+      cells: the cells to be inputs.
+      types: values or shapes for cells, where they are not what the cells hold now.
+      leaves: values or shapes of the arguments' leaves.
+      call: runs the user's function.
+      make: makes the transaction.
+    """
+    inputs = list(cells)
+    while True:
+        ends: list[RunResult] = []
+
+        def pure(values: list[Any], leaves: Any, inputs: list[Variable] = inputs, ends: list[RunResult] = ends) -> Any:
+            end, out, written = site.run(dict(zip(inputs, values, strict=True)), call=lambda: call(leaves), make=make)
+            ends.append(end)
+            return out, written
+
+        values = [types[cell] if cell in types else access.load(cell) for cell in inputs]
+        closed, shapes = jax.make_jaxpr(pure, return_shape=True)(values, leaves)
+        (end,) = ends
+        known = set(inputs)
+        unknown: list[Any] = [cell for cell in end.cells if cell not in known and cell not in end.born]
+        if not unknown:
+            return Staged(inputs, end, closed, shapes)
+        site.undo()
+        inputs = [*inputs, *unknown]  # written, though the search did not find it: trace again with it
+
+
+def check_kept(site: CallSite, staged: Staged, cell: Variable, before: Any, what: str) -> None:
+    """Raise unless a state that is written keeps its type.
+
+    Raises:
+      StateTypeError: it does not; the message gives the cast.
+    """
+    after = staged.values[cell]
+    if same_type(before, after):
+        return
+    old, new = show_type(before), show_type(after)
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(before)}
+    cast = f" Convert what is written: `v.value = x.astype(jnp.{next(iter(dtypes))})`." if len(dtypes) == 1 else ""
+    raise StateTypeError(
+        f"state {naming.describe(cell)} changes its type {what}",
+        path=site.scope.locate(cell),
+        where=site.label,
+        expected=old,
+        got=new,
+        made_at=naming.made_at(cell),
+        cure=f"What is carried or chosen has one type.{cast} Or give the state the type {new} before.",
+    )
+
+
+def check_same_nodes(site: CallSite, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """Raise unless modules among a loop's carry are the same objects, at the same places, after an iteration.
+
+    Raises:
+      StructureError: they are not.
+    """
+    if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+        raise StructureError(
+            "the carry holds other modules after an iteration than before",
+            where=site.label,
+            expected=[type(node).__name__ for node in before],
+            got=[type(node).__name__ for node in after],
+            cure="Return the very modules of the carry; their states are carried, and change in place.",
+        )
+
+
+def refuse_structure(site: CallSite, end: RunResult, what: str, but: Sequence[Any] = ()) -> None:
+    """Raise if the function made states or changed structure: it is traced once and not run each time.
+
+    Args:
+      site: the call of the transform.
+      end: how the function ended.
+      what: what it is, for the message.
+      but: cells that may be new attributes.
+
+    Raises:
+      StructureError: it did; the message names what.
+    """
+    site.refuse_creation(end, what)
+    site.refuse_changes(what, but)
+    born = {id(cell) for cell in end.born}
+    for node in end.nodes:
+        cells = site.scope.cells_of(node)
+        if any(id(cell) in born for cell in cells.values()):
+            raise StructureError(
+                f"a {type(node).__name__} was made and returned inside {what}",
+                where=site.label,
+                cure="Make it before, and write to its states inside; or return arrays.",
+            )

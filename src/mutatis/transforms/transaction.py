@@ -1,0 +1,143 @@
+"""`mu.transaction`: what every transform is, around ordinary code.
+
+Inside, writes go to an overlay; at the end they are committed together, or dropped. So a step can be tried: speculative
+decoding, a line search, the accept or reject of a sampler, an update that is undone if the loss is not finite.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from mutatis import _compat
+from mutatis.core import access, naming, transactions
+from mutatis.core.interrupts import held_back
+from mutatis.core.journal import Journal
+from mutatis.core.naming import show_path
+from mutatis.core.transactions import Transaction
+from mutatis.errors import StructureError
+from mutatis.model.filters import FilterLike, Path, as_filter
+from mutatis.model.graph import Encoder
+from mutatis.model.modules import Module
+from mutatis.model.walks import check_node
+
+
+class EagerTransaction:
+    """A block of ordinary code as a transaction; see `transaction`."""
+
+    __slots__ = ("_node", "_paths", "_tx")
+
+    def __init__(self, nodes: tuple[Any, ...]) -> None:
+        self._node = check_node(nodes[0] if len(nodes) == 1 else nodes)
+
+    @property
+    def reads(self) -> tuple[Any, ...]:
+        """The Variables that were read so far, in order."""
+        return tuple(self._tx.seen)
+
+    @property
+    def writes(self) -> tuple[Any, ...]:
+        """The Variables that were written so far, in order, without those that were rolled back."""
+        return tuple(self._tx.written)
+
+    def rollback(self, *filters: FilterLike) -> None:
+        """Take back what the block has done so far; it goes on from there.
+
+        Args:
+          *filters: which states, whose values are put back. Without filters it is all of them, and attributes and
+            containers, too. (To propose anew, keep the random streams: ``tx.rollback(mu.Not(mu.RngState))``.)
+
+        Raises:
+          StructureError: the block has ended, or it is not what runs now: another transaction or a transform is open in it.
+          TraceLevelError: a raw JAX transform has read what was written.
+        """
+        tx = self._tx
+        if transactions.current() is not tx or _compat.current_trace() not in (tx.trace, _compat.EVAL_TRACE):
+            raise StructureError(
+                "a transaction was rolled back where it is not the innermost one",
+                where=naming.where(),
+                expected="a call in its own block, before the end",
+                cure="Raise an exception there, or open another one there: `with mu.transaction() as inner: inner.rollback()`.",
+            )
+        selects = as_filter(filters if filters else ...)
+        tx.drop(lambda cell: selects(self._paths.get(cell, ()), cell))
+        if not filters:
+            tx.journal.undo()
+
+    def _locate(self, cell: Any) -> str | None:
+        return show_path(self._paths[cell]) if cell in self._paths else None
+
+    def _is_open(self) -> bool:
+        tx = transactions.current()
+        while tx is not None and tx is not self._tx:
+            tx = tx.parent
+        return tx is not None
+
+    def __enter__(self) -> Self:
+        if hasattr(self, "_tx"):
+            raise StructureError(
+                "a transaction was entered a second time",
+                where=naming.where(),
+                cure="Make one for each block: `with mu.transaction(model) as tx: ...`.",
+            )
+        encoder = Encoder(describe=False)
+        encoder.encode(self._node)
+        self._paths: dict[Any, Path] = dict(zip(encoder.cells, encoder.paths, strict=True))
+        containers = [obj for obj in encoder.objects if not isinstance(obj, Module)]
+        self._tx = Transaction("transaction", locate=self._locate, journal=Journal(containers))
+        if self._tx.parent is not None and self._tx.parent.trace is self._tx.outer:
+            self._tx.pinned |= self._tx.parent.pinned  # no transform is in between that could tell the two apart
+        self._tx.__enter__()  # and nothing after it: an interrupt would leave it open
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, trace: TracebackType | None) -> None:
+        try:
+            with held_back():
+                self._commit() if kind is None else self._abandon()
+        except BaseException:
+            if self._is_open():  # a value cannot be kept, or an interrupt came before it was held back
+                self._abandon()
+            raise
+
+    def _commit(self) -> None:
+        tx = self._tx
+        if transactions.current() is not tx:
+            self._abandon()
+            raise StructureError(
+                "a transaction ended before another one that began in it, or after the one that it began in",
+                cure="End the inner one first: leave no `with mu.transaction()` open at a `yield` or `await` where others run.",
+            )
+        access.commit(tx)
+
+    def _abandon(self) -> None:
+        if self._is_open():
+            self._tx.__exit__(BaseException, None, None)
+        else:  # it ended with the one that it began in
+            self._tx.journal.undo()
+            self._tx.close()
+
+
+def transaction(*nodes: Any) -> EagerTransaction:
+    """All or nothing for the code inside a ``with`` block: commit at its end, roll back at an exception.
+
+    Values of all states and attributes of all modules are rolled back; what plain lists and dicts hold is, in the nodes that are
+    named. Transactions nest: what an inner one commits an outer one may still drop. Jitted functions and all other transforms
+    mean inside what they mean outside; they donate nothing there.
+
+    It keeps pointers to the arrays of before, no copies. A state that was read inside is held by user code from then on, so the
+    next donating step copies it, once.
+
+    Args:
+      *nodes: Modules, Variables, or lists, tuples or dicts of them.
+
+    Example:
+      >>> import mutatis as mu
+      >>> n = mu.Variable(1)
+      >>> with mu.transaction() as tx:
+      ...     n.value = 5
+      ...     if n > 3:
+      ...         tx.rollback()
+      >>> n, tx.reads == (n,), tx.writes
+      (Variable(1, int32), True, ())
+    """
+    return EagerTransaction(nodes)
