@@ -209,5 +209,5 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_homes.publish(__name__, {name: globals()[name] for name in __all__ if name not in _LATER and name not in dir(errors)})
+_homes.publish(__name__, {name: globals()[name] for name in __all__ if name not in _LATER})
 _homes.read_former_pickles(__name__)

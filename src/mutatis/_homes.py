@@ -27,7 +27,8 @@ def publish(home: str, objects: dict[str, Any]) -> None:
       objects: what it has, by name.
     """
     for name, obj in objects.items():
-        if isinstance(obj, type | types.FunctionType) and obj.__module__.startswith("mutatis."):
+        here = isinstance(obj, type | types.FunctionType) and obj.__module__.startswith("mutatis.")
+        if here and obj.__module__ != "mutatis.errors":  # which is public
             if isinstance(obj, type) and "__annotations__" in obj.__dict__:
                 # Strings would from now on be looked up in the home, by `typing.get_type_hints` of a subclass too.
                 obj.__annotations__ = inspect.get_annotations(obj, eval_str=True)
@@ -97,7 +98,7 @@ def _is_imported_by_statement() -> bool:
     frame: Any = sys._getframe(1)
     while frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "IMPORT_NAME"
+    return bool(dis.opname[frame.f_code.co_code[frame.f_lasti]] == "IMPORT_NAME")
 
 
 def read_former_pickles(package: str) -> None:

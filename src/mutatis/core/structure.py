@@ -1,10 +1,10 @@
 """Structure: one number that tells whether anything has changed that compiled programs took for granted.
 
 What a program takes for granted are attributes, frozen marks and placements; not the values of states. The number is the
-**epoch**. It behaves like a Zobrist hash, as chess programs use it for positions: each value of each flag (a bool, int, string or None in
-an attribute) stands for a random number, and changing a flag from `a` to `b` changes the epoch by ``number(a) ^ number(b)``. So
-setting a flag back brings the old epoch back, and with it all that was known then; `train()` and `eval()` in turn cost no walk.
-Any change of something else begins an epoch that never was before.
+**epoch**. It behaves like a Zobrist hash, as chess programs use it for positions: each value of each flag (a bool, int, string
+or None in an attribute) stands for a random number, and changing a flag from `a` to `b` changes the epoch by
+``number(a) ^ number(b)``. So setting a flag back brings the old epoch back, and with it all that was known then; `train()` and
+`eval()` in turn cost no walk. Any change of something else begins an epoch that never was before.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def kind_of(collection: str) -> type[Variable]:
     Example:
       >>> from mutatis.interop.bridge import kind_of
       >>> kind_of("batch_stats"), kind_of("spikes").collection
-      (<class 'mutatis.kinds.BatchStat'>, 'spikes')
+      (<class 'mutatis.BatchStat'>, 'spikes')
     """
     # Its name leads back here (`__getattr__`), so that it pickles.
     names = {"collection": collection, "__module__": __name__, "__qualname__": _PREFIX + collection}
