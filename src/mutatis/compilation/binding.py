@@ -15,6 +15,7 @@ from typing import Any
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import Program
 from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.places import Place
 from mutatis.core.structure import structure
 from mutatis.model import contexts
 from mutatis.model.modules import Module
@@ -89,11 +90,12 @@ class Binding:
         "label",
         "layout",
         "objects",
+        "places",
         "plan",
         "program",
         "references",
-        "specs",
         "structural",
+        "structure",
     )
 
     def __init__(self, label: str, layout: Layout, extras: list[Variable]) -> None:
@@ -103,7 +105,8 @@ class Binding:
         self.epoch = structure.epoch  # from before the walk: what changes meanwhile is looked at again
         self.ambient = contexts.cells()
         self.cells: list[Variable]
-        self.specs: Hashable  # what the walk found
+        self.structure: Hashable  # what the walk found
+        self.places: list[Place]  # where the function may put states, besides
         self.captures: Captures
         self.containers: ContainerSnapshot
         self.program: Program
@@ -115,12 +118,12 @@ class Binding:
     def make_scope(self, nodes: list[tuple[str, Any]], captures: Captures) -> Scope:
         """Walk over arguments and captures."""
         extras = [("captured", cell) for cell in self.extras]
-        return Scope([*nodes, *captures.roots, *extras], watch=True)
+        return Scope([*nodes, *captures.roots, *extras], captures.places, watch=True)
 
     def keep_walk(self, scope: Scope, captures: Captures) -> None:
         """Keep of a walk what the calls need."""
         self.cells = scope.cells
-        self.specs = (scope.specs, scope.tail)
+        self.structure, self.places = scope.structure, scope.places
         self.captures = captures
         self.containers = ContainerSnapshot(scope.containers, [scope.encoder.held[id(obj)] for obj in scope.containers])
         for obj in scope.encoder.objects:

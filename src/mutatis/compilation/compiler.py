@@ -292,7 +292,7 @@ class Compiler:
             self._static_parts(call, layout),
             layout.positions,
             tuple(layout.mixed.items()),
-            binding.specs,
+            binding.structure,
             tuple(placements),
             tuple(map(Identity, extras)),
             contexts.structure(),
@@ -469,7 +469,7 @@ class Compiler:
         for index in record.restarted:
             access.restart(binding.cells[index])
         access.note_reads(binding.cells[index] for index in record.seen)
-        return replay(record, binding.cells, binding.live_objects(), made, leaves)
+        return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
 
     @staticmethod
     def _run(call: PendingCall) -> Any:

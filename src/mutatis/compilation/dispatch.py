@@ -96,7 +96,7 @@ def rebuild_result(binding: Binding, number: int, made: Sequence[Any], leaves: S
     record = binding.program.records[number]
     if record.plain and record.out.plain:
         return record.structure[0].unflatten(leaves)
-    return replay(record, binding.cells, binding.live_objects(), made, leaves)
+    return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
 
 
 def _take_apart(box: list[Any], program: Program, values: list[Any]) -> tuple[int, Sequence[Any], Any, Any]:

@@ -14,7 +14,9 @@ from mutatis.compilation.program import NeedsTraceError, Program, refuse_outside
 from mutatis.compilation.record import OutputEncoding, TraceRecord
 from mutatis.core.avals import same_type
 from mutatis.core.cells import UNSET, Cell
-from mutatis.core.journal import ABSENT, Journal
+from mutatis.core.journal import Journal
+from mutatis.core.leftovers import Leftovers
+from mutatis.core.places import ABSENT, Place
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.model.graph import Encoder, Spec, cell_spec
@@ -41,7 +43,8 @@ class CompiledTransaction(Transaction):
     __slots__ = ("found",)
 
     def __init__(self, label: str, scope: Scope, outer: Any) -> None:
-        super().__init__(label, locate=scope.locate, outer=outer, journal=Journal(scope.containers), compiled=True)
+        journal = Journal(scope.containers, scope.places)
+        super().__init__(label, locate=scope.locate, outer=outer, journal=journal, compiled=True)
         self.found: dict[Any, None] = {}
 
     def load_outer(self, cell: Cell) -> Any:
@@ -91,13 +94,35 @@ def trace(call: PendingCall, program: Program, flat: Sequence[Any]) -> dict[int,
 def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope) -> dict[int, Any]:
     with CompiledTransaction(call.label, scope, call.outer) as tx:
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
-        out = call.run(flat[program.count :])
-        tx.note_changes_in_place()
-        record = _record(program, scope, tx, FlatTree(out), flat)
-        tx.journal.undo()
+        record = _run_once(call, program, flat, scope, tx)
+        leftovers = _settle(scope, tx)
+        leftovers.refuse(call.label)
         if tx.found:
             raise FoundStates(list(tx.found))
         return {program.add(record): record.take_arrays()}
+
+
+def _run_once(
+    call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope, tx: CompiledTransaction
+) -> TraceRecord:
+    # A function: when it is over, nothing of ours holds what the user's function made and returned.
+    out = call.run(flat[program.count :])
+    tx.note_changes_in_place()
+    return _record(program, scope, tx, FlatTree(out), flat)
+
+
+def _settle(scope: Scope, tx: CompiledTransaction) -> Leftovers:
+    """Put structure back as it was before the trace, and let go of the states that were made in it."""
+    made = {id(obj) for obj in tx.journal.made() if scope.encoder.known(obj) is None}
+    strays = [
+        entry
+        for entry in tx.journal.changes()
+        if isinstance(entry[0], Module) and id(entry[0]) not in made and scope.encoder.known(entry[0]) is None
+    ]
+    leftovers = Leftovers(tx.born, strays)
+    tx.journal.undo(keeps=lambda obj: id(obj) in made or (isinstance(obj, Place) and not scope.leads_to(obj)))
+    tx.forget([*tx.born])
+    return leftovers
 
 
 def _record(
@@ -107,19 +132,21 @@ def _record(
     known = scope.encoder
     encoder = Encoder(thread=True)
     encoder.know(known)
-    changes: list[tuple[int, str | None, Spec | None]] = []
-    noted = {(id(obj), name): (obj, name) for obj, name, _ in tx.journal.noted}.values()
-    marked = {obj: None for obj, _ in noted if isinstance(obj, Variable) and obj in known.cells}
+    changed = tx.journal.changes()
+    marked = {obj: None for obj, _, _ in changed if isinstance(obj, Variable) and obj in known.cells}
     marks = [(known.cells[cell], mark, getattr(cell, mark)) for cell in marked for mark in ("_frozen", "name")]
-    for obj, name in noted:
+    changes: list[tuple[int, str | None, Spec | None]] = []
+    for obj, name, _ in changed:
         number = known.known(obj)
         if number is not None and isinstance(obj, Module):
             value = obj.__dict__.get(name, ABSENT)
             changes.append((number, name, None if value is ABSENT else encoder.encode(value, (name,))))
-    for container, _ in tx.journal.changed_containers():
-        number = known.known(container)
-        if number is not None:
-            changes.append((number, None, encoder.encode_contents(container)))
+        elif number is not None:
+            changes.append((number, None, encoder.encode_contents(obj)))
+    moved = {place.identity: None for place, _ in tx.journal.changed_places()}
+    moves = [
+        (number, _encode_place(encoder, place)) for number, place in enumerate(scope.places) if place.identity in moved
+    ]
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
     encoder.encode_references()
 
@@ -145,7 +172,16 @@ def _record(
         structure=result.structure,
         nodes=nodes,
         changes=changes,
+        moves=moves,
         marks=marks,
         restarted=[number for cell, number in known.cells.items() if cell in tx.restarted],
         seen=[number for cell, number in known.cells.items() if cell in tx.seen],
     )
+
+
+def _encode_place(encoder: Encoder, place: Place) -> Any:
+    """The specification of what a place outside of models holds; None if a name is bound to nothing."""
+    if not place.is_name:
+        return encoder.encode_contents(place.holder)
+    value = place.get()
+    return None if value is ABSENT else encoder.encode(value, (place.path,))

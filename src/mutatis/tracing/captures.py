@@ -27,17 +27,18 @@ from typing import Any, TypeAlias
 import jax
 
 from mutatis.core.containers import ContainerSnapshot
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import holds_nodes, is_container, is_node
+from mutatis.core.places import Place
 from mutatis.core.statics import Identity, Static, static_key
 from mutatis.model import contexts
 from mutatis.model.filters import Filter
 from mutatis.model.modules import Module
 from mutatis.model.wrapped import Wrapped
+from mutatis.tracing.places import places_of
 
 _EMPTY = object()
 _get_contents = attrgetter("cell_contents")
 _SMALL = 64  # containers of static values up to this length count
-_MANY = 10_000  # longer containers are data
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _SKIPPED = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType)
 
@@ -54,15 +55,18 @@ class Captures:
         "_container_slots",
         "_containers",
         "_contents",
+        "_functions",
         "_guards",
         "_inside",
         "_keep",
         "_names",
+        "_nodes",
         "_objects",
         "_seen",
         "ephemeral",
         "ignored",
         "named",
+        "places",
         "roots",
         "token",
     )
@@ -73,6 +77,8 @@ class Captures:
         self.named: dict[str, str] = {}  # the numbers and strings that were found, for explanations
         self.ephemeral = False  # a tracer is captured: what is made from this search must not be kept
         self.ignored = ignored
+        self.places: list[Place] = []  # where the functions may put states, besides
+        self._functions: list[types.FunctionType] = []  # of the user's that were looked into
         self._inside: Hashable = None  # the code of the function that is looked into
         self._cells: list[tuple[Any, int, Slot]] = []
         self._names: list[tuple[dict[str, Any], str, int, Slot]] = []
@@ -80,6 +86,7 @@ class Captures:
         self._container_slots: list[Slot] = []
         self._contents: ContainerSnapshot
         self._guards: tuple[list[Any], list[Any], list[Any], list[int]]  # cells, dicts, keys; what all of them held
+        self._nodes: frozenset[int] = frozenset()  # the identities of the roots
         self._keep: list[Any] = []  # keeps the identities of guarded values from being used again
         self._objects: list[tuple[str, Any, set[str]]] = []  # plain objects, with the attributes that were looked at
         self._seen: set[int] = set()
@@ -96,12 +103,13 @@ class Captures:
         return now == identities and self._contents.unchanged()
 
     def changed(self) -> frozenset[Slot]:
-        """The names that are bound to something else now."""
-        cells = {slot for cell, identity, slot in self._cells if id(_contents(cell)) != identity}
-        names = {slot for names, key, identity, slot in self._names if id(names.get(key, _EMPTY)) != identity}
+        """The names that are bound to something else now; what has to do with states is part of the structure, and no matter."""
+        now = [(_contents(cell), identity, slot) for cell, identity, slot in self._cells]
+        now += [(names.get(key, _EMPTY), identity, slot) for names, key, identity, slot in self._names]
+        cells = {s for v, i, s in now if id(v) != i and i not in self._nodes and not holds_nodes(v)}
         before = zip(self._containers, self._contents.copies, self._container_slots, strict=True)
-        items = {slot for now, then, slot in before if static_key(now) != static_key(then)}
-        return frozenset(cells | names | items)
+        items = {s for now, then, s in before if not holds_nodes(now) and static_key(now) != static_key(then)}
+        return frozenset(cells | items)
 
     def complete(self) -> None:
         """End the search: with all functions known, look at the attributes that they load of plain objects."""
@@ -113,6 +121,10 @@ class Captures:
         names = self._names
         self._guards = ([c for c, _, _ in self._cells], [d for d, *_ in names], [k for _, k, *_ in names], identities)
         self._seen.clear()
+        containers = [(name, c) for (_, name), c in zip(self._container_slots, self._containers, strict=True)]
+        self.places = places_of(self._functions, [(name, obj) for name, obj, _ in self._objects], containers)
+        self._functions.clear()
+        self._nodes = frozenset(id(node) for _, node in self.roots)
 
     # -- the search ------------------------------------------------------------------------------------------
 
@@ -165,7 +177,7 @@ class Captures:
             self.visit(name, value.__wrapped__)
             for part in (*value.parts.values(), *value.rules):
                 self.visit(name, part)
-        elif _is_container(value):
+        elif is_container(value):
             self._container(name, value)
         elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
             self.token.append(Identity(value))
@@ -197,6 +209,7 @@ class Captures:
         for name, value in (function.__kwdefaults__ or {}).items():
             self.visit(name, value)
         if not _is_library(code.co_filename):
+            self._functions.append(function)
             names, attributes = _names_of(code)
             self._attributes.update(dict.fromkeys(attributes))
             for name in names:
@@ -217,7 +230,7 @@ class Captures:
 
     def _container(self, name: str, value: Any) -> None:
         items = list(value.values()) if isinstance(value, dict) else list(value)
-        if _holds_nodes(value):
+        if holds_nodes(value):
             self.roots.append((name, value))
             for index, item in enumerate(items):
                 if not is_node(item):
@@ -234,7 +247,7 @@ class Captures:
     def _object(self, name: str, value: Any, done: set[str]) -> bool:
         """Look at the attributes of a user's object that are nodes or that the functions load, but for those done."""
         attributes = vars(value)
-        nodes = [k for k, v in attributes.items() if is_node(v) or (_is_container(v) and _holds_nodes(v))]
+        nodes = [k for k, v in attributes.items() if holds_nodes(v)]
         rest = [key for key in dict.fromkeys([*nodes, *self._attributes]) if key not in done]
         done.update(rest)
         for key in rest:
@@ -264,17 +277,6 @@ def _contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not yet bound
         return _EMPTY
-
-
-def _is_container(value: Any) -> bool:
-    return type(value) in (list, tuple, dict) or (isinstance(value, tuple) and hasattr(value, "_fields"))
-
-
-def _holds_nodes(value: Any, depth: int = 4) -> bool:
-    items = value.values() if isinstance(value, dict) else value
-    return len(items) <= _MANY and any(
-        is_node(item) or (depth > 0 and _is_container(item) and _holds_nodes(item, depth - 1)) for item in items
-    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -98,6 +98,7 @@ def stage(
         values = [types[cell] if cell in types else access.load(cell) for cell in inputs]
         closed, shapes = jax.make_jaxpr(pure, return_shape=True)(values, leaves)
         (end,) = ends
+        site.let_go(end)
         known = set(inputs)
         unknown: list[Any] = [cell for cell in end.cells if cell not in known and cell not in end.born]
         if not unknown:
@@ -168,3 +169,4 @@ def refuse_structure(site: CallSite, end: RunResult, what: str, but: Sequence[An
                 where=site.label,
                 cure="Make it before, and write to its states inside; or return arrays.",
             )
+    site.refuse_leftovers(end)

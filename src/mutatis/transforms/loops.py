@@ -336,9 +336,10 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
         while _promote(carry, body):
             body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
+        refuse_structure(site, body.end, f"the body of `{name}`")
         test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
         _refuse_condition_writes(site, test)
-        refuse_structure(site, body.end, f"the body of `{name}`")
+        refuse_structure(site, test.end, f"the condition of `{name}`")
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
         written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]

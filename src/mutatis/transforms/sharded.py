@@ -127,6 +127,8 @@ def _shard(
 
             overlay = {cell: value for cell, value in inputs.items() if cell not in streams}
             site.end, out, written = site.run(overlay, leaves, make=make)
+            opened[0].forget(site.end.born)
+            site.let_go(site.end)
             refuse_structure(site, site.end, "what each device runs")
             written = [value for cell, value in zip(site.end.cells, written, strict=True) if cell not in site.end.born]
             site.end.cells = [cell for cell in site.end.cells if cell not in site.end.born]
