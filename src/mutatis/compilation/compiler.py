@@ -325,12 +325,16 @@ class Compiler:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
         if old.holds():
             return  # and so does its program
-        if changed := old.captures.changed():
-            self.ignored |= changed
-            self._remember(old.structural, search(*call.functions, ignored=self.ignored), old.program)
+        self._settle_names(call, old)
         if old.epoch == structure.epoch and old.containers.unchanged():
             new = self._bind(call, key, old.extras, old.program)
             new.plan = old.plan
+
+    def _settle_names(self, call: PendingCall, old: Binding) -> None:
+        """Leave out of the key of a program the names that its own trace bound to something else."""
+        if changed := old.captures.changed():
+            self.ignored |= changed
+            self._remember(old.structural, search(*call.functions, ignored=self.ignored), old.program)
 
     @staticmethod
     def _static_parts(call: PendingCall, layout: Layout) -> Hashable:
@@ -453,6 +457,8 @@ class Compiler:
         """A call that changes structure: no other thread changes it between our look at it and our change."""
         with structure_lock:
             if not call.binding.holds():
+                if call.traced:
+                    self._settle_names(call, call.binding)
                 call.bind(self._bind(call, call.key, call.binding.extras))
             return self._dispatch(call, flat, locked=True)
 

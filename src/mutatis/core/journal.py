@@ -93,10 +93,14 @@ class Journal:
         outer.noted += self.entries()
         self.noted = []
 
-    def forget(self) -> list[Entry]:
-        """Count what was noted as done, and give it: it can be undone no more."""
-        noted, self.noted = self.noted, []
-        return noted
+    def condense(self, concerns: Callable[[Any, str], bool]) -> None:
+        """Keep of what was noted no more than it takes to undo it, and that only of some things.
+
+        Args:
+          concerns: says which, by the object and the name of its attribute.
+        """
+        first = set(map(id, self.changes()))
+        self.noted = [entry for entry in self.noted if id(entry) in first and concerns(*entry[:2])]
 
     def undo(self, keeps: Callable[[Any], bool] = lambda _obj: False) -> None:
         """Put back everything that has changed.

@@ -291,9 +291,8 @@ class CallSite:
         known = self.scope.encoder.known
         changes = [entry for entry in self.journal.changes() if isinstance(entry[0], Module)]
         strays = [entry for entry in changes if id(entry[0]) not in made and known(entry[0]) is None]
-        noted = self.journal.forget()
-        self.journal.noted += [entry for entry in noted if self.scope.place_of(*entry[:2]) is not None]
+        self.journal.condense(lambda obj, name: self.scope.place_of(obj, name) is not None)
         leftovers = Leftovers([], strays)
-        del changes, strays, noted
+        del changes, strays
         end.dropped.refuse(self.label)
         leftovers.refuse(self.label)

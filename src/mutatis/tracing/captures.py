@@ -59,6 +59,7 @@ class Captures:
         "_guards",
         "_inside",
         "_keep",
+        "_loose",
         "_names",
         "_nodes",
         "_objects",
@@ -79,6 +80,7 @@ class Captures:
         self.ignored = ignored
         self.places: list[Place] = []  # where the functions may put states, besides
         self._functions: list[types.FunctionType] = []  # of the user's that were looked into
+        self._loose: list[tuple[str, Any]] = []  # small lists and dicts that hold no states
         self._inside: Hashable = None  # the code of the function that is looked into
         self._cells: list[tuple[Any, int, Slot]] = []
         self._names: list[tuple[dict[str, Any], str, int, Slot]] = []
@@ -121,9 +123,9 @@ class Captures:
         names = self._names
         self._guards = ([c for c, _, _ in self._cells], [d for d, *_ in names], [k for _, k, *_ in names], identities)
         self._seen.clear()
-        containers = [(name, c) for (_, name), c in zip(self._container_slots, self._containers, strict=True)]
-        self.places = places_of(self._functions, [(name, obj) for name, obj, _ in self._objects], containers)
+        self.places = places_of(self._functions, [(name, obj) for name, obj, _ in self._objects], self._loose)
         self._functions.clear()
+        self._loose.clear()
         self._nodes = frozenset(id(node) for _, node in self.roots)
 
     # -- the search ------------------------------------------------------------------------------------------
@@ -235,7 +237,10 @@ class Captures:
             for index, item in enumerate(items):
                 if not is_node(item):
                     self.visit(f"{name}[{index}]", item)
-        elif len(items) <= _SMALL and (self._inside, name) not in self.ignored:
+            return
+        if len(items) <= _SMALL and not isinstance(value, tuple):
+            self._loose.append((name, value))
+        if len(items) <= _SMALL and (self._inside, name) not in self.ignored:
             keys = tuple(value) if isinstance(value, dict) else len(items)
             self.token.append((type(value).__name__, static_key(keys)))
             if not isinstance(value, tuple):
