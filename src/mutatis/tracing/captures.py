@@ -206,6 +206,8 @@ class Captures:
                 self._cells.append((cell, id(value), (code, name)))
                 if value is not _EMPTY:
                     self.visit(name, value)
+            else:
+                self._note_loose(name, value)
         for name, value in zip(_default_names(function), function.__defaults__ or (), strict=True):
             self.visit(name, value)
         for name, value in (function.__kwdefaults__ or {}).items():
@@ -224,11 +226,17 @@ class Captures:
         """A value that a global or an attribute is bound to."""
         slot = (self._inside, name)
         if slot in self.ignored:
+            self._note_loose(name, value)
             return
         self._names.append((names, key, id(value), slot))
         if not is_node(value):
             self._keep.append(value)
         self.visit(name, value)
+
+    def _note_loose(self, name: str, value: Any) -> None:
+        """Note a list or dict that states may be put into; one that tracing changes, too."""
+        if type(value) in (list, dict) and len(value) <= _SMALL and not holds_nodes(value):
+            self._loose.append((name, value))
 
     def _container(self, name: str, value: Any) -> None:
         items = list(value.values()) if isinstance(value, dict) else list(value)
@@ -238,8 +246,7 @@ class Captures:
                 if not is_node(item):
                     self.visit(f"{name}[{index}]", item)
             return
-        if len(items) <= _SMALL and not isinstance(value, tuple):
-            self._loose.append((name, value))
+        self._note_loose(name, value)
         if len(items) <= _SMALL and (self._inside, name) not in self.ignored:
             keys = tuple(value) if isinstance(value, dict) else len(items)
             self.token.append((type(value).__name__, static_key(keys)))
