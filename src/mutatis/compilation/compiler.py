@@ -30,6 +30,7 @@ from mutatis.compilation.pending import PendingCall
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import NeedsTraceError, Program, refuse_to_trace, tracing
 from mutatis.compilation.record import replay
+from mutatis.compilation.shardings import InShardings
 from mutatis.compilation.tracer import FoundStates, StaleBinding, trace
 from mutatis.core import access, frames, naming, transactions
 from mutatis.core.committed import notify
@@ -37,7 +38,7 @@ from mutatis.core.nodes import is_node
 from mutatis.core.statics import Identity, Static
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.errors import CapturedStateWarning, StructureError
+from mutatis.errors import CapturedStateWarning, OptionError, StructureError
 from mutatis.model import contexts
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, function_name
@@ -287,7 +288,8 @@ class Compiler:
             nodes = call.nodes(layout)
             scope = call.found = binding.make_scope(nodes, captures)
             binding.keep_walk(scope, captures)
-        placements = [access.placement(cell) for cell in scope.cells]
+        said = self._in_shardings(call, layout, label)
+        placements = [access.placement(cell) if said is None or cell not in said.by_cell else None for cell in scope.cells]
         binding.structural = (
             self._static_parts(call, layout),
             layout.positions,
@@ -300,11 +302,30 @@ class Compiler:
         if program is None:
             program = self.programs.get((binding.structural, tuple(captures.token)))
         if program is None:
-            program = Program(self.options, self._title(call), len(scope.cells), layout.positions, placements)
+            shardings = None
+            if said is not None:
+                shardings = tuple(said.by_cell.get(cell, _compat.UNSPECIFIED) for cell in scope.cells)
+                shardings += tuple(said.by_position[position] for position in layout.positions)
+            program = Program(self.options, self._title(call), len(scope.cells), layout.positions, placements, shardings)
         self._remember(binding.structural, captures, program)
         binding.program = program
         self._keep(binding, key, nodes, call.functions)
         return binding
+
+    def _in_shardings(self, call: PendingCall, layout: Layout, label: str) -> InShardings | None:
+        """What `in_shardings` says of a call; None if nothing is said."""
+        if self.options.in_shardings is _compat.UNSPECIFIED:
+            return None
+        if call.kwargs.keys() - layout.statics:
+            raise OptionError(
+                f"`{label}` has `in_shardings`, and was called with keyword arguments",
+                where=label,
+                expected="arguments by position: `in_shardings` has an entry for each",
+                got=", ".join(map(str, call.kwargs.keys() - layout.statics)),
+                cure="Pass them by position.",
+            )
+        args = {position: value for position, value in enumerate(call.args) if position not in layout.statics}
+        return InShardings(self.options.in_shardings, args, label)
 
     @staticmethod
     def _title(call: PendingCall) -> str:

@@ -12,10 +12,12 @@ from typing import Any
 from mutatis.compilation.pending import PendingCall
 from mutatis.compilation.program import NeedsTraceError, Program, refuse_outside_calls
 from mutatis.compilation.record import OutputEncoding, TraceRecord
+from mutatis.compilation.shardings import constrain, of_node
 from mutatis.core.avals import same_type
 from mutatis.core.cells import UNSET, Cell
 from mutatis.core.journal import Journal
 from mutatis.core.leftovers import Leftovers
+from mutatis.core.nodes import is_node
 from mutatis.core.places import ABSENT, Place
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
@@ -150,23 +152,24 @@ def _record(
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
     encoder.encode_references()
 
+    shardings, leaves = _place_result(program, tx, result)
     # In the order of the inputs: JAX gives a result the first donated buffer of its type, which is to be its own.
     written: list[Any] = [cell for cell in known.cells if cell in tx.written]
     numbers = [known.cells[cell] for cell in written]
-    new = [program.keep_placement(known.cells[cell], tx.values[cell]) for cell in written]
+    new = [program.keep_placement(known.cells[cell], tx.values[cell], shardings.get(cell)) for cell in written]
     same = [i for i, value in zip(numbers, new, strict=True) if same_type(flat[i], value, exact=True)]
     made_cells = list(encoder.cells)[program.count :]
     for cell in made_cells:
         if cell not in tx.born:
             tx.found[cell] = None
-    made = [tx.values.get(cell, UNSET) for cell in made_cells]
+    made = [constrain(tx.values.get(cell, UNSET), shardings.get(cell)) for cell in made_cells]
     return TraceRecord(
         written=numbers,
         same_type=same,
         encodings=(
             OutputEncoding(new, [flat[number] for number in numbers]),
             OutputEncoding(made),
-            OutputEncoding(program.options.constrain_outputs(result)),
+            OutputEncoding(leaves),
         ),
         made=[(encoder.cells[cell], cell_spec(cell)) for cell in made_cells],
         structure=result.structure,
@@ -177,6 +180,26 @@ def _record(
         restarted=[number for cell, number in known.cells.items() if cell in tx.restarted],
         seen=[number for cell, number in known.cells.items() if cell in tx.seen],
     )
+
+
+def _place_result(program: Program, tx: CompiledTransaction, result: FlatTree) -> tuple[dict[Any, Any], list[Any]]:
+    """What `out_shardings` says of the states of returned nodes, and the leaves of the result as it says they are placed.
+
+    A state that is placed elsewhere than it was counts as written, though its value is the same.
+    """
+    entries = program.options.result_shardings(result)
+    if not entries:
+        return {}, result.leaves
+    shardings: dict[Any, Any] = {}
+    for said, node in entries:
+        if is_node(node):
+            shardings |= of_node(said, node, tx.label)
+    for cell in shardings:
+        if cell not in tx.written:
+            tx.written[cell] = 1
+            tx.values[cell] = tx.load(cell, tx.trace)
+    leaves = [said for said, item in entries if not is_node(item)]
+    return shardings, [constrain(leaf, said) for leaf, said in zip(result.leaves, leaves, strict=True)]
 
 
 def _encode_place(encoder: Encoder, place: Place) -> Any:

@@ -228,6 +228,11 @@ class CallSite:
                 )
         return sown
 
+    def made(self, end: RunResult) -> list[Any]:
+        """The states that the function made and returned in modules, but for those that it sowed."""
+        returned = {cell for node in end.nodes for cell in self.scope.cells_of(node).values()} - set(self._sown(end))
+        return [cell for cell in end.cells if cell in end.born and cell in returned]
+
     def _sown(self, end: RunResult) -> list[Any]:
         changed = [(obj, name) for obj, name, _ in self.journal.changes() if isinstance(obj, Module)]
         new = [obj.__dict__.get(name) for obj, name in changed if self.scope.place_of(obj, name) is not None]

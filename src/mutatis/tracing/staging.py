@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
-from mutatis.core import access, naming
+from mutatis.core import access, naming, transactions
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.model.variables import Variable
+from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite, RunResult
 
 
@@ -153,14 +154,14 @@ def refuse_structure(site: CallSite, end: RunResult, what: str, but: Sequence[An
       site: the call of the transform.
       end: how the function ended.
       what: what it is, for the message.
-      but: cells that may be new attributes.
+      but: cells that may be made.
 
     Raises:
       StructureError: it did; the message names what.
     """
     site.refuse_creation(end, what)
     site.refuse_changes(what, but)
-    born = {id(cell) for cell in end.born}
+    born = {id(cell) for cell in end.born} - set(map(id, but))
     for node in end.nodes:
         cells = site.scope.cells_of(node)
         if any(id(cell) in born for cell in cells.values()):
@@ -170,3 +171,14 @@ def refuse_structure(site: CallSite, end: RunResult, what: str, but: Sequence[An
                 cure="Make it before, and write to its states inside; or return arrays.",
             )
     site.refuse_leftovers(end)
+
+
+def with_values(result: Any) -> Any:
+    """A result with the values in the place of Variables that the function did not make: they are stacked as arrays are."""
+    tx = transactions.current()
+    packed = FlatTree(result)
+    if not any(isinstance(node, Variable) for node in packed.nodes):
+        return result
+    made = {} if tx is None else tx.born
+    nodes = [node.get() if isinstance(node, Variable) and node not in made else node for node in packed.nodes]
+    return packed.unflatten(packed.leaves, nodes)

@@ -118,8 +118,10 @@ def jit(
 
     Args:
       f: a function, bound method, partial or callable Module; without it, the result is a decorator.
-      in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device,
-        backend, inline, compiler_options: as in `jax.jit`, for the arguments that are not modules.
+      in_shardings, out_shardings: as in `jax.jit`; for a Module among the arguments or in the result a sharding for all its
+        states, a `State` of shardings, or a `mu.StateSharding`.
+      static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device, backend, inline,
+        compiler_options: as in `jax.jit`, for the arguments that are not modules.
       donate: whether the buffers of written states are reused for their new values. ``"auto"``: wherever this cannot
         be observed; a state whose array was handed out is copied first. ``True``: even when the program calls back into
         Python and can fail at run time, which then loses the states. ``False``: never.

@@ -22,7 +22,7 @@ from mutatis.model.walks import variables
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
+from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage, with_values
 
 
 def scan(
@@ -41,7 +41,8 @@ def scan(
 
     States that the body writes are carried along; modules among `xs` are sliced along axis 0 in each iteration (a stack
     of layers), and what is written to them is stacked back. The states are then what the last iteration left. What the body
-    sows (`mu.sow`) comes back stacked along axis 0.
+    sows (`mu.sow`), and a module that it makes and returns, come back stacked along axis 0; a Variable among the `y` gives a stack
+    of its values.
 
     Args:
       f: ``f(carry, x) -> (carry, y)``.
@@ -152,7 +153,7 @@ def _scan(
                     got=type(result).__name__,
                     cure="Return `carry, y`, either of which may be None; or use `mu.for_loop`.",
                 )
-            return result
+            return result[0], with_values(result[1])
 
         cells = site.scope.cells
         types = {cell: jax.tree.map(_slice_type, stack) for cell, stack in stacks.items()}
@@ -163,7 +164,8 @@ def _scan(
             staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
         end = staged.end
         sown = site.sown(end)
-        refuse_structure(site, end, f"the body of `{name}`", sown)
+        made = site.made(end)
+        refuse_structure(site, end, f"the body of `{name}`", [*sown, *made])
         _check_carry(site, carry, staged)
 
         values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
@@ -184,7 +186,7 @@ def _scan(
                 **dict(zip(stacks, slices_now, strict=True)),
             }
             out, new = staged(now, (leaves, x_leaves))
-            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in (*stacked, *sown)])
+            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in (*stacked, *sown, *made)])
 
         def loop(start: Any, x: Any, length: int) -> Any:
             return jax.lax.scan(step, start, x, length, reverse, unroll, _split_transpose)
@@ -193,11 +195,11 @@ def _scan(
         x = [*stacks.values()], slices.leaves
         (last, leaves), (ys, new_stacks) = _in_blocks(loop, start, x, count, checkpoint_every, reverse)
         new = dict(zip(carried, last, strict=True))
-        stacks_of = dict(zip((*stacked, *sown), new_stacks, strict=True))
+        stacks_of = dict(zip((*stacked, *sown, *made), new_stacks, strict=True))
         new |= {cell: _from_front(stacks_of[cell], sliced[cell]) for cell in stacked}
         for cell in written:
             access.write(cell, new[cell])
-        for cell in sown:
+        for cell in (*sown, *made):
             access.create(cell, stacks_of[cell])
         return end.unflatten([*leaves, *ys])  # type: ignore[no-any-return]
 

@@ -104,6 +104,16 @@ def _shard(
         if inferred:
             leaf_specs = list(map(_own_spec, site.packed.leaves))
         given = axes_by_cell(site, [(item, spec) for spec, item in entries if is_node(item)], states, StateSharding)
+        for cell, spec in given.items():
+            if isinstance(spec, jax.sharding.Sharding):
+                raise OptionError(
+                    f"state {site.describe(cell)} is given a sharding in a `shard_map`, which wants the spec alone",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    expected="a PartitionSpec, None or `mu.Shared`",
+                    got=f"{spec!r:.60}",
+                    cure='`mu.StateSharding({mu.Param: P("model"), ...: P()})`; the mesh is that of the `shard_map`.',
+                )
         cells = site.scope.cells
         values = site.values(cells)
         specs = [_spec_of(value, given.get(cell)) for cell, value in zip(cells, values, strict=True)]
