@@ -29,7 +29,7 @@ from mutatis.compilation.options import Options
 from mutatis.compilation.pending import PendingCall
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import NeedsTraceError, Program, refuse_to_trace, tracing
-from mutatis.compilation.record import replay
+from mutatis.compilation.record import replay, shapes_of
 from mutatis.compilation.shardings import InShardings
 from mutatis.compilation.tracer import FoundStates, StaleBinding, trace
 from mutatis.core import access, frames, naming, transactions
@@ -135,6 +135,24 @@ class Compiler:
     ) -> tuple[Program, int, Any]:
         """Lower the program of a call without calling it: the program, the number of its record, and what JAX lowered."""
         return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
+
+    def trace(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, int, Any, Any]:
+        """Trace the program of a call: as `lower`, but what JAX traced, and the shapes of the user's result."""
+        return self._call(self._trace, function, args, kwargs)  # type: ignore[no-any-return]
+
+    def eval_shape(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The shapes of the result of a call, which is traced and not made."""
+        return self.trace(function, args, kwargs)[-1]
+
+    def clear(self) -> None:
+        """Forget all programs, and what is known of objects."""
+        with structure_lock:
+            for reference in self.bindings.values():
+                if (bindings := reference()) is not None:
+                    bindings.first.invalidate()
+            self.programs, self.bindings, self._captured = {}, {}, {}
 
     def call_compiled(
         self, program: Program, number: int, compiled: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -439,6 +457,16 @@ class Compiler:
         types = _types(call.binding.cells)
         plan = self._prepare(call, flat, types)
         return call.program, plan.number, plan.variant.jitted.lower(*types, *flat)
+
+    def _trace(self, call: PendingCall, flat: list[Any]) -> tuple[Program, int, Any, Any]:
+        types = _types(call.binding.cells)
+        plan = self._prepare(call, flat, types)
+        with structure_lock:
+            traced = plan.variant.jitted.trace(*types, *flat)
+        ((_, made, leaves),) = traced.out_info.values()
+        record = call.program.records[plan.number]
+        shapes = shapes_of(record, call.binding.cells, call.binding.live_objects(), made, leaves)
+        return call.program, plan.number, traced, shapes
 
     def _run_compiled(self, program: Program, number: int, compiled: Any, call: PendingCall, flat: list[Any]) -> Any:
         binding = call.binding

@@ -193,6 +193,35 @@ def replay(
     return unflatten(record.structure, leaves, nodes)
 
 
+def shapes_of(
+    record: TraceRecord, cells: list[Any], objects: list[Any], made: Sequence[Any], leaves: Sequence[Any]
+) -> Any:
+    """What `replay` would give, of shapes, and doing nothing; the arguments are those of `replay`."""
+    made, leaves = [[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in part] for part in (made, leaves)]
+    values = dict(zip((number for number, _ in record.made), jax.eval_shape(record.born.decode, made), strict=True))
+
+    def make(number: int, spec: Spec) -> Variable:
+        cell = make_cell(spec)
+        access.create_detached(cell, values[number])
+        return cell
+
+    decoder = Decoder(list(cells), objects, make)
+    for _, name, spec in record.changes:  # in the same order: what is built is numbered
+        _decode_only(decoder, spec, name is None)
+    for _, spec in record.moves:
+        _decode_only(decoder, spec, spec is not None and (not spec or not isinstance(spec[0], str)))
+    nodes = [decoder.decode(spec) for spec in record.nodes]
+    return unflatten(record.structure, jax.eval_shape(record.out.decode, leaves), nodes)
+
+
+def _decode_only(decoder: Decoder, spec: Any, of_container: bool) -> None:
+    if of_container:
+        for item in spec:
+            decoder.decode(item if isinstance(item[0], str) else item[1])
+    elif spec is not None:
+        decoder.decode(spec)
+
+
 def _fill(container: Any, items: Any, decoder: Decoder) -> None:
     """Have a list or dict hold what items describe."""
     tx = transactions.current()

@@ -10,6 +10,7 @@ the function reads is closed over, and everything that it writes comes back as a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,8 +196,8 @@ class Differentiation(CallSite):
     ) -> None:
         super().__init__(name, function, args, kwargs, others=[] if of is None else [("of", of)])
         self._has_aux = has_aux
-        self._several = not isinstance(argnums, int)
-        wanted = [argnums] if isinstance(argnums, int) else [*argnums]
+        self._several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
+        wanted: list[Any] = list(argnums) if isinstance(argnums, Sequence) and self._several else [argnums]
         if of is not None and argnums is UNSAID:
             wanted = []
         self._numbers = [_position(name, function, number, len(args)) for number in wanted]
@@ -358,7 +359,16 @@ def _bad_tangents(expected: str, given: Any) -> StructureError:
     )
 
 
-def _position(name: str, function: Any, number: int, count: int) -> int:
+def _position(name: str, function: Any, number: Any, count: int) -> int:
+    if not hasattr(type(number), "__index__"):
+        raise FilterError(
+            f"`{name}` cannot differentiate by `argnums={number!r:.60}`",
+            where=f"{name}({function_name(function)})",
+            expected="the position of an argument, or a tuple of positions",
+            got=type(number).__name__,
+            cure="Say which, `argnums=0` or `argnums=(0, 1)`; what the function names is differentiated by `of=model`.",
+        )
+    number = operator.index(number)
     if not -count <= number < count:
         raise FilterError(
             f"`{name}` cannot differentiate argument {number}: the call has {count} positional arguments",

@@ -14,6 +14,7 @@ import jax
 
 from mutatis.core import access, naming, transactions
 from mutatis.core.avals import same_type, show_type
+from mutatis.core.cells import UNSET
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.model.variables import Variable
@@ -77,7 +78,7 @@ def stage(
     call: Callable[[Any], Any],
     make: Callable[..., Transaction] = Transaction,
 ) -> Staged:
-    """Trace ``call(leaves)`` with the cells as inputs.
+    """Trace ``call(leaves)`` with the cells as inputs. A state with `init` that it uses for the first time is created before.
 
     Args:
       site: the call of the transform.
@@ -99,6 +100,11 @@ def stage(
         values = [types[cell] if cell in types else access.load(cell) for cell in inputs]
         closed, shapes = jax.make_jaxpr(pure, return_shape=True)(values, leaves)
         (end,) = ends
+        if first_used := [cell for cell in end.cells if _may_be_created(cell, end, types)]:
+            site.undo()
+            for cell in first_used:
+                cell.get()
+            continue
         site.let_go(end)
         known = set(inputs)
         unknown: list[Any] = [cell for cell in end.cells if cell not in known and cell not in end.born]
@@ -106,6 +112,12 @@ def stage(
             return Staged(inputs, end, closed, shapes)
         site.undo()
         inputs = [*inputs, *unknown]  # written, though the search did not find it: trace again with it
+
+
+def _may_be_created(cell: Any, end: RunResult, types: Mapping[Any, Any]) -> bool:
+    """Whether a state that has no value yet, and knows how it starts, is used for the first time: it is created before."""
+    made = cell in end.born or cell in types
+    return not made and access.peek(cell) is UNSET and getattr(cell, "init", None) is not None
 
 
 def check_kept(site: CallSite, staged: Staged, cell: Variable, before: Any, what: str) -> None:

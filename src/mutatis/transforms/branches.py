@@ -6,6 +6,7 @@ passes it on, so the branch that is not taken leaves states alone.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from mutatis.errors import StructureError
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
+from mutatis.tracing.unrolled import is_concrete, run_once
 
 _NONE = object()
 
@@ -82,6 +84,12 @@ def _choose_compiled(functions: Sequence[Any], options: dict[str, Any], operands
 def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
     with CallSite(name, functions[-1], operands, functions=functions[:-1]) as site:
         packed = FlatTree(operands)
+        if is_concrete(index):
+            number = int(bool(index)) if name == "cond" else min(max(operator.index(index), 0), len(functions) - 1)
+            call = _caller(functions[number], packed)
+            end, leaves, written, _ = run_once(site, f"a branch of `{name}`", {}, lambda: call(packed.leaves))
+            access.write_many([*written], [*written.values()])
+            return end.unflatten(leaves)
         cells = site.scope.cells
         branches: list[Staged] = []
         for function in functions:

@@ -28,6 +28,31 @@ class Jitted(Transformed):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._compiler(self.__wrapped__, args, kwargs)
 
+    def trace(self, *args: Any, **kwargs: Any) -> Traced:
+        """Trace the function for these arguments, without compiling or calling it; as `jax.jit(f).trace`.
+
+        Example:
+          >>> import mutatis as mu
+          >>> total = mu.Variable(0.0)
+          >>> mu.jit(lambda x: total.set(total.value + x)).trace(1.0).jaxpr
+          { lambda ; a:f32[] b:f32[]. let c:f32[] = add a b in (c,) }
+        """
+        return Traced(self, *self._compiler.trace(self.__wrapped__, args, kwargs))
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The shapes and dtypes of the result; as `jax.jit(f).eval_shape`. A module that is made comes back with shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> mu.jit(lambda n: jnp.zeros(n), static_argnums=0).eval_shape(3)
+          ShapeDtypeStruct(shape=(3,), dtype=float32)
+        """
+        return self._compiler.eval_shape(self.__wrapped__, args, kwargs)
+
+    def clear_cache(self) -> None:
+        """Forget all programs that were compiled of the function; as `jax.jit(f).clear_cache`. The next call traces anew."""
+        self._compiler.clear()
+
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
 
@@ -44,6 +69,27 @@ class Jitted(Transformed):
           (None, 2.0)
         """
         return Lowered(self, *self._compiler.lower(self.__wrapped__, args, kwargs))
+
+
+class Traced:
+    """A function traced for given types: `lower` it, or look at the program (`jaxpr`, `out_info`).
+
+    The inputs of the jaxpr are the states and then the arguments; its outputs the written states, those that are made, and the result.
+    """
+
+    def __init__(self, function: Jitted, program: Program, number: int, traced: Any, out_info: Any) -> None:
+        self._function = function
+        self._program = program
+        self._number = number
+        self._traced = traced
+        self.out_info = out_info  # the shapes of the user's result
+
+    def lower(self, **options: Any) -> Lowered:
+        """Lower it."""
+        return Lowered(self._function, self._program, self._number, self._traced.lower(**options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._traced, name)
 
 
 class Lowered:

@@ -21,8 +21,9 @@ from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.axes import axes_by_cell, check_axis
-from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage, with_values
+from mutatis.tracing.unrolled import is_concrete, run_once, scan_in_python, while_in_python
 
 
 def scan(
@@ -72,14 +73,7 @@ def scan(
         "_split_transpose": _split_transpose,
         "checkpoint_every": checkpoint_every,
     }
-    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1):
-        raise OptionError(
-            f"`checkpoint_every` cannot be {checkpoint_every!r}",
-            where="scan",
-            expected="a positive int, or None",
-            got=repr(checkpoint_every),
-            cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
-        )
+    _check_every("scan", checkpoint_every)
     if runs_eagerly() and states is None:
         return compiled("scan", _scan_compiled, (f,), options, init, xs)  # type: ignore[no-any-return]
     return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
@@ -87,13 +81,24 @@ def scan(
 
 def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
     (f,) = functions
-    return _scan("scan", f, f, *operands, states=None, **options)
+    return _scan("scan", f, f, *operands, **options)
 
 
 def for_loop(
-    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: int | bool = 1
+    f: Callable[..., Any],
+    *xs: Any,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    states: Any = None,
+    checkpoint_every: int | None = None,
 ) -> Any:
     """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
+
+    Args:
+      f: the function.
+      *xs: arrays, and modules, with leading axes of one size.
+      length, reverse, unroll, states, checkpoint_every: as in `mu.scan`.
 
     Returns:
       The results, stacked.
@@ -107,15 +112,27 @@ def for_loop(
       >>> mu.for_loop(add, jnp.arange(4.0))
       Array([0., 1., 3., 6.], dtype=float32)
     """
-    options = {"length": length, "reverse": reverse, "unroll": unroll}
-    if runs_eagerly():
+    _check_every("for_loop", checkpoint_every)
+    options = {"length": length, "reverse": reverse, "unroll": unroll, "checkpoint_every": checkpoint_every}
+    if runs_eagerly() and states is None:
         return compiled("for_loop", _for_compiled, (f,), options, xs)
-    return _for_compiled((f,), options, (xs,))
+    return _for_compiled((f,), {**options, "states": states}, (xs,))
 
 
 def _for_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
     (f,), (xs,) = functions, operands
-    return _scan("for_loop", f, lambda _, x: (None, f(*x)), None, xs, states=None, **options)[1]
+    return _scan("for_loop", f, lambda _, x: (None, f(*x)), None, xs, **options)[1]
+
+
+def _check_every(name: str, count: Any) -> None:
+    if count is not None and (type(count) is not int or count < 1):
+        raise OptionError(
+            f"`checkpoint_every` cannot be {count!r}",
+            where=name,
+            expected="a positive int, or None",
+            got=repr(count),
+            cure=f"`mu.{name}(f, {'init, ' if name == 'scan' else ''}xs, checkpoint_every=10)`",
+        )
 
 
 def _scan(
@@ -128,7 +145,7 @@ def _scan(
     length: int | None,
     reverse: bool,
     unroll: int | bool,
-    states: Any,
+    states: Any = None,
     _split_transpose: bool = False,
     checkpoint_every: int | None = None,
 ) -> tuple[Any, Any]:
@@ -155,6 +172,18 @@ def _scan(
                 )
             return result[0], with_values(result[1])
 
+        if _compat.jit_disabled() and count:
+            order = range(count)[:: -1 if reverse else 1]
+            end, leaves, new = scan_in_python(
+                site, f"the body of `{name}`", one_step, carry.leaves, slices.leaves, stacks, order
+            )
+            check_same_nodes(site, carry.nodes, FlatTree(end.unflatten(leaves)[0]).nodes)
+            for cell, stack in new.items():
+                if cell in sliced:
+                    access.write(cell, _from_front(stack, sliced[cell]))
+                else:
+                    access.create(cell, stack)
+            return end.unflatten(leaves)  # type: ignore[no-any-return]
         cells = site.scope.cells
         types = {cell: jax.tree.map(_slice_type, stack) for cell, stack in stacks.items()}
         x_types = [_slice_type(leaf) for leaf in slices.leaves]
@@ -268,11 +297,11 @@ def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Varia
 
 
 def _promote(carry: FlatTree, staged: Staged) -> bool:
-    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does."""
+    """Give weakly typed leaves of the carry (Python numbers) the strong type of their dtype, if the body returns that."""
     changed = False
     for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
         weak = jax.typeof(leaf).weak_type if hasattr(jax.typeof(leaf), "weak_type") else False
-        if weak and leaf.shape == out.shape and (leaf.dtype != out.dtype or not getattr(out, "weak_type", False)):
+        if weak and leaf.shape == out.shape and leaf.dtype == out.dtype and not getattr(out, "weak_type", False):
             carry.leaves[index] = jax.lax.convert_element_type(leaf, out.dtype)
             changed = True
     return changed
@@ -292,8 +321,19 @@ def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
             where=site.label,
             expected=_show(before),
             got=_show(result[0]),
-            cure="Return a carry of the type of `init`: convert with `.astype`, or start with that type.",
+            cure=_carry_cure(carry.leaves, staged.leaves[:width]),
         )
+
+
+def _carry_cure(before: Sequence[Any], after: Sequence[Any]) -> str:
+    casts = {(str(a.dtype), str(b.dtype)) for a, b in zip(before, after, strict=False) if a.dtype != b.dtype}
+    if len(casts) != 1:
+        return "Return a carry of the type of `init`: convert with `.astype`, or start with that type."
+    ((old, new),) = casts
+    return (
+        f"Start with the type that it has later, `x.astype(jnp.{new})` (of a number: `jnp.{new}(x)`), or convert what is returned: "
+        f"`x.astype(jnp.{old})`."
+    )
 
 
 def _show(tree: Any) -> str:
@@ -334,13 +374,25 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         carry = FlatTree(init_val)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
         site.repeats = None
+
+        def step_once(leaves: Any) -> Any:
+            return (body_fun(carry.unflatten(leaves)),)
+
+        def test_once(leaves: Any) -> Any:
+            end, holds, _, _ = run_once(site, f"the condition of `{name}`", {}, lambda: cond_fun(carry.unflatten(leaves)))
+            _refuse_condition_writes(site, end, holds)
+            return holds[0]
+
+        if _compat.jit_disabled() and is_concrete(test_once(carry.leaves)):
+            last_end, leaves = while_in_python(site, test_once, f"the body of `{name}`", step_once, carry.leaves)
+            return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
-        body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
+        body = stage(site, cells, {}, carry.leaves, step_once)
         while _promote(carry, body):
-            body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
+            body = stage(site, cells, {}, carry.leaves, step_once)
         refuse_structure(site, body.end, f"the body of `{name}`")
         test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
-        _refuse_condition_writes(site, test)
+        _refuse_condition_writes(site, test.end, test.leaves)
         refuse_structure(site, test.end, f"the condition of `{name}`")
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
@@ -365,21 +417,21 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         return body.end.unflatten(leaves)[0]
 
 
-def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
-    for cell in test.end.cells:
-        if cell not in test.end.born:
+def _refuse_condition_writes(site: CallSite, end: RunResult, leaves: Sequence[Any]) -> None:
+    for cell in end.cells:
+        if cell not in end.born:
             raise StructureError(
                 f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition of a `while_loop`",
                 path=site.scope.locate(cell),
                 where=site.label,
                 cure="A condition is evaluated once more than the body: write the state in the body.",
             )
-    if len(test.leaves) != 1:
+    if len(leaves) != 1:
         raise StructureError(
             f"the condition of `{site.label}` must return one boolean",
             where=site.label,
             expected="a boolean scalar",
-            got=f"{len(test.leaves)} values",
+            got=f"{len(leaves)} values",
             cure="Return one comparison, e.g. `lambda x: x < 10`.",
         )
 
@@ -431,6 +483,5 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
         length=None,
         reverse=False,
         unroll=unroll,
-        states=None,
     )
     return out
