@@ -161,8 +161,8 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
     """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
 
     `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
-    or `mu.scan` within the model come back stacked. Of a kind of states, ``mu.capture(model, mu.Intermediate)``, it gives what the
-    call sowed, and takes it out of the model.
+    or `mu.scan` within the model come back stacked. Of a kind of states, ``mu.capture(model, mu.Intermediate)``, it gives what
+    the call sowed, and takes it out of the model.
 
     Args:
       f: a callable Module, or a function.
@@ -265,8 +265,8 @@ def sow(
         held.set(reduce(held.get(), value))
     elif _is_of_earlier_call(held):
         warnings.warn(
-            f"state {naming.describe(held)} still held what an earlier call had sown, which gives way to what this one sows: else "
-            "it would grow, and compile, with each call. Take the values out after each call: "
+            f"state {naming.describe(held)} still held what an earlier call had sown, which gives way to what this one sows: "
+            "else it would grow, and compile, with each call. Take the values out after each call: "
             f"`mu.pop(model, {spelled(kind)})`.",
             RecompilationWarning,
             stacklevel=2,

@@ -172,9 +172,9 @@ class MultiMetric(Metric):
         Raises:
           StructureError: a mask is for a metric that there is not.
         """
-        masks = values.get("mask")
-        by_name = isinstance(masks, dict)
-        if by_name and (strangers := masks.keys() - self._metrics.keys()):
+        by_name = isinstance(values.get("mask"), dict)
+        masks: dict[str, Any] = values["mask"] if by_name else {}
+        if strangers := masks.keys() - self._metrics.keys():
             raise StructureError(
                 f"there is no metric `{min(map(str, strangers))}` for a mask",
                 path="mask",

@@ -307,7 +307,9 @@ class Compiler:
             scope = call.found = binding.make_scope(nodes, captures)
             binding.keep_walk(scope, captures)
         said = self._in_shardings(call, layout, label)
-        placements = [access.placement(cell) if said is None or cell not in said.by_cell else None for cell in scope.cells]
+        placements = [
+            access.placement(cell) if said is None or cell not in said.by_cell else None for cell in scope.cells
+        ]
         binding.structural = (
             self._static_parts(call, layout),
             layout.positions,
@@ -324,7 +326,9 @@ class Compiler:
             if said is not None:
                 shardings = tuple(said.by_cell.get(cell, _compat.UNSPECIFIED) for cell in scope.cells)
                 shardings += tuple(said.by_position[position] for position in layout.positions)
-            program = Program(self.options, self._title(call), len(scope.cells), layout.positions, placements, shardings)
+            program = Program(
+                self.options, self._title(call), len(scope.cells), layout.positions, placements, shardings
+            )
         self._remember(binding.structural, captures, program)
         binding.program = program
         self._keep(binding, key, nodes, call.functions)

@@ -56,7 +56,11 @@ def compiled(
         return _run_compiled(name, implementation, codes, lifted, owners, options, operands)
 
 
-_NEEDS_VALUES = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError)
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 _REMEMBERED = 512
 _concrete: dict[tuple[Hashable, ...], None] = {}  # code that looks at the values of captured arrays
 

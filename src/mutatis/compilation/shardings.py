@@ -1,7 +1,7 @@
 """Shardings: what `in_shardings` and `out_shardings` say of arguments, results, and the states of modules among them.
 
-A prefix of the arguments (or of the result) says a sharding for each part. For a Module it is a sharding for all its states, a `State`
-of shardings, or a `mu.StateSharding`.
+A prefix of the arguments (or of the result) says a sharding for each part. For a Module it is a sharding for all its states, a
+`State` of shardings, or a `mu.StateSharding`.
 """
 
 from __future__ import annotations

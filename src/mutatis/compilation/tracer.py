@@ -123,7 +123,7 @@ def _settle(scope: Scope, tx: CompiledTransaction) -> Leftovers:
     ]
     leftovers = Leftovers(tx.born, strays)
     tx.journal.undo(keeps=lambda obj: id(obj) in made or (isinstance(obj, Place) and not scope.leads_to(obj)))
-    tx.forget([*tx.born])
+    tx.disown([*tx.born])
     return leftovers
 
 

@@ -59,7 +59,7 @@ class Journal:
         return [] if self._containers is None else self._containers.changed()
 
     def changed_places(self) -> list[tuple[Place, Any]]:
-        """The places that hold something else than at the beginning, each with what it held; where one or the other is a state."""
+        """The places that hold something else than at the beginning, each with what it held; if either has to do with states."""
         changed = [(place, then) for place, then in self._places if not place.holds(then)]
         return [(place, then) for place, then in changed if concerns_states(then, place.get())]
 
@@ -69,7 +69,7 @@ class Journal:
         return [*((place, "", then) for place, then in begun), *self.noted]
 
     def changes(self) -> list[Entry]:
-        """What is not as it was at the beginning, each with what was there then. What was changed and changed back is not there."""
+        """What is not as it was at the beginning, each with what was there then: not what was changed and changed back."""
         first: dict[tuple[int, str], Entry] = {}
         for entry in self.entries():
             first.setdefault(identity(*entry[:2]), entry)

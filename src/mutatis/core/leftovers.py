@@ -63,7 +63,7 @@ def _lost_state(cell: Cell, where: str) -> StructureError:
         f"state {naming.describe(cell)} was made while `{where}` was traced, and is kept where no transform sees it",
         path=naming.path_of(cell),
         where=where,
-        expected="states in attributes of modules and of plain objects, in lists and dicts, or in variables that the function names",
+        expected="states in attributes of modules and of plain objects, in lists, dicts and variables that the function names",
         got="a state in a cache, in a set, in an attribute of a class, or the like",
         made_at=naming.made_at(cell),
         cure="Make it before the call; or keep it in an attribute, list or dict that is an argument or that the function names.",

@@ -222,11 +222,11 @@ class Transaction(frames.Frame):
                 self.written[cell] = self.written.get(cell, 0) + 1
                 self.restart(cell)
 
-    def forget(self, cells: Iterable[Cell]) -> None:
+    def disown(self, cells: Iterable[Cell]) -> None:
         """Let go of cells that were made here, as if they had never been."""
         for cell in cells:
             for known in (self.values, self.seen, self.written, self.born, self._lent):
-                known.pop(cell, None)  # type: ignore[attr-defined]
+                known.pop(cell, None)
             for others in (self._through, self.pinned, self.restarted):
                 others.discard(cell)
 

@@ -22,8 +22,8 @@ from mutatis.model.walks import _find
 class GraphDef:
     """The static rest of a model: types, names, static values and sharing, without values.
 
-    Hashable, holds no arrays, and equal for models of equal structure. In pytrees it is a node without leaves: it goes through raw
-    JAX as an argument, static or not, and as a result.
+    Hashable, holds no arrays, and equal for models of equal structure. In pytrees it is a node without leaves: it goes through
+    raw JAX as an argument, static or not, and as a result.
     """
 
     __slots__ = ("_hash", "cells", "paths", "spec", "tail", "types")

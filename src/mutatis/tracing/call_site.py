@@ -182,7 +182,7 @@ class CallSite:
         return end.unflatten(leaves)
 
     def undo(self, keep: Sequence[Any] = ()) -> None:
-        """Put structure back as it was before the call, as an exception would.
+        """Put structure back as it was before the call, as an exception would; what was made since is none of it.
 
         Args:
           keep: nodes that were made in the call and stay as they are.
@@ -190,7 +190,8 @@ class CallSite:
         encoder = Encoder()
         for node in keep:
             encoder.encode(node)
-        new = {id(obj) for obj in encoder.objects if self.scope.encoder.known(obj) is None}
+        made = [*encoder.objects, *self.journal.made()]
+        new = {id(obj) for obj in made if self.scope.encoder.known(obj) is None}
         self.journal.undo(keeps=lambda obj: id(obj) in new)
 
     def refuse_creation(self, end: RunResult, what: str) -> None:

@@ -377,7 +377,7 @@ def _position(name: str, function: Any, number: Any, count: int) -> int:
             got=number,
             cure="Say which, `argnums=0`, or differentiate what the function names: `of=model`.",
         )
-    return number % count
+    return int(number % count)
 
 
 def _is_flag(x: Any) -> bool:

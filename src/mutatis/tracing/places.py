@@ -58,7 +58,9 @@ def places_of(
         variables = zip(code.co_freevars, function.__closure__ or (), strict=True)
         places += [Place(cell, None, name, (code, name)) for name, cell in variables if name in stored.closure]
         names = function.__globals__
-        places += [Place(names, name, name, (code, name)) for name in sorted(stored.globals) if not hasattr(builtins, name)]
+        places += [
+            Place(names, name, name, (code, name)) for name in sorted(stored.globals) if not hasattr(builtins, name)
+        ]
     for name, obj in objects:
         held = vars(obj)
         places += [Place(held, key, f"{name}.{key}", (name, key)) for key in sorted(attributes)]

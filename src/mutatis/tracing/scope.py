@@ -24,9 +24,7 @@ class Scope:
       watch: whether it is for a program: later changes are counted, and `structure` describes what was found.
     """
 
-    def __init__(
-        self, roots: Sequence[tuple[str, Any]], places: Sequence[Place] = (), *, watch: bool = False
-    ) -> None:
+    def __init__(self, roots: Sequence[tuple[str, Any]], places: Sequence[Place] = (), *, watch: bool = False) -> None:
         self.encoder = Encoder(thread=True, watch=watch, describe=watch)
         with structure_lock:
             specs = tuple(self.encoder.encode(node, (name,)) for name, node in roots)

@@ -6,6 +6,7 @@ runs together are one transaction, so that a body that fails in the middle leave
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,7 +82,8 @@ def scan_in_python(
                 site.undo()  # what the body sowed: it is stacked
             slices = [leaf[index] for leaf in xs]
             overlay = {cell: jax.tree.map(lambda x, i=index: x[i], stack) for cell, stack in stacks.items()}
-            end, leaves, written, new = run_once(site, what, overlay, lambda s=slices, c=carry: step((c, s)), stacks=True)  # type: ignore[misc]
+            call = functools.partial(step, (carry, slices))
+            end, leaves, written, new = run_once(site, what, overlay, call, stacks=True)
             carry, ys = leaves[: len(carry)], leaves[len(carry) :]
             touched |= written.keys() & stacks.keys()
             for cell, value in written.items():
@@ -121,7 +123,7 @@ def while_in_python(
     carry, end = list(start), None
     with Transaction(site.label) as tx:
         while holds(carry):
-            end, carry, written, _ = run_once(site, what, {}, lambda c=carry: step(c))  # type: ignore[misc]
+            end, carry, written, _ = run_once(site, what, {}, functools.partial(step, carry))
             for cell, value in written.items():
                 access.write(cell, value)
         access.commit(tx)

@@ -121,7 +121,9 @@ def vectorize(
             site.end, out, written = site.run(overlay, leaves, make=make)
             result = site.end.unflatten(out, [None] * len(site.end.nodes))
             outside.update(_result_axes(site, site.end, out, out_axes, split))
-            return result, *_sort_by_axis(site, site.end, outside, groups, written, opened[0], trace if writes else None)
+            return result, *_sort_by_axis(
+                site, site.end, outside, groups, written, opened[0], trace if writes else None
+            )
 
         outside: dict[Any, Any] = dict(split)  # the axes that states have outside
         groups = {axis: axis for axis in {*split.values(), 0, *_numbers_in(out_axes)}}
@@ -176,7 +178,7 @@ def _result_axes(
                 )
             if made:
                 found[cell] = axis
-    return {cell: 0 for cell in end.born} | found
+    return dict.fromkeys(end.born, 0) | found
 
 
 def _numbers_in(out_axes: Any) -> set[int]:

@@ -87,8 +87,8 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         if is_concrete(index):
             number = int(bool(index)) if name == "cond" else min(max(operator.index(index), 0), len(functions) - 1)
             call = _caller(functions[number], packed)
-            end, leaves, written, _ = run_once(site, f"a branch of `{name}`", {}, lambda: call(packed.leaves))
-            access.write_many([*written], [*written.values()])
+            end, leaves, changed, _ = run_once(site, f"a branch of `{name}`", {}, lambda: call(packed.leaves))
+            access.write_many([*changed], [*changed.values()])
             return end.unflatten(leaves)
         cells = site.scope.cells
         branches: list[Staged] = []

@@ -74,7 +74,8 @@ class Jitted(Transformed):
 class Traced:
     """A function traced for given types: `lower` it, or look at the program (`jaxpr`, `out_info`).
 
-    The inputs of the jaxpr are the states and then the arguments; its outputs the written states, those that are made, and the result.
+    The inputs of the jaxpr are the states and then the arguments; its outputs the written states, those that are made, and the
+    result.
     """
 
     def __init__(self, function: Jitted, program: Program, number: int, traced: Any, out_info: Any) -> None:

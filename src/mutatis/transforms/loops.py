@@ -42,8 +42,8 @@ def scan(
 
     States that the body writes are carried along; modules among `xs` are sliced along axis 0 in each iteration (a stack
     of layers), and what is written to them is stacked back. The states are then what the last iteration left. What the body
-    sows (`mu.sow`), and a module that it makes and returns, come back stacked along axis 0; a Variable among the `y` gives a stack
-    of its values.
+    sows (`mu.sow`), and a module that it makes and returns, come back stacked along axis 0; a Variable among the `y` gives a
+    stack of its values.
 
     Args:
       f: ``f(carry, x) -> (carry, y)``.
@@ -187,14 +187,14 @@ def _scan(
         cells = site.scope.cells
         types = {cell: jax.tree.map(_slice_type, stack) for cell, stack in stacks.items()}
         x_types = [_slice_type(leaf) for leaf in slices.leaves]
-        staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
-        while _promote(carry, staged):
-            site.undo()
+        while True:
             staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
-        end = staged.end
-        sown = site.sown(end)
-        made = site.made(end)
-        refuse_structure(site, end, f"the body of `{name}`", [*sown, *made])
+            end = staged.end
+            sown, made = site.sown(end), site.made(end)
+            refuse_structure(site, end, f"the body of `{name}`", [*sown, *made])
+            if not _promote(carry, staged):
+                break
+            site.undo()
         _check_carry(site, carry, staged)
 
         values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
@@ -331,8 +331,8 @@ def _carry_cure(before: Sequence[Any], after: Sequence[Any]) -> str:
         return "Return a carry of the type of `init`: convert with `.astype`, or start with that type."
     ((old, new),) = casts
     return (
-        f"Start with the type that it has later, `x.astype(jnp.{new})` (of a number: `jnp.{new}(x)`), or convert what is returned: "
-        f"`x.astype(jnp.{old})`."
+        f"Start with the type that it has later, `x.astype(jnp.{new})` (of a number: `jnp.{new}(x)`), or convert what is "
+        f"returned: `x.astype(jnp.{old})`."
     )
 
 
@@ -379,7 +379,9 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             return (body_fun(carry.unflatten(leaves)),)
 
         def test_once(leaves: Any) -> Any:
-            end, holds, _, _ = run_once(site, f"the condition of `{name}`", {}, lambda: cond_fun(carry.unflatten(leaves)))
+            end, holds, _, _ = run_once(
+                site, f"the condition of `{name}`", {}, lambda: cond_fun(carry.unflatten(leaves))
+            )
             _refuse_condition_writes(site, end, holds)
             return holds[0]
 
@@ -387,10 +389,11 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             last_end, leaves = while_in_python(site, test_once, f"the body of `{name}`", step_once, carry.leaves)
             return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
-        body = stage(site, cells, {}, carry.leaves, step_once)
-        while _promote(carry, body):
+        while True:
             body = stage(site, cells, {}, carry.leaves, step_once)
-        refuse_structure(site, body.end, f"the body of `{name}`")
+            refuse_structure(site, body.end, f"the body of `{name}`")
+            if not _promote(carry, body):
+                break
         test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
         _refuse_condition_writes(site, test.end, test.leaves)
         refuse_structure(site, test.end, f"the condition of `{name}`")

@@ -137,7 +137,7 @@ def _shard(
 
             overlay = {cell: value for cell, value in inputs.items() if cell not in streams}
             site.end, out, written = site.run(overlay, leaves, make=make)
-            opened[0].forget(site.end.born)
+            opened[0].disown(site.end.born)
             site.let_go(site.end)
             refuse_structure(site, site.end, "what each device runs")
             written = [value for cell, value in zip(site.end.cells, written, strict=True) if cell not in site.end.born]
