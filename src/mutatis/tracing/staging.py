@@ -114,6 +114,15 @@ def stage(
         inputs = [*inputs, *unknown]  # written, though the search did not find it: trace again with it
 
 
+def stage_together(site: CallSite, build: Callable[[], Any]) -> Any:
+    """Stage several functions, anew if one of them uses a state for the first time: for all of them it then has a value."""
+    while True:
+        late = [cell for cell in site.scope.cells if access.peek(cell) is UNSET]
+        staged = build()
+        if all(access.peek(cell) is UNSET for cell in late):
+            return staged
+
+
 def _may_be_created(cell: Any, end: RunResult, types: Mapping[Any, Any]) -> bool:
     """Whether a state that has no value yet, and knows how it starts, is used for the first time: it is created before."""
     made = cell in end.born or cell in types

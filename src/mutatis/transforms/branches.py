@@ -17,7 +17,7 @@ from mutatis.core import access
 from mutatis.errors import StructureError
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
+from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage, stage_together
 from mutatis.tracing.unrolled import is_concrete, run_once
 
 _NONE = object()
@@ -91,11 +91,13 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             access.write_many([*changed], [*changed.values()])
             return end.unflatten(leaves)
         cells = site.scope.cells
-        branches: list[Staged] = []
-        for function in functions:
+
+        def stage_branch(function: Any) -> Staged:
             staged = stage(site, cells, {}, packed.leaves, _caller(function, packed))
             refuse_structure(site, staged.end, f"a branch of `{name}`")
-            branches.append(staged)
+            return staged
+
+        branches: list[Staged] = stage_together(site, lambda: list(map(stage_branch, functions)))
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
         written: list[Any] = list(

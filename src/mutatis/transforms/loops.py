@@ -22,7 +22,15 @@ from mutatis.model.walks import variables
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
-from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage, with_values
+from mutatis.tracing.staging import (
+    Staged,
+    check_kept,
+    check_same_nodes,
+    refuse_structure,
+    stage,
+    stage_together,
+    with_values,
+)
 from mutatis.tracing.unrolled import is_concrete, run_once, scan_in_python, while_in_python
 
 
@@ -389,14 +397,19 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             last_end, leaves = while_in_python(site, test_once, f"the body of `{name}`", step_once, carry.leaves)
             return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
-        while True:
-            body = stage(site, cells, {}, carry.leaves, step_once)
-            refuse_structure(site, body.end, f"the body of `{name}`")
-            if not _promote(carry, body):
-                break
-        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
-        _refuse_condition_writes(site, test.end, test.leaves)
-        refuse_structure(site, test.end, f"the condition of `{name}`")
+
+        def stage_both() -> tuple[Staged, Staged]:
+            while True:
+                body = stage(site, cells, {}, carry.leaves, step_once)
+                refuse_structure(site, body.end, f"the body of `{name}`")
+                if not _promote(carry, body):
+                    break
+            test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
+            _refuse_condition_writes(site, test.end, test.leaves)
+            refuse_structure(site, test.end, f"the condition of `{name}`")
+            return body, test
+
+        body, test = stage_together(site, stage_both)
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
         written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]
