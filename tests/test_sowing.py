@@ -60,7 +60,8 @@ def test_a_default_of_the_class_is_no_hindrance() -> None:
     net = Net()
     mu.sow(net, "seen", 1.0)
     mu.sow(net, "count", 2.0)
-    assert [float(mu.pop(net, mu.Intermediate)[name][0]) for name in ("seen", "count")] == [1, 2]
+    sown = mu.pop(net, mu.Intermediate)
+    assert [float(sown[name][0]) for name in ("seen", "count")] == [1, 2]
     assert net.seen is None and net.count == 3
 
 
@@ -124,7 +125,7 @@ def test_a_step_that_leaves_things_as_they_were_has_nothing_to_replay(traces: An
             del self.flag
             mu.freeze(self, mu.Variable)
             mu.thaw(self, mu.Variable)
-            return mu.pop(self, mu.Cache)["kl"].sum() + self.n.value
+            return mu.pop(self, mu.Cache)["kl"].sum() + jnp.float32(self.n.value)
 
     net = Net()
     step = mu.jit(traces.count(lambda net: net()))
@@ -159,10 +160,9 @@ def test_what_is_left_from_call_to_call_says_so_and_compiles_twice(traces: Any) 
     net = Sower()
     step = mu.jit(traces.count(lambda net, x: net(x)))
     with pytest.warns(
-        mu.errors.RecompilationWarning, match=r"`net\.seen` .* still held .* mu\.pop\(model, mu\.Intermediate\)"
+        mu.errors.RecompilationWarning, match=r"`net\.seen` .* still held .*mu\.pop\(model, mu\.Intermediate"
     ):
-        for k in range(6):
-            step(net, float(k))
+        jax.tree.map(lambda k: step(net, k), [float(k) for k in range(6)])
     assert traces.total == 2
     (seen,) = mu.pop(net, mu.Intermediate)["seen"]
     assert float(seen) == 10, "what the latest call sowed"
