@@ -446,6 +446,18 @@ def test_a_state_in_a_seen_and_in_an_unseen_place() -> None:
     assert holder.net is None
 
 
+def test_a_place_that_only_a_function_inside_names() -> None:
+    """A static argument is not named by the function; the program inside names the place, the one around does not."""
+    kept: dict[str, Any] = {}
+
+    def late() -> Any:
+        return kept.setdefault("net", Net() if "net" not in kept else None)()
+
+    run = mu.jit(lambda f: mu.jit(f)(), static_argnums=0)
+    with pytest.raises(errors.StructureError, match="no transform sees it"):
+        run(late)
+
+
 # -- what is no such state ------------------------------------------------------------------------------------------
 
 

@@ -122,7 +122,12 @@ def _settle(scope: Scope, tx: CompiledTransaction) -> Leftovers:
         if isinstance(entry[0], Module) and id(entry[0]) not in made and scope.encoder.known(entry[0]) is None
     ]
     leftovers = Leftovers(tx.born, strays)
-    tx.journal.undo(keeps=lambda obj: id(obj) in made or (isinstance(obj, Place) and not scope.leads_to(obj)))
+
+    def stays(obj: Any) -> bool:
+        """Whether it is left as it is: what was made, and an unknown place, where a state that is left is found to be lost."""
+        return id(obj) in made or (isinstance(obj, Place | list | dict) and scope.place_of(obj, "") is None)
+
+    tx.journal.undo(keeps=stays)
     tx.disown([*tx.born])
     return leftovers
 

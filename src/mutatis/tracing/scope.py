@@ -36,10 +36,6 @@ class Scope:
         self.cells: list[Variable] = list(self.encoder.cells)
         self.containers = [obj for obj in self.encoder.objects if not isinstance(obj, Module)]
 
-    def leads_to(self, place: Place) -> bool:
-        """Whether a place outside of models is one of those that are watched."""
-        return place.identity in self._by_identity
-
     def place_of(self, obj: Any, name: str) -> str | None:
         """What a changed object, or its attribute, is called; None if nothing leads to it."""
         number = self.encoder.known(obj)
