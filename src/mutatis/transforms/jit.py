@@ -32,10 +32,10 @@ class Jitted(Transformed):
         """Trace the function for these arguments, without compiling or calling it; as `jax.jit(f).trace`.
 
         Example:
-          >>> import mutatis as mu
-          >>> total = mu.Variable(0.0)
-          >>> mu.jit(lambda x: total.set(total.value + x)).trace(1.0).jaxpr
-          { lambda ; a:f32[] b:f32[]. let c:f32[] = add a b in (c,) }
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> w = mu.Param(2.0)
+          >>> mu.jit(lambda x: w * x).trace(jnp.ones(3)).out_info
+          ShapeDtypeStruct(shape=(3,), dtype=float32)
         """
         return Traced(self, *self._compiler.trace(self.__wrapped__, args, kwargs))
 
