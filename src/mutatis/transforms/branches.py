@@ -97,7 +97,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             refuse_structure(site, staged.end, f"a branch of `{name}`")
             return staged
 
-        branches: list[Staged] = stage_together(site, lambda: list(map(stage_branch, functions)))
+        branches: list[Staged] = stage_together(site, lambda: [stage_branch(f) for f in functions])
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
         written: list[Any] = list(
