@@ -1,0 +1,1 @@
+"""Programs that are kept: how a call finds the one that was compiled for it, and runs it."""

@@ -1,0 +1,1 @@
+"""What users hold: variables and modules, filters to choose among them, and operations on their states."""

@@ -148,7 +148,7 @@ class CallSite:
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
     def describe(self, cell: Variable) -> str:
-        """``state `model.w` (Param)``, less the word state, by the name that the call knows the cell by."""
+        """A cell as messages name it, after the word state: by the path that this call knows it by."""
         path = self.scope.locate(cell)
         return f"`{path}` ({type(cell).__name__})" if path else naming.describe(cell)
 

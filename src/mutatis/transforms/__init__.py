@@ -1,1 +1,1 @@
-"""The transforms: each a page on top of `mutatis.lifting` or `mutatis.compiling`."""
+"""The transforms: one page for each of JAX's, on top of `tracing` and `compilation`. None knows another."""
