@@ -1,8 +1,8 @@
-"""One direction for imports: a module imports from lower rows only.
+"""The house: which folder knows which, what each is for, and that each file and each test is where it belongs.
 
 Every import counts, also one inside a function or under `TYPE_CHECKING`, and `import_module("...")` of a
-literal. `ROWS` is the whole rule; a new module gets a place there. `pkg.*` stands for every module inside the
-package `mutatis.pkg`, `pkg` alone for its `__init__`, and the empty name for the package root.
+literal. `FLOORS` is the whole rule. CONTRIBUTING.md shows it as a table, with the first line of each docstring; after a
+change: `python tests/whole/test_layers.py --write`.
 """
 
 from __future__ import annotations
@@ -10,62 +10,40 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src" / "mutatis"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "mutatis"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
-# Row -> its modules, lowest first. Within a row none imports another, but for OPEN_PACKAGES and SIBLINGS.
-ROWS: dict[float, tuple[str, ...]] = {
-    0.0: ("errors", "typing", "config", "_compat"),
-    0.5: ("cells", "naming", "containers", "interrupts"),
-    1.0: ("transactions",),
-    1.5: ("values",),
-    2.0: ("variables",),
-    2.5: ("kinds",),
-    3.0: ("filters", "statics"),
-    3.5: ("contexts",),
-    4.0: ("modules",),
-    5.0: ("graph",),
-    5.5: ("surgery", "observers"),
-    6.0: ("state",),
-    7.0: ("captures",),
-    7.5: ("lifting",),
-    7.6: ("programs", "staging", "axes", "differentiation", "lanes"),
-    7.7: ("bindings",),
-    7.75: ("compilations", "launching"),
-    7.8: ("compiling",),
-    7.9: ("control",),
-    8.0: (
-        "transforms.jit",
-        "transforms.autodiff",
-        "transforms.derivatives",
-        "transforms.jacobians",
-        "transforms.batching",
-        "transforms.loops",
-        "transforms.branches",
-        "transforms.rematerialize",
-        "transforms.custom_rules",
-        "transforms.sharded",
-        "transforms.abstract",
-        "transforms.functionalize",
-    ),
-    8.5: ("transforms.mapping", "eager"),
-    8.6: ("transforms",),
-    9.0: ("interventions", "random", "optim", "metrics", "effects.*", "sharding"),
-    9.5: ("functional", "effects"),
-    10.0: ("nn.*", "checkpoint.*", "inspect.*", "interop.*"),
-    10.5: ("nn", "checkpoint", "inspect", "interop"),
-    11.0: ("", "cli", "__main__"),
-}
+# The folders (and files that stand beside them), lowest floor first. A place knows those on lower floors. Inside a folder
+# everybody may know everybody, as long as there is no cycle.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "_compat", "_homes"),
+    ("core",),
+    ("model",),
+    ("tracing",),
+    ("compilation",),
+    ("transforms",),
+    ("random", "optim", "metrics", "interventions", "functional", "effects"),
+    ("nn", "checkpoint", "inspect", "interop"),
+    ("",),  # the package root
+)
 
-# Packages whose modules may import each other (not in a cycle).
-OPEN_PACKAGES = {"nn", "checkpoint", "effects", "inspect", "interop"}
+# Neighbours on one floor that know each other: (importer, imported).
+NEIGHBOURS = {("functional", "interventions"), ("functional", "random")}
 
-# Further pairs inside a row: (importer, imported).
-SIBLINGS: set[tuple[str, str]] = {("cli", ""), ("__main__", "cli")}
+# A folder of pages, of which none knows another, but for those that are made of others.
+PAGES = "transforms"
+DERIVED = {"mapping": {"batching", "loops"}}
+
+# Lines of code and comments in one file. What is longer says why.
+LONGEST = 500
+LONGER = {"model.variables": "one class, with all operators of an array"}
 
 # JAX's insides: for this module only, so that a new JAX release means work in one file.
 INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jaxlib")
@@ -96,14 +74,17 @@ def sources() -> dict[str, Path]:
     }
 
 
-def row_of(module: str) -> float | None:
-    """The row of a module, found by its name, else by `pkg.*`."""
-    package = module.partition(".")[0]
-    for wanted in (module, f"{package}.*" if "." in module else module):
-        for row, names in ROWS.items():
-            if wanted in names:
-                return row
-    return None
+def place_of(module: str) -> str:
+    """The folder, or the file beside the folders, that a module is in."""
+    return module.partition(".")[0]
+
+
+def floor_of(module: str) -> int | None:
+    return next((floor for floor, places in enumerate(FLOORS) if place_of(module) in places), None)
+
+
+def page_of(module: str) -> str:
+    return module.removeprefix(f"{PAGES}.").partition(".")[0]
 
 
 def read_imports(module: str, path: Path, is_module: Callable[[str], bool]) -> list[Import]:
@@ -171,53 +152,75 @@ def report(problems: list[str]) -> None:
         pytest.fail("\n".join(problems), pytrace=False)
 
 
-def place(module: str, found: Import) -> str:
+def line_of(module: str, found: Import) -> str:
     return f"{sources()[module].relative_to(SOURCE.parents[1])}:{found.line}"
 
 
-def test_every_module_has_a_row() -> None:
-    report(
-        [
-            f"{show(module)} has no row: add it to ROWS in tests/whole/test_layers.py"
-            for module in sources()
-            if row_of(module) is None
-        ]
-    )
+def test_every_place_is_on_one_floor() -> None:
+    named = [place for places in FLOORS for place in places]
+    assert sorted(named) == sorted({place_of(module) for module in sources()})
 
 
-def test_no_module_has_two_rows() -> None:
-    names = [name for row in ROWS.values() for name in row]
-    assert sorted(names) == sorted(set(names))
-
-
-def allowed(importer: str, imported: str) -> bool:
-    above, below = row_of(importer), row_of(imported)
-    if above is None or below is None or below < above or (importer, imported) in SIBLINGS:
-        return True  # without a row: the test above says so
-    package = importer.partition(".")[0]
-    return package in OPEN_PACKAGES and "." in importer and imported.startswith(f"{package}.")
+def fault(importer: str, imported: str) -> str | None:
+    """Why one module may not import another, if it may not."""
+    here, there = place_of(importer), place_of(imported)
+    above, below = floor_of(importer), floor_of(imported)
+    if here == there == PAGES:
+        page, other = page_of(importer), page_of(imported)
+        if importer == PAGES or page == other or other in DERIVED.get(page, ()):
+            return None
+        return "a page may import another only if DERIVED says so"
+    if here == there or (here, there) in NEIGHBOURS or above is None or below is None or below < above:
+        return None
+    return f"floor {above} may import lower floors, and neighbours that NEIGHBOURS has; this is floor {below}"
 
 
 def test_imports_point_down() -> None:
     problems = []
     for module in sources():
         for found, target in our_imports(module):
-            if target != module and target in sources() and target and not allowed(module, target):
-                problems.append(
-                    f"{place(module, found)}: {show(module)} (row {row_of(module):g}) imports {show(target)} "
-                    f"(row {row_of(target):g}); only lower rows, or what SIBLINGS declares, may be imported"
-                )
+            why = fault(module, target) if target in sources() and target else None
+            if why:
+                problems.append(f"{line_of(module, found)}: {show(module)} imports {show(target)}: {why}")
     report(problems)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "fits"),
+    [
+        ("model.graph", "core.cells", True),
+        ("core.cells", "model.graph", False),
+        ("core.cells", "core.avals", True),
+        ("nn.linear", "checkpoint", False),
+        ("functional", "random", True),
+        ("random", "functional", False),
+        ("transforms.jit", "transforms.loops", False),
+        ("transforms.mapping", "transforms.loops", True),
+        ("transforms.custom.jvp", "transforms.custom.rule", True),
+        ("transforms.custom.jvp", "transforms.jit", False),
+        ("_homes", "errors", False),
+    ],
+)
+def test_the_rule_of_floors(importer: str, imported: str, fits: bool) -> None:
+    assert (fault(importer, imported) is None) is fits
+
+
+def test_what_is_declared_is_so() -> None:
+    """No exception stands here that nobody makes use of."""
+    pairs = {(module, target) for module in sources() for _, target in our_imports(module)}
+    assert not NEIGHBOURS - {(place_of(importer), place_of(imported)) for importer, imported in pairs}
+    assert {(f"{PAGES}.{page}", f"{PAGES}.{other}") for page, others in DERIVED.items() for other in others} <= pairs
+    assert sorted(LONGER) == [module for module, path in sources().items() if length(path) > LONGEST]
 
 
 def test_nobody_imports_the_root() -> None:
     problems = []
     for module in sources():
         for found, target in our_imports(module):
-            if not target and (module, "") not in SIBLINGS:
+            if not target:
                 what = f"takes {', '.join(found.names)} from" if found.names else "imports"
                 problems.append(
-                    f"{place(module, found)}: {show(module)} {what} the package root; import the module that defines it"
+                    f"{line_of(module, found)}: {show(module)} {what} the package root; import the module that defines it"
                 )
     report(problems)
 
@@ -225,7 +228,7 @@ def test_nobody_imports_the_root() -> None:
 def test_imports_of_ours_exist() -> None:
     report(
         [
-            f"{place(module, found)}: there is no module {show(target)}"
+            f"{line_of(module, found)}: there is no module {show(target)}"
             for module in sources()
             for found, target in our_imports(module)
             if target not in sources()
@@ -264,10 +267,10 @@ def test_only_compat_touches_the_insides_of_jax() -> None:
         for found in imports_of(module):
             for name in (found.target, *(f"{found.target}.{name}" for name in found.names)):
                 if within(name, INTERNALS):
-                    problems.append(f"{place(module, found)}: {show(module)} imports {name}")
+                    problems.append(f"{line_of(module, found)}: {show(module)} imports {name}")
         for node in ast.walk(ast.parse(sources()[module].read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in INTERNALS:
-                where = place(module, Import(node.lineno, ""))
+                where = line_of(module, Import(node.lineno, ""))
                 problems.append(f"{where}: {show(module)} reaches for {ast.unparse(node)}")
     report([f"{problem}; only {show(INTERNALS_ALLOWED_IN)} may" for problem in problems])
 
@@ -275,7 +278,7 @@ def test_only_compat_touches_the_insides_of_jax() -> None:
 def test_nothing_experimental_at_import_time() -> None:
     report(
         [
-            f"{place(module, found)}: {show(module)} imports jax.experimental as it is itself imported; "
+            f"{line_of(module, found)}: {show(module)} imports jax.experimental as it is itself imported; "
             "do so inside the function that needs it"
             for module in sources()
             for found in imports_of(module)
@@ -283,6 +286,100 @@ def test_nothing_experimental_at_import_time() -> None:
             if within(name, ("jax.experimental",)) and not found.lazy
         ]
     )
+
+
+def test_private_names_stay_in_their_folder() -> None:
+    """A name with an underscore is for its file, or for the files beside it."""
+    report(
+        [
+            f"{line_of(module, found)}: {show(module)} imports {name} of {show(target)}, which is in another folder"
+            for module in sources()
+            for found, target in our_imports(module)
+            for name in found.names
+            if name.startswith("_") and module.rpartition(".")[0] != target.rpartition(".")[0]
+        ]
+    )
+
+
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def test_each_file_says_what_it_is_about() -> None:
+    files = [*sources().values(), *(ROOT / "tests").rglob("*.py")]
+    firsts = {str(path.relative_to(ROOT)): docstring(path).partition("\n")[0] for path in files}
+    report(
+        [
+            f"{name}: the first line of its docstring is a sentence"
+            for name, first in firsts.items()
+            if first[-1:] != "."
+        ]
+    )
+
+
+def length(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_files_are_short() -> None:
+    report(
+        [
+            f"{path.relative_to(ROOT)} has {length(path)} lines: which second idea moved in? (or say why in LONGER)"
+            for module, path in sources().items()
+            if length(path) > LONGEST and module not in LONGER
+        ]
+    )
+
+
+# Tests of what spans modules.
+SPANNING = "whole"
+
+
+def test_tests_mirror_the_package() -> None:
+    """`tests/model/test_graph.py`, or `test_graph_of_cycles.py`, tests `mutatis.model.graph`."""
+    problems = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        folder = path.relative_to(ROOT / "tests").parent.parts
+        words = path.stem.split("_")[1:]
+        meant = {dotted((*folder, "_".join(words[:n]))) for n in range(1, len(words) + 1)}
+        if folder and words[0] == folder[-1]:
+            meant.add(dotted(folder))
+        if folder != (SPANNING,) and not meant & sources().keys():
+            problems.append(
+                f"{path.relative_to(ROOT)} is named after no module; what spans modules is in tests/{SPANNING}"
+            )
+    report(problems)
+
+
+def table() -> str:
+    """The floors as they stand in CONTRIBUTING.md."""
+    lines = ["| floor | folder or file | what is there |", "|---|---|---|"]
+    for floor, places in enumerate(FLOORS):
+        for place in places:
+            path = sources()[place]
+            name = "__init__" if not place else f"{place}/" if path.stem == "__init__" else place
+            lines.append(
+                f"| {floor if place == places[0] else ''} | `{name}` | {docstring(path).partition(chr(10))[0]} |"
+            )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def with_table(page: str) -> str:
+    """The text of CONTRIBUTING.md with the table as it is now."""
+    lines = page.splitlines(keepends=True)
+    start = lines.index(table().splitlines(keepends=True)[0])
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return "".join((*lines[:start], table(), *lines[end:]))
+
+
+def test_contributing_shows_the_house() -> None:
+    page = CONTRIBUTING.read_text(encoding="utf-8")
+    if page != with_table(page):
+        pytest.fail(
+            "the table of folders in CONTRIBUTING.md is not as it would be written: "
+            "python tests/whole/test_layers.py --write",
+            pytrace=False,
+        )
 
 
 # The reader of imports is itself tested: a form that it missed would pass for a clean module.
@@ -307,3 +404,10 @@ def test_reader_sees_each_form(text: str, targets: list[str], tmp_path: Path) ->
     path.write_text(text)
     found = read_imports("transforms.jit", path, lambda name: name == "mutatis.graph")
     assert [f.target for f in found if is_ours(f.target)] == targets
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        CONTRIBUTING.write_text(with_table(CONTRIBUTING.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table(), end="")
