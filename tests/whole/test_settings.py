@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-
 from tests.whole import test_twins as twins
 
 SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
