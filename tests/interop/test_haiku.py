@@ -22,6 +22,7 @@ pytest.importorskip("haiku")
 import haiku as hk
 
 from mutatis.interop.haiku import FromHaiku, ToHaiku
+from tests.nets import Layers
 
 
 @pytest.fixture(autouse=True)
@@ -174,11 +175,11 @@ def test_no_streams() -> None:
 # -- ours in theirs ------------------------------------------------------------------------------------------------
 
 
-class Ours(mu.Module):
-    def __init__(self, rngs: mu.Rngs, rate: float = 0.0) -> None:
-        self.layers = [mu.nn.Linear(None, 4, rngs=rngs), mu.nn.BatchNorm(4, momentum=0.9)]
-        self.tied = self.layers[0]
-        self.drop = mu.nn.Dropout(rate, rngs=rngs)
+class Ours(Layers):
+    """With a state that is a pytree."""
+
+    def __init__(self, rngs: mu.Rngs) -> None:
+        super().__init__(rngs, rate=0.0)
         self.calls = mu.Cache({"n": 0})
 
     def __call__(self, x: Any) -> Any:

@@ -18,16 +18,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
-
-
-class Net(mu.Module):
-    def __init__(self, w: float = 2.0) -> None:
-        self.w = mu.Param(jnp.float32(w))
-        self.calls = mu.Variable(0)
-
-    def __call__(self, x: Any) -> Any:
-        self.calls += 1
-        return self.w * x
+from tests.nets import Scale as Net
 
 
 def f32(x: float) -> jax.Array:

@@ -13,19 +13,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-
-
-class Counter(mu.Module):
-    def __init__(self, n: int = 0) -> None:
-        self.n = mu.Variable(n)
-        self.step = 1
-
-    def count(self) -> Any:
-        self.n += self.step
-        return self.n.value
-
-    def __call__(self) -> Any:
-        return self.count()
+from tests.nets import Counter
 
 
 class Plain:

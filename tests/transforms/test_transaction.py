@@ -18,23 +18,9 @@ import mutatis as mu
 from mutatis import nn
 from mutatis.core import transactions
 from mutatis.transforms import transaction
+from tests.nets import Mixed as Net
 
 X = jnp.arange(3.0)
-
-
-class Net(mu.Module):
-    def __init__(self) -> None:
-        self.w = mu.Param(jnp.arange(3.0))
-        self.items = [mu.Variable(0)]
-        self.table = {"a": mu.Variable(1)}
-        self.tree = mu.Variable({"x": jnp.zeros(2)})
-        self.flag = True
-        self.rngs = mu.Rngs(0)
-
-    def step(self) -> None:
-        self.w.value = self.w * 2
-        self.items[0].value += 1
-        self.tree.value["x"] = self.tree.value["x"] + 1
 
 
 def everything(net: Net) -> Any:

@@ -34,6 +34,8 @@ from mutatis.core import cells, interrupts, structure, transactions
 from mutatis.tracing import call_site
 
 pytestmark = [
+    # In the keys of its cache JAX makes another error of an interrupt.
+    pytest.mark.usefixtures("compiled_afresh"),
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX interval timers"),
     # Python prints an interrupt that hits a callback of the garbage collector, and goes on.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

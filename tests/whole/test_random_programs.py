@@ -1743,7 +1743,7 @@ def check(seed: int) -> None:
     raise AssertionError(f"seed {seed}: {text}\n\n{show(shrink(case, fails))}")
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.once if n >= 30 else ()) for n in range(100)])
 def test_random_programs(seed: int) -> None:
     check(seed)
 
