@@ -713,7 +713,7 @@ def changed() -> None:
         (lambda: handle(two(), "a")[0](1.0, {}), errors.EffectError, r"missing:    \.parts\[0\]\.state"),
         (lambda: handle(two(), "b")[0](1.0, {"x": 1}), errors.EffectError, "unexpected: x"),
         (lambda: effects.freeze_local_states(handle(two(), "a")[0], {}), errors.EffectError, "missing"),
-        (lambda: handle(Counts(), "variables")[0](1.0, {"v": 1.0}), errors.StructureError, "changed inside a handled"),
+        (lambda: handle(Counts(), "variables")[0](1.0, {"v": 1.0}), errors.StructureError, "changed in a handled"),
         (changed, errors.EffectError, r"has changed since it was handled[\s\S]*missing: total"),
         (
             lambda: handle(places(Frozen("text", "a")), "a"),

@@ -727,8 +727,8 @@ REFUSED: list[tuple[Callable[[Any], Any], type[Exception], str, str]] = [
     (lambda m: mu.sow(m, "w", ONE), S, "`Scale.w` is no Intermediate", "got:      Param"),
     (lambda m: mu.perturb(m, "w", ONE), S, "`Scale.w` is no Perturbation", "Give it another name."),
     (lambda m: mu.sow(m, "seen", "text"), T, "Intermediate cannot hold 'text'", "plain attributes of the module"),
-    (lambda m: mu.cond(True, lambda: mu.sow(m, "seen", ONE), lambda: None), S, "inside a branch of `cond`", KEEP),
-    (lambda m: mu.capture(lambda: mu.cond(True, m, lambda x: x, X), of=m)(), S, "inside a branch of `cond`", KEEP),
+    (lambda m: mu.cond(True, lambda: mu.sow(m, "seen", ONE), lambda: None), S, "in a branch", KEEP),
+    (lambda m: mu.capture(lambda: mu.cond(True, m, lambda x: x, X), of=m)(), S, "in a branch", KEEP),
     (
         lambda m: mu.for_loop(lambda k: mu.sow(m, "s", k, reduce=jnp.add), X),
         S,
@@ -737,7 +737,7 @@ REFUSED: list[tuple[Callable[[Any], Any], type[Exception], str, str]] = [
     ),
     (lambda m: mu.map(lambda x: mu.sow(m, "s", x), XS, batch_size=2), errors.LaneError, "no order", "Leave out `b"),
     (lambda m: mu.while_loop(lambda x: x < 2, lambda x: (mu.sow(m, "seen", x), x + 1)[1], ONE), S, "the body", KEEP),
-    (lambda m: mu.for_loop(lambda x: mu.perturb(m, "eps", x), X), S, "`m.eps` was changed inside the body", BEFORE),
+    (lambda m: mu.for_loop(lambda x: mu.perturb(m, "eps", x), X), S, "`m.eps` was changed in the body", BEFORE),
     (
         lambda m: mu.grad(lambda m: mu.perturb(m, "eps", m(ONE)), wrt=mu.Perturbation)(m),
         F,

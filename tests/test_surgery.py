@@ -366,8 +366,8 @@ def test_gradients_before_and_after(compiled: bool) -> None:
 @pytest.mark.parametrize(
     ("run", "match"),
     [
-        (lambda f: mu.for_loop(f, jnp.ones(2)), "inside the body of `for_loop`"),
-        (lambda f: mu.cond(True, f, lambda x: x, X), "inside a branch of `cond`"),
+        (lambda f: mu.for_loop(f, jnp.ones(2)), "in the body of a loop"),
+        (lambda f: mu.cond(True, f, lambda x: x, X), "in a branch"),
     ],
 )
 @pytest.mark.parametrize("edit", ["replace", "pop"])

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from mutatis import _homes
+from mutatis._packages import require
 from mutatis.core.statics import static_key
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
 from mutatis.model.graphdef import GraphDef
@@ -25,7 +26,7 @@ from mutatis.model.operations import merge
 from mutatis.model.state import State
 from mutatis.random import Rngs, as_key
 
-eqx = bridge.require("equinox")
+eqx = require("equinox", "mu.interop")
 
 __all__ = ["FromEquinox", "ToEquinox"]
 
@@ -268,7 +269,7 @@ class ToEquinox(_StatefulLayer):
             if state is None and args:
                 *args, state = args  # type: ignore[assignment]
             if not isinstance(state, eqx.nn.State):
-                raise StructureError(
+                raise ArgumentError(
                     "`ToEquinox` was called without its state",
                     expected="an eqx.nn.State after the arguments",
                     got=type(state).__name__,

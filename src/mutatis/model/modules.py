@@ -160,7 +160,7 @@ class Module(Node):
             return
         if static_key(old) != static_key(value):
             raise StaticAttributeError(
-                f"`{type(self).__name__}.{name}` is a plain number and was changed inside a compiled transform",
+                f"`{type(self).__name__}.{name}` is a plain number and was changed in a compiled function",
                 path=f"{type(self).__name__}.{name}",
                 where=naming.where(),
                 expected=repr(old),
