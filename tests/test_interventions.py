@@ -708,21 +708,21 @@ def test_nothing_is_kept() -> None:
 
 # -- what is refused ------------------------------------------------------------------------------------------------
 
-S, T, F = errors.StructureError, errors.StateTypeError, errors.FilterError
+S, T, F, A = errors.StructureError, errors.StateTypeError, errors.FilterError, errors.ArgumentError
 KEEP = "Return the value from there, and keep it outside."
 BEFORE = "Make states and change attributes before; inside, write to states."
 REFUSED: list[tuple[Callable[[Any], Any], type[Exception], str, str]] = [
     (
         lambda m: mu.capture(lambda x: m(x), Scale),
-        S,
+        A,
         "`capture` of a function needs the model",
         "mu.capture(model, nn.L",
     ),
-    (lambda m: mu.capture(m, of=3)(X), S, "int is not a node", ""),
+    (lambda m: mu.capture(m, of=3)(X), A, "3 is not a node", ""),
     (lambda m: mu.capture(m, 3), F, "3 is not a filter", "a function of (path, variable)"),
     (lambda m: mu.intercept(3, scaled).__enter__(), F, "3 is not a filter", "a function of (path, variable)"),
-    (lambda m: mu.intercept(Scale, 3).__enter__(), S, "`intercept` needs a function", "call(x)"),
-    (lambda m: mu.sow(3, "seen", ONE), S, "int cannot hold state `seen`", "mu.sow(self"),
+    (lambda m: mu.intercept(Scale, 3).__enter__(), A, "`intercept` needs a function", "call(x)"),
+    (lambda m: mu.sow(3, "seen", ONE), A, "3 cannot hold state `seen`", "mu.sow(self"),
     (lambda m: mu.sow(m, "number", ONE), S, "`Scale.number` is no Intermediate", "Give it another name."),
     (lambda m: mu.sow(m, "w", ONE), S, "`Scale.w` is no Intermediate", "got:      Param"),
     (lambda m: mu.perturb(m, "w", ONE), S, "`Scale.w` is no Perturbation", "Give it another name."),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mutatis.core import naming
 from mutatis.core.avals import show_type
 from mutatis.core.naming import show_path
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
@@ -292,10 +292,10 @@ def _held(module: Any, name: str) -> Any:
     if isinstance(module, Module):
         return module.__dict__.get(name)
     raise ArgumentError(
-        f"{type(module).__name__} cannot hold state `{name}`",
+        f"{show_value(module)} cannot hold state `{name}`",
         path=name,
         expected="a Module",
-        got=show_value(module),
+        got=show_class(module),
         cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`.",
     )
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import MetricState
 from mutatis.model.modules import Module
@@ -154,7 +155,7 @@ class MultiMetric(Metric):
                     f"`{name}` cannot be an attribute of `MultiMetric`",
                     path=name,
                     expected="a metric, under a name that is not one of its methods",
-                    got=f"{name}={type(metric).__name__}",
+                    got=f"{name}={show_class(metric)}",
                     cure="`mu.metrics.MultiMetric(loss=mu.metrics.Average('loss'))`",
                 )
             setattr(self, name, metric)

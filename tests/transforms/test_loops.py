@@ -221,7 +221,7 @@ def test_lengths_have_to_agree(call: Any) -> None:
         n.value += 1
         return None, None
 
-    with pytest.raises(errors.StructureError, match="cannot tell the number of its iterations"):
+    with pytest.raises(errors.ArgumentError, match="number of iterations cannot be told"):
         call(f)
     assert int(n) == 0
 

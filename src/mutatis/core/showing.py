@@ -37,6 +37,11 @@ def show_value(value: Any) -> str:
     return text if len(text) <= _MOST else f"{text[: _MOST - 3]}..."
 
 
+def show_class(value: Any) -> str:
+    """What a value is, in a word: its class, ``None``, or the type of an array."""
+    return show_value(value) if value is None or _is_array(value) else type(value).__name__
+
+
 def show_structure(treedef: Any) -> str:
     """A structure with a star for each leaf.
 
@@ -85,7 +90,7 @@ class _Short(reprlib.Repr):
     def repr1(self, x: Any, level: int) -> str:
         if is_node(x):
             return f"{type(x).__name__}(...)"
-        if hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type | np.generic):
+        if _is_array(x):
             return show_leaf_type(x)
         if isinstance(x, jax.tree_util.PyTreeDef):
             return show_structure(x)
@@ -107,6 +112,11 @@ class _Short(reprlib.Repr):
         if not text or text.startswith("<") or _INSIDES.search(text):
             return f"a {type(x).__name__}"
         return text if len(text) <= self.maxother else f"{text[: self.maxother - 3]}..."
+
+
+def _is_array(x: Any) -> bool:
+    """Whether something is an array, a tracer or an abstract array; a number of NumPy is shown as a number."""
+    return hasattr(x, "dtype") and hasattr(x, "shape") and not is_node(x) and not isinstance(x, type | np.generic)
 
 
 _SHORT = _Short()

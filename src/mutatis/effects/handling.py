@@ -13,6 +13,7 @@ import jax
 from mutatis.core import access
 from mutatis.core.cells import UNSET
 from mutatis.core.naming import caller, show_path
+from mutatis.core.showing import show_class
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.effects.renaming import rename
@@ -377,7 +378,7 @@ def _check_module(node: Any) -> None:
                     f"`{show_path((*path[1:], name))}` is a request in a Module, whose states are its Variables",
                     path=show_path((*path[1:], name)),
                     expected="a Variable",
-                    got=type(value).__name__,
+                    got=show_class(value),
                     cure=f"`self.{name} = mu.Variable(init=lambda: jnp.zeros(3), tag='cache')`: `get` and `set` are the same.",
                 )
 
@@ -388,7 +389,7 @@ def _pair(argument: Any) -> tuple[Any, Mapping[str, Any]]:
     raise ArgumentError(
         "a handled layer was called without states",
         expected="(argument, states)",
-        got=f"{type(argument).__name__}",
+        got=show_class(argument),
         cure="`out, states = handled((x, states))`",
     )
 

@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 from mutatis.compilation.log import Explanation
+from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import function_name
 from mutatis.transforms.jit import Jitted
@@ -33,7 +34,7 @@ def explain(step: Any) -> Explanation:
         raise ArgumentError(
             f"{function_name(step)} is not compiled by `mu.jit`",
             expected="what `mu.jit` returned",
-            got=type(step).__name__,
+            got=show_class(step),
             cure="`step = mu.jit(f)`, then `mu.inspect.explain(step)`.",
         )
     return Explanation(function_name(function), function._compiler.log.entries)

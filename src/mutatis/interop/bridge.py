@@ -17,6 +17,7 @@ from mutatis import _compat
 from mutatis.core import access, naming
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, DeferredStateError, RandomStreamError, StructureError
 from mutatis.model import kinds
@@ -261,7 +262,7 @@ def take_created(model: Any, door: str) -> Parts:
         raise ArgumentError(
             f"`{door}` holds a Mutatis module",
             expected="a Module",
-            got=type(model).__name__,
+            got=show_class(model),
             cure="Write it as `class Net(mu.Module)`.",
         )
     parts = take_apart(model)

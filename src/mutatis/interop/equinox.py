@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mutatis import _homes
 from mutatis._packages import require
+from mutatis.core.showing import show_class
 from mutatis.core.statics import static_key
 from mutatis.errors import ArgumentError, StructureError
 from mutatis.interop import bridge
@@ -164,7 +165,7 @@ def _checked(module: Any, result: Any) -> Any:
         f"`{type(module).__name__}` has a state and did not return it",
         path=type(module).__name__,
         expected="a pair (out, state)",
-        got=type(result).__name__,
+        got=show_class(result),
         cure="As everywhere in Equinox: `def __call__(self, x, state): ...; return out, state`.",
     )
 
@@ -272,7 +273,7 @@ class ToEquinox(_StatefulLayer):
                 raise ArgumentError(
                     "`ToEquinox` was called without its state",
                     expected="an eqx.nn.State after the arguments",
-                    got=type(state).__name__,
+                    got=show_class(state),
                     cure="`net, state = eqx.nn.make_with_state(mu.interop.ToEquinox)(model)`; `out, state = net(x, state)`.",
                 )
             held = state.get(self.index)

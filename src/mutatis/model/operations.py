@@ -14,7 +14,7 @@ from mutatis.core import access
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, FilterError, StateTypeError, StructureError
 from mutatis.model.filters import FilterLike, Path
@@ -90,7 +90,7 @@ def merge(definition: GraphDef, *states: Any) -> Any:
         raise ArgumentError(
             f"{show_value(definition)} is not a graph definition",
             expected="a GraphDef, and then States",
-            got=type(definition).__name__,
+            got=show_class(definition),
             cure="`definition, state = mu.split(model)`; `mu.merge(definition, state)`.",
         )
     given: dict[Path, Any] = {}
@@ -214,7 +214,7 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
         raise ArgumentError(
             f"{show_value(part)} is not a State",
             expected="a State, or nested dictionaries by path",
-            got=type(part).__name__,
+            got=show_class(part),
             cure="`mu.state(model)` gives a State; `state.to_pure_dict()` nested dictionaries.",
         )
     ends = set(paths)

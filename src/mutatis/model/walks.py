@@ -9,7 +9,7 @@ from typing import Any
 
 from mutatis import _compat
 from mutatis.core.nodes import is_node
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject
 from mutatis.core.structure import structure_lock
 from mutatis.errors import ArgumentError
@@ -122,7 +122,7 @@ def check_node(node: Any) -> Any:
     raise ArgumentError(
         f"{show_value(node)} is not a node",
         expected="a Module, a Variable, or a list, tuple or dict of them",
-        got=type(node).__name__,
+        got=show_class(node),
         cure="Write a model as `class Net(mu.Module)`; for a plain dict of arrays use `mu.State.from_flat`.",
     )
 

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
 from mutatis.core.cells import Deferred
+from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import Param
 from mutatis.model.variables import Variable
@@ -38,7 +39,7 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
             path="params",
             expected="Rngs",
-            got=type(rngs).__name__,
+            got=show_class(rngs),
             cure=f"`nn.{layer}(..., rngs=mu.Rngs(0))`",
         )
     return rngs.stream("params").draw()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 
 from mutatis.core import access, naming
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import AxisError
 from mutatis.model.filters import Filter, FilterLike, Path, as_filter
 from mutatis.model.variables import Variable, spelled
@@ -52,7 +52,7 @@ class ByFilter:
                 raise AxisError(
                     f"{show_value(entry)} is not {self._what}",
                     expected=self._expected,
-                    got=type(entry).__name__,
+                    got=show_class(entry),
                     cure=f"`{self._example}`",
                 )
 
@@ -162,7 +162,7 @@ def axes_by_cell(
             f"`states={show_value(states)}` says no axes",
             where=site.label,
             expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
-            got=type(states).__name__,
+            got=show_class(states),
             cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
         )
     for node, axes in pairs:

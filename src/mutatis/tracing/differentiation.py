@@ -20,7 +20,7 @@ from mutatis.core import access
 from mutatis.core.avals import show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.core.showing import show_structure, show_value
+from mutatis.core.showing import show_class, show_structure, show_value
 from mutatis.errors import ArgumentError, DeferredStateError, FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.state import State
@@ -88,7 +88,7 @@ class Target:
                     f"the tangent of `{self.name}` is not a State of the states that are differentiated",
                     path=self.name,
                     expected=f"a State of {', '.join(show_path(path) or '.' for path in kinds) or 'no states'}",
-                    got=type(parts[place]).__name__
+                    got=show_class(parts[place])
                     if flat is None
                     else f"a State of {', '.join(show_path(path) or '.' for path in flat)}",
                     cure="What `mu.grad` of the same gives has the structure.",
@@ -120,7 +120,7 @@ def select(name: str, value: Any, wrt: FilterLike, seen: set[Variable]) -> tuple
             f"`of` cannot be {show_value(value)}",
             path="of",
             expected="a Module, a Variable, or a tuple, list or dict of them",
-            got=type(value).__name__,
+            got=show_class(value),
             cure="Name what the function reads: `of=model`; arrays are differentiated as arguments, by `argnums`.",
         )
     selects = as_filter(wrt)

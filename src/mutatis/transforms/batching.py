@@ -155,7 +155,7 @@ def _sort_by_axis(
             shared.append(new)
         elif trace is None:
             raise LaneError(
-                f"state {site.describe(cell)} was written in a vectorized `map`, where items have no order",
+                f"state {site.describe(cell)} was written in a batch of items, which have no order",
                 path=site.scope.locate(cell),
                 where=site.label,
                 made_at=naming.made_at(cell),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
@@ -77,7 +77,7 @@ def scan(
             f"`checkpoint_every` cannot be {show_value(checkpoint_every)}",
             where="scan",
             expected="a positive int, or None",
-            got=type(checkpoint_every).__name__,
+            got=show_class(checkpoint_every),
             cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
         )
     if runs_eagerly() and states is None:
