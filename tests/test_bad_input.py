@@ -402,8 +402,8 @@ MESSAGES: list[tuple[Any, type[errors.MutatisError], Any, str, Any, Any]] = [
         errors.StructureError,
         None,
         "the branches return different structures inside `cond(",
-        "what branch 0 returns: *",
-        "branch 1: (*, *)",
+        "what the false branch returns: (*, *)",
+        "the true branch: *",
     ),
     (
         lambda net: mu.switch(0, []),

@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-E = TypeVar("E", bound="MutatisError")
+_E = TypeVar("_E", bound="MutatisError")
 
 
 class MutatisError(Exception):
@@ -71,16 +71,16 @@ class MutatisError(Exception):
         """Rebuilt from its fields, not by its constructor, which a subclass may have changed."""
         return _rebuild, (type(self), _each(self.args, _portable), _each(self.__dict__, _portable))
 
-    def __copy__(self: E) -> E:
+    def __copy__(self: _E) -> _E:
         return _rebuild(type(self), self.args, self.__dict__)
 
-    def __deepcopy__(self: E, memo: dict[int, Any]) -> E:
+    def __deepcopy__(self: _E, memo: dict[int, Any]) -> _E:
         memo[id(self)] = new = _rebuild(type(self), self.args, {})
         new.__dict__.update(_each(self.__dict__, lambda value: _copied(value, memo)))
         return new
 
 
-def _rebuild(cls: type[E], args: Any, fields: Any) -> E:
+def _rebuild(cls: type[_E], args: Any, fields: Any) -> _E:
     error = cls.__new__(cls, *args)
     super(MutatisError, error).__init__(*args)  # that of the built-in
     error.__dict__.update(fields)

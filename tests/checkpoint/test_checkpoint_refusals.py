@@ -171,7 +171,7 @@ def test_inside_a_transform(call: Any, transform: Any, path: Path) -> None:
 def test_other_places(call: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="`gs://bucket/c` is not a path of this machine"):
         call("gs://bucket/c", mu.Param(1.0))
-    with pytest.raises(ArgumentError, match="1.0 is not a node"):
+    with pytest.raises(ArgumentError, match=r"1\.0 is not a node"):
         checkpoint.save(path, {})
         call(path, 1.0)
     monkeypatch.setattr(jax, "process_count", lambda: 2)

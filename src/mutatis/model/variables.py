@@ -171,7 +171,7 @@ class Variable(Cell, Node, metaclass=_Kind):
         if self._made_at is None:
             return None
         file, line, function = self._made_at
-        return f"{os.path.basename(file)}:{line} in {function}"
+        return f"{os.path.basename(file)}:{line} in {naming.show_name(function)}"
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that are neither slots nor methods: metadata.

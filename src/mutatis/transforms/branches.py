@@ -98,7 +98,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             for cell in written:
                 if cell in staged.values:
                     check_kept(site, staged, cell, values[cell], "in a branch")
-        _check_results(site, branches)
+        _check_results(site, name, branches)
 
         def pure(staged: Staged) -> Callable[[Any, Any], Any]:
             def branch(states: list[Any], leaves: list[Any]) -> Any:
@@ -122,7 +122,8 @@ def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], A
     return lambda leaves: function(*packed.unflatten(leaves))
 
 
-def _check_results(site: CallSite, branches: Sequence[Staged]) -> None:
+def _check_results(site: CallSite, name: str, branches: Sequence[Staged]) -> None:
+    names = ("the false branch", "the true branch") if name == "cond" else [f"branch {n}" for n in range(len(branches))]
     first = branches[0]
     for number, staged in enumerate(branches):
         same_nodes = [id(node) for node in staged.end.nodes] == [id(node) for node in first.end.nodes]
@@ -130,7 +131,7 @@ def _check_results(site: CallSite, branches: Sequence[Staged]) -> None:
             raise StructureError(
                 "the branches return different structures",
                 where=site.label,
-                expected=f"what branch 0 returns: {show_structure(first.end.structure[0])}",
-                got=f"branch {number}: {show_structure(staged.end.structure[0])}",
+                expected=f"what {names[0]} returns: {show_structure(first.end.structure[0])}",
+                got=f"{names[number]}: {show_structure(staged.end.structure[0])}",
                 cure="Return the same containers (and the same modules) from every branch.",
             )

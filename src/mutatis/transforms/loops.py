@@ -20,7 +20,7 @@ from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
@@ -409,6 +409,7 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
             i, end, value = loop
             return i + 1, end, body_fun(i, value)
 
+        body.__qualname__ = function_name(body_fun)
         lower, upper = jnp.asarray(lower), jnp.asarray(upper)
         start = (lower.astype(jnp.result_type(lower, upper)), upper.astype(jnp.result_type(lower, upper)), init_val)
         return _while("fori_loop", lambda loop: loop[0] < loop[1], body, start, (body_fun,))[2]

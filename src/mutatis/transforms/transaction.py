@@ -54,7 +54,7 @@ class EagerTransaction:
         tx = self._tx
         if transactions.current() is not tx or _compat.current_trace() not in (tx.trace, _compat.EVAL_TRACE):
             raise TransactionError(
-                "a transaction was rolled back where it is not the innermost one",
+                "what is to be rolled back is not the innermost block",
                 where=naming.where(),
                 expected="a call in its own block, before the end",
                 cure="Raise an exception there, or open another one there: `with mu.transaction() as inner: inner.rollback()`.",
@@ -77,7 +77,6 @@ class EagerTransaction:
         if hasattr(self, "_tx"):
             raise TransactionError(
                 "a transaction was entered a second time",
-                where=naming.where(),
                 cure="Make one for each block: `with mu.transaction(model) as tx: ...`.",
             )
         encoder = Encoder(describe=False)
