@@ -287,11 +287,11 @@ def test_a_rollback_belongs_to_the_block() -> None:
         net.items.append(mu.Variable(1))
         for inside in (lambda: mu.jit(tx.rollback)(), lambda: jax.jit(tx.rollback)(), lambda: mu.scan(roll, 0, X)):
             roll = lambda carry, _: (carry, tx.rollback())  # noqa: E731
-            with pytest.raises(mu.errors.TransactionError, match="not the innermost"):
+            with pytest.raises(mu.errors.TransactionError, match="not the innermost block"):
                 inside()
-        with mu.transaction(), pytest.raises(mu.errors.TransactionError, match="not the innermost"):
+        with mu.transaction(), pytest.raises(mu.errors.TransactionError, match="not the innermost block"):
             tx.rollback()
-    with pytest.raises(mu.errors.TransactionError, match="not the innermost"):
+    with pytest.raises(mu.errors.TransactionError, match="not the innermost block"):
         tx.rollback()
     assert len(net.items) == 2
 

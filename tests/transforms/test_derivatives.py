@@ -639,12 +639,12 @@ def _no_tangent_for_the_primal() -> Any:
 
 @pytest.mark.parametrize("call", [_no_tangent_of, _no_tangent_for_the_primal])
 def test_too_few_tangents_for_a_linear_map(call: Any) -> None:
-    with pytest.raises(errors.StructureError):
+    with pytest.raises(errors.ArgumentError):
         call()
 
 
 def test_the_message_for_the_tangent_of_a_variable() -> None:
-    with pytest.raises(errors.StructureError) as caught:
+    with pytest.raises(errors.ArgumentError) as caught:
         mu.jvp(lambda w: w.value, (mu.Param(2.0),), (1.0,))
     assert "no states" not in str(caught.value)
 
