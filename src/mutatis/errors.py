@@ -4,8 +4,8 @@ Every error says, in this order: what went wrong, in a line that starts with the
 happened; what was expected and what was found; and what to do, as code that runs. The same facts are fields
 of the exception, so a program can act on them. Each class is a `MutatisError` and a fitting built-in.
 
-Errors travel: they are pickled, copied and handed from one process to another with all their fields. What another process
-could not read (a tracer, a lock, a class made in a function) goes as its text.
+Errors travel: they are pickled, copied and handed from one process to another with all their fields. A field that another
+process could not read (a tracer, a lock) goes as its text, a class that is made in a function as the class that it is made of.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class MutatisError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuilt from its fields, not by its constructor, which a subclass may have changed."""
-        return _rebuild, (type(self), _each(self.args, _portable), _each(self.__dict__, _portable))
+        cls = next(cls for cls in type(self).__mro__ if _portable(cls) is cls)
+        return _rebuild, (cls, _each(self.args, _portable), _each(self.__dict__, _portable))
 
     def __copy__(self: _E) -> _E:
         return _rebuild(type(self), self.args, self.__dict__)
