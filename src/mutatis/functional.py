@@ -19,8 +19,9 @@ from mutatis.core import access, naming
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.journal import ABSENT
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import DeferredStateError, FrozenStateError, StructureError
+from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, StructureError
 from mutatis.interventions import capture
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graphdef import describe_graph
@@ -252,10 +253,10 @@ def _started(
     """A new model after its first call, with every state as it started, and the states that the call made."""
     module = ctor(_as_rngs(rngs))
     if not isinstance(module, Module):
-        raise StructureError(
-            f"`ctor` gave a {type(module).__name__}",
+        raise ArgumentError(
+            "`ctor` did not make a Module",
             expected="a Module",
-            got=f"{module!r:.60}",
+            got=show_value(module),
             cure="`init(lambda rngs: Net(rngs=rngs), key, x)`",
         )
     if not (inputs or kwargs or method is not None):

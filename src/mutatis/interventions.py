@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from mutatis.core import naming
 from mutatis.core.avals import show_type
 from mutatis.core.naming import show_path
-from mutatis.errors import StateTypeError, StructureError
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import Intermediate, Perturbation
@@ -141,10 +142,10 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       Array([0., 0., 0.], dtype=float32)
     """
     if not callable(fn):
-        raise StructureError(
+        raise ArgumentError(
             "`intercept` needs a function to hand the calls to",
             expected="a function of (module, call, *args, **kwargs)",
-            got=f"{fn!r:.60}",
+            got=show_value(fn),
             cure="`mu.intercept(nn.Linear, lambda module, call, x: call(x))`",
         )
     for_each_class(_make_interceptable)  # those that were given another `__call__` since
@@ -177,10 +178,10 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
     """
     node = f if of is None else of
     if not isinstance(node, Module) and of is None:
-        raise StructureError(
+        raise ArgumentError(
             "`capture` of a function needs the model that is looked into",
             expected="a callable Module, or `of=model`",
-            got=f"{f!r:.60}",
+            got=show_value(f),
             cure="`mu.capture(model, nn.Linear)(x)`, or `mu.capture(f, nn.Linear, of=model)(x)`.",
         )
     selects = as_filter(filters if filters else ...)
@@ -290,11 +291,11 @@ def _held(module: Any, name: str) -> Any:
     """
     if isinstance(module, Module):
         return module.__dict__.get(name)
-    raise StructureError(
-        f"{type(module).__name__} cannot hold state `{name}`",
+    raise ArgumentError(
+        f"{show_value(module)} cannot hold state `{name}`",
         path=name,
         expected="a Module",
-        got=f"{module!r:.60}",
+        got=show_class(module),
         cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`.",
     )
 

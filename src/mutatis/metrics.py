@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mutatis.errors import StructureError
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError
 from mutatis.model.kinds import MetricState
 from mutatis.model.modules import Module
 from mutatis.model.operations import reset
@@ -69,7 +70,7 @@ class Average(Metric):
           StructureError: there are no values of that name.
         """
         if self.argname not in values:
-            raise StructureError(
+            raise ArgumentError(
                 f"a metric that takes `{self.argname}` was updated without",
                 path=self.argname,
                 expected=f"{self.argname}=...",
@@ -120,7 +121,7 @@ class Accuracy(Average):
         guesses = jnp.argmax(logits, -1) if self.threshold is None else logits >= self.threshold
         truth = labels if self.threshold is None else labels > 0
         if guesses.shape != truth.shape:
-            raise StructureError(
+            raise ArgumentError(
                 "the logits do not fit the labels of `Accuracy`",
                 path="logits",
                 expected=f"labels of shape {guesses.shape}",
@@ -150,11 +151,11 @@ class MultiMetric(Metric):
     def __init__(self, **metrics: Any) -> None:
         for name, metric in metrics.items():
             if not isinstance(metric, Metric) or hasattr(MultiMetric, name):
-                raise StructureError(
+                raise ArgumentError(
                     f"`{name}` cannot be an attribute of `MultiMetric`",
                     path=name,
                     expected="a metric, under a name that is not one of its methods",
-                    got=f"{name}={type(metric).__name__}",
+                    got=f"{name}={show_class(metric)}",
                     cure="`mu.metrics.MultiMetric(loss=mu.metrics.Average('loss'))`",
                 )
             setattr(self, name, metric)

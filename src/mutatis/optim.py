@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mutatis.core import naming
 from mutatis.core.avals import show_type
 from mutatis.core.naming import show_path
-from mutatis.errors import DeferredStateError, OptimizerError
+from mutatis.errors import ArgumentError, DeferredStateError, OptimizerError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import OptState, Param
 from mutatis.model.modules import Module
@@ -73,7 +73,7 @@ class Optimizer(Module):
         import optax
 
         if len(args) not in (1, 2):
-            raise OptimizerError("`update` takes gradients, or a model and gradients", cure="`optimizer.update(grads)`")
+            raise ArgumentError("`update` takes gradients, or a model and gradients", cure="`optimizer.update(grads)`")
         params = self._params()
         if len(args) == 2:
             self._check_model(args[0], params)

@@ -231,7 +231,7 @@ def test_a_handler_in_a_handler_of_the_same_name_has_its_own() -> None:
     assert inner.handler_id == outer.handler_id
     moved = dataclasses.replace(outer, body=Chain([*outer.body.parts, lambda x: inner((x, inside))[0], inner]))
     assert moved._names() == [".parts[0].state"]
-    with pytest.raises(errors.EffectError, match="was called without states"):
+    with pytest.raises(errors.ArgumentError, match="was called without states"):
         moved((1.0, states))
     inner, _ = handle(inner, "b", handler_id="mine")
     with pytest.raises(errors.EffectError, match="has a handler 'local_state_0' already"):
@@ -703,17 +703,17 @@ def changed() -> None:
 @pytest.mark.parametrize(
     ("act", "error", "text"),
     [
-        (lambda: handle(two()), errors.EffectError, "said nowhere"),
-        (lambda: handle(two(), "a", lambda c: True), errors.EffectError, "said twice"),
-        (lambda: handle(two(), "a", state_sharing="some"), errors.EffectError, "`state_sharing` cannot be 'some'"),  # type: ignore[arg-type]
+        (lambda: handle(two()), errors.ArgumentError, "said nowhere"),
+        (lambda: handle(two(), "a", lambda c: True), errors.ArgumentError, "said twice"),
+        (lambda: handle(two(), "a", state_sharing="some"), errors.ArgumentError, "`state_sharing` cannot be 'some'"),  # type: ignore[arg-type]
         (lambda: handle(Asks(), "a"), errors.EffectError, r"`layers\[0\]|`layers` is a request in a Module"),
         (lambda: handle(Twice(), mu.Cache), errors.EffectError, "two states have the name 'n': a and b"),
         (lambda: handle(Net(), object()), errors.FilterError, "is not a filter"),
-        (lambda: handle(two(), "a")[0](1.0), errors.EffectError, "without states"),
+        (lambda: handle(two(), "a")[0](1.0), errors.ArgumentError, "without states"),
         (lambda: handle(two(), "a")[0](1.0, {}), errors.EffectError, r"missing:    \.parts\[0\]\.state"),
         (lambda: handle(two(), "b")[0](1.0, {"x": 1}), errors.EffectError, "unexpected: x"),
         (lambda: effects.freeze_local_states(handle(two(), "a")[0], {}), errors.EffectError, "missing"),
-        (lambda: handle(Counts(), "variables")[0](1.0, {"v": 1.0}), errors.StructureError, "changed inside a handled"),
+        (lambda: handle(Counts(), "variables")[0](1.0, {"v": 1.0}), errors.StructureError, "changed in a handled"),
         (changed, errors.EffectError, r"has changed since it was handled[\s\S]*missing: total"),
         (
             lambda: handle(places(Frozen("text", "a")), "a"),

@@ -317,7 +317,7 @@ def test_methods_and_state_by_name() -> None:
     net, state = eqx.nn.make_with_state(ToEquinox)(ours)
     out, state = net(batch(), state=state, method="features")
     assert_equal(out, ours.features(batch()))
-    with pytest.raises(errors.StructureError, match="without its state"):
+    with pytest.raises(errors.ArgumentError, match="without its state"):
         net(batch(), key=jax.random.key(0))
 
 
@@ -341,5 +341,5 @@ def test_two_of_a_structure_are_the_same_program(traces: Any) -> None:
 def test_refusals() -> None:
     with pytest.raises(errors.DeferredStateError, match=r"`kernel` has no value"):
         ToEquinox(mu.nn.Linear(None, 3, rngs=mu.Rngs(0)))
-    with pytest.raises(errors.StructureError, match="holds a Mutatis module"):
+    with pytest.raises(errors.ArgumentError, match="holds a Mutatis module"):
         ToEquinox(eqx.nn.Linear(3, 3, key=jax.random.key(0)))

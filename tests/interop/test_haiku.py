@@ -263,7 +263,7 @@ def test_refusals() -> None:
             return x
 
     transformed = hk.transform_with_state(lambda x: ToHaiku(WritesParam)(x))
-    with pytest.raises(errors.StructureError, match="constant in a call"):
+    with pytest.raises(errors.FrozenStateError, match="constant in a call"):
         transformed.apply(*transformed.init(jax.random.key(0), jnp.ones(2)), None, jnp.ones(2))
     with pytest.raises(errors.StructureError, match=r"missing: layers\[0\]\.kernel"):
         hk.transform_with_state(host).apply({"linear": {}}, {}, None, batch())

@@ -457,7 +457,7 @@ def test_lower_precision() -> None:
 def test_refusals() -> None:
     with pytest.raises(errors.DeferredStateError, match=r"`kernel` has no value"):
         ToNnx(mu.nn.Linear(None, 3, rngs=mu.Rngs(0)))
-    with pytest.raises(errors.StructureError, match="holds a Mutatis module"):
+    with pytest.raises(errors.ArgumentError, match="holds a Mutatis module"):
         ToNnx(jnp.ones(3))  # type: ignore[arg-type]
     both = mu.Module()
     both.held = {1: mu.Param(1.0), "1": mu.Param(2.0)}

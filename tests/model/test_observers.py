@@ -127,5 +127,5 @@ def test_an_observation_lasts_as_long_as_its_states(log: list[Any]) -> None:
 
 
 def test_observers_have_to_be_functions() -> None:
-    with pytest.raises(mu.errors.StructureError, match="needs a function"):
+    with pytest.raises(mu.errors.ArgumentError, match="needs a function"):
         mu.on_commit(Net(), 3)

@@ -83,7 +83,7 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
     """
     if _compat.current_trace() is not _compat.EVAL_TRACE:
         raise CheckpointError(
-            f"states cannot be {what} inside a transform",
+            f"states cannot be {what} while a function is traced",
             where=naming.where(),
             cure="Save and restore between the calls of a transformed function.",
         )

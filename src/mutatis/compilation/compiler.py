@@ -418,9 +418,9 @@ class Compiler:
     def _run_compiled(self, program: Program, number: int, compiled: Any, call: PendingCall, flat: list[Any]) -> Any:
         binding = call.binding
         if binding.program is not program or transactions.current() is not None:
-            inside = "is called inside another transform" if binding.program is program else "is called with others"
+            what = "to be called by itself" if binding.program is program else "for arguments of another structure"
             raise StructureError(
-                f"`{binding.label}` was compiled for arguments of one structure and for itself, and {inside}",
+                f"`{binding.label}` was compiled {what}",
                 where=naming.where(),
                 cure="Call what `mu.jit` returned: it compiles when it needs to. Or lower it for these arguments.",
             )

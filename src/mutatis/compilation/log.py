@@ -20,6 +20,7 @@ import numpy as np
 from mutatis.compilation.pending import PendingCall
 from mutatis.core.avals import show_type
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_structure
 from mutatis.core.statics import Static, StaticObject
 from mutatis.errors import RecompilationWarning
 from mutatis.model import contexts
@@ -154,7 +155,7 @@ def facts_of(call: PendingCall) -> dict[str, str]:
                 if not is_node(leaf):
                     facts[name + jax.tree_util.keystr(path)] = _show_leaf(leaf)
             if (treedef := FlatTree(value).structure[0]) != _ONE_LEAF:
-                facts[f"structure of {name}"] = str(treedef)
+                facts[f"structure of {name}"] = show_structure(treedef)
     scope = call.scope() if call.walked is None else call.walked
     for path, obj in zip(scope.encoder.object_paths, scope.encoder.objects, strict=True):
         place = show_root_path(path)

@@ -214,7 +214,7 @@ def check_outlived(obj: Any, name: str) -> None:
     owner = type(obj).__name__
     raw = _compat.raw_transform_name(now())
     raise TraceLevelError(
-        f"`{owner}.{name}` was set to a state that is made inside a raw JAX transform ({raw})",
+        f"`{owner}.{name}` was set to a state that is made in a raw JAX transform ({raw})",
         path=f"{owner}.{name}",
         where=naming.where(),
         cure="It would hold a tracer when the transform is over. Use the transform of the same name in `mu` (`mu.jit`, "

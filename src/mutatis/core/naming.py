@@ -103,6 +103,19 @@ def show_path(path: tuple[Any, ...]) -> str:
     return text
 
 
+def show_name(qualname: str) -> str:
+    """A function's or class's qualified name as messages show it: ``train.step``, ``lambda in Net.__call__``.
+
+    What has no name of its own, a lambda or a function that is called `_`, is no part of another one's.
+    """
+    *outer, last = qualname.replace("<locals>.", "").split(".")
+    around = [name for name in outer if name not in ("<lambda>", "_")]
+    if last not in ("<lambda>", "_"):
+        return ".".join([*around, last])
+    word = "lambda" if last == "<lambda>" else "_"
+    return f"{word} in {'.'.join(around)}" if around else word
+
+
 def caller() -> tuple[str, int, str]:
     """The nearest frame outside this package."""
     frame: Any = sys._getframe(2)

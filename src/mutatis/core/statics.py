@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.errors import StaticAttributeError
 
 
@@ -208,6 +209,6 @@ def check_static(value: Any, owner: str, name: str) -> None:
         f"`{owner}.{name}` cannot be static: {kind.__name__} {problem}",
         path=f"{owner}.{name}",
         expected="a Variable, Module, array, or a hashable value such as a number, string, function or frozen dataclass",
-        got=f"{value!r:.60}",
+        got=show_value(value),
         cure=f"Keep it by identity, `self.{name} = mu.static(...)`, or make it state: `self.{name} = mu.Variable(...)`.",
     )

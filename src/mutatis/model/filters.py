@@ -10,6 +10,7 @@ import abc
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import FilterError
 from mutatis.model.variables import Variable
 
@@ -209,8 +210,8 @@ def as_filter(filter: FilterLike) -> Filter:
     if callable(filter):
         return Satisfies(filter)
     raise FilterError(
-        f"{filter!r:.60} is not a filter",
+        f"{show_value(filter)} is not a filter",
         expected="a kind, a tag, `...`, None, a bool, a list of filters, or a function of (path, variable)",
-        got=type(filter).__name__,
+        got=show_class(filter),
         cure="For all parameters write `mu.Param`; for all but them `mu.Not(mu.Param)`.",
     )

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, Static, StaticObject
 from mutatis.core.structure import Watch
 from mutatis.errors import StructureError
@@ -206,7 +207,7 @@ def _bare_array(value: Any, path: Path) -> StructureError:
         f"`{place}` is one of the bare arrays in a container, which are no states",
         path=place,
         expected="Variables, Modules, static values, or containers of these",
-        got=type(value).__name__,
+        got=show_class(value),
         cure="Say what kind of state it is: put `mu.Variable(x)` (or `mu.Param(x)`, ...) into the container.",
     )
 

@@ -14,8 +14,9 @@ from mutatis.core import access
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import FilterError, StateTypeError, StructureError
+from mutatis.errors import ArgumentError, FilterError, StateTypeError, StructureError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.graph import make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
@@ -86,10 +87,10 @@ def merge(definition: GraphDef, *states: Any) -> Any:
       StructureError: a value is missing, or one belongs to no path.
     """
     if not isinstance(definition, GraphDef):
-        raise StructureError(
-            f"{type(definition).__name__} is not a graph definition",
+        raise ArgumentError(
+            f"{show_value(definition)} is not a graph definition",
             expected="a GraphDef, and then States",
-            got=f"{definition!r:.60}",
+            got=show_class(definition),
             cure="`definition, state = mu.split(model)`; `mu.merge(definition, state)`.",
         )
     given: dict[Path, Any] = {}
@@ -210,10 +211,10 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
     if isinstance(part, State):
         return part._flat
     if not isinstance(part, Mapping):
-        raise StateTypeError(
-            f"{type(part).__name__} is not a state",
+        raise ArgumentError(
+            f"{show_value(part)} is not a State",
             expected="a State, or nested dictionaries by path",
-            got=f"{part!r:.60}",
+            got=show_class(part),
             cure="`mu.state(model)` gives a State; `state.to_pure_dict()` nested dictionaries.",
         )
     ends = set(paths)

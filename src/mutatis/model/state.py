@@ -59,7 +59,9 @@ class State(Mapping[Any, Any]):
             return self._flat[path]
         below = {p: p[len(path) :] for p in self._flat if p[: len(path)] == path}
         if not below:
-            raise KeyError(f"no state at {show_path(path)!r}; there are {', '.join(map(show_path, self._flat))}")
+            raise KeyError(
+                f"no state at {show_path(path)!r}; there are {', '.join(map(show_path, self._flat)) or 'none'}"
+            )
         return State(
             {rest: self._flat[p] for p, rest in below.items()}, {rest: self._kinds[p] for p, rest in below.items()}
         )

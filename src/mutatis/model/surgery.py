@@ -15,10 +15,11 @@ from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import Journal, put_back
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.core.statics import check_static
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.errors import StructureError
+from mutatis.errors import FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
 from mutatis.model.modules import Module
@@ -87,8 +88,8 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
     else:
         chosen = [*modules(node, where).values()]
     if not chosen:
-        raise StructureError(
-            f"no module is selected by {where!r}",
+        raise FilterError(
+            f"no module is selected by {show_value(where)}",
             expected="the path of a module, or a filter that selects some",
             got=", ".join(show_path(path) or "." for path in every) or "no modules",
             cure="`mu.modules(model)` lists them by path.",

@@ -23,7 +23,7 @@ from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.naming import caller
 from mutatis.core.nodes import Node
 from mutatis.core.structure import structure
-from mutatis.errors import DeferredStateError, FrozenStateError, StateTypeError
+from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, StateTypeError
 from mutatis.model.values import as_value, brief, from_bytes, to_bytes
 
 V = TypeVar("V", bound="Variable")
@@ -91,7 +91,7 @@ class Variable(Cell, Node, metaclass=_Kind):
         self.fixed = type(self)._fixed_by_kind if fixed is None else fixed
         self.metadata = metadata
         if value is UNSET and init is None:
-            raise StateTypeError(
+            raise ArgumentError(
                 f"a {type(self).__name__} needs a value",
                 made_at=self.made_at,
                 cure=f"Give a value, `{spelled(type(self))}(jnp.zeros(3))`, or say how it starts: `init=lambda: ...`.",
@@ -171,7 +171,7 @@ class Variable(Cell, Node, metaclass=_Kind):
         if self._made_at is None:
             return None
         file, line, function = self._made_at
-        return f"{os.path.basename(file)}:{line} in {function}"
+        return f"{os.path.basename(file)}:{line} in {naming.show_name(function)}"
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that are neither slots nor methods: metadata.

@@ -9,9 +9,10 @@ from typing import Any
 
 from mutatis import _compat
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject
 from mutatis.core.structure import structure_lock
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.model.filters import Filter, Path
 from mutatis.model.graph import Encoder, Parts, Spec, cell_spec
 from mutatis.model.modules import Module
@@ -118,10 +119,10 @@ def check_node(node: Any) -> Any:
     """
     if is_node(node) or isinstance(node, list | tuple | dict):
         return node
-    raise StructureError(
-        f"{type(node).__name__} is not a node",
+    raise ArgumentError(
+        f"{show_value(node)} is not a node",
         expected="a Module, a Variable, or a list, tuple or dict of them",
-        got=f"{node!r:.60}",
+        got=show_class(node),
         cure="Write a model as `class Net(mu.Module)`; for a plain dict of arrays use `mu.State.from_flat`.",
     )
 

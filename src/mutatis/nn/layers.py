@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
 from mutatis.core.cells import Deferred
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import Param
 from mutatis.model.variables import Variable
 from mutatis.random import Rngs
@@ -38,7 +39,7 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
             path="params",
             expected="Rngs",
-            got=type(rngs).__name__,
+            got=show_class(rngs),
             cure=f"`nn.{layer}(..., rngs=mu.Rngs(0))`",
         )
     return rngs.stream("params").draw()
@@ -72,7 +73,7 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
     features = None if cell.deferred else cell.shape[along] * times
     if x.ndim >= ndim and -x.ndim <= axis < x.ndim and features in (None, x.shape[axis]):
         return int(x.shape[axis])
-    raise StructureError(
+    raise ArgumentError(
         f"state {naming.describe(cell)} does not fit the input of its layer",
         path=naming.path_of(cell),
         where=naming.where(),
@@ -128,7 +129,7 @@ def as_tuple(layer: str, name: str, value: int | Sequence[int], length: int | No
     """
     numbers = (value,) * (length or 1) if isinstance(value, int) else tuple(value)
     if length is not None and len(numbers) != length:
-        raise StructureError(
+        raise ArgumentError(
             f"`nn.{layer}` has {length} spatial axes, and `{name}` is for {len(numbers)}",
             path=name,
             expected=f"one int, or {length}",

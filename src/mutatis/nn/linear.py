@@ -12,7 +12,7 @@ from jax import lax
 from jax.nn.initializers import Initializer, lecun_normal, zeros
 from jax.typing import ArrayLike, DTypeLike
 
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.model.modules import Module
 from mutatis.nn.layers import as_tuple, check_input, materialize, param_key, parameter, promote, stretch
 from mutatis.random import Rngs
@@ -196,7 +196,7 @@ class Conv(Module):
     def _kernel_shape(self, in_features: int) -> tuple[int, ...]:
         groups = self.feature_group_count
         if in_features % groups or self.out_features % groups:
-            raise StructureError(
+            raise ArgumentError(
                 f"`nn.Conv` cannot divide its channels into {groups} groups",
                 path="feature_group_count",
                 expected=f"numbers of channels that {groups} divides",
@@ -217,7 +217,7 @@ def _lax_padding(padding: Padding, input_dilation: tuple[int, ...]) -> Any:
     if isinstance(padding, str):
         known = ("SAME", "SAME_LOWER", "VALID") if set(input_dilation) == {1} else ()
         if padding not in known:
-            raise StructureError(
+            raise ArgumentError(
                 f"`nn.Conv` does not know the padding {padding!r}{'' if known else ' of a dilated input'}",
                 path="padding",
                 expected=", ".join([*map(repr, known), "an int", "(low, high) for each spatial axis"]),

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import naming
 from mutatis.core.cells import Deferred
-from mutatis.errors import StructureError
+from mutatis.errors import AxisError
 from mutatis.model.kinds import BatchStat, Param
 from mutatis.model.modules import Module
 from mutatis.nn.layers import (
@@ -163,7 +163,7 @@ class BatchNorm(Module):
         try:
             return lax.pmean(mean, self.axis_name)
         except NameError:
-            raise StructureError(
+            raise AxisError(
                 f"state {naming.describe(self.mean)} is averaged over an axis `{self.axis_name}` that does not exist",
                 path=naming.path_of(self.mean),
                 where=naming.where(),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.core import naming
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.nn.layers import first_said
@@ -57,11 +58,11 @@ class Dropout(Module):
         rngs: Rngs | None = None,
     ) -> None:
         if not 0 <= rate <= 1:
-            raise StructureError(
-                f"`nn.Dropout` cannot drop with rate {rate}",
+            raise ArgumentError(
+                f"`nn.Dropout` cannot drop with rate {show_value(rate)}",
                 path="rate",
                 expected="a probability, from 0 to 1",
-                got=repr(rate),
+                got=show_value(rate),
                 cure="`nn.Dropout(0.5, rngs=rngs)`",
             )
         self.rate = rate

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from mutatis.core.naming import show_name
 from mutatis.core.nodes import is_node
 
 
@@ -95,4 +96,4 @@ def function_name(function: Any) -> str:
     while hasattr(function, "func"):  # partials
         function = function.func
     name = getattr(function, "__qualname__", None) or type(function).__name__
-    return str(name).replace("<locals>.", "").replace("<lambda>", "lambda")
+    return show_name(str(name))

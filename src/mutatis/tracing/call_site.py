@@ -193,7 +193,7 @@ class CallSite:
         for cell in end.cells:
             if cell not in end.born and access.is_deferred(cell):
                 raise StructureError(
-                    f"state {naming.describe(cell)} was created inside {what}",
+                    f"state {naming.describe(cell)} was created in {what}",
                     path=self.scope.locate(cell),
                     where=self.label,
                     made_at=naming.made_at(cell),
@@ -238,7 +238,7 @@ class CallSite:
                 continue
             if isinstance(obj, Module) and isinstance(obj.__dict__.get(name), Intermediate):
                 raise StructureError(
-                    f"a value was kept inside {what}, by `mu.sow` or `mu.capture`",
+                    f"a value was kept in {what}, by `mu.sow` or `mu.capture`",
                     path=naming.path_of(obj.__dict__[name]),
                     where=self.label,
                     expected="values that are kept each time that it runs",
@@ -247,7 +247,7 @@ class CallSite:
                 )
             path = show_root_path((*self.scope.encoder.object_paths[number], *((name,) if name else ())))
             raise StructureError(
-                f"`{path}` was changed inside {what}",
+                f"`{path}` was changed in {what}",
                 path=path,
                 where=self.label,
                 cure="The body is traced once, not run each time. Make states and change attributes before; "

@@ -164,7 +164,7 @@ def refuse_structure(site: CallSite, end: RunResult, what: str, but: Sequence[An
         cells = site.scope.cells_of(node)
         if any(id(cell) in born for cell in cells.values()):
             raise StructureError(
-                f"a {type(node).__name__} was made and returned inside {what}",
+                f"a {type(node).__name__} was made and returned in {what}",
                 where=site.label,
                 cure="Make it before, and write to its states inside; or return arrays.",
             )

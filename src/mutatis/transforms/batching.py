@@ -17,6 +17,7 @@ import numpy as np
 from mutatis import _compat
 from mutatis.core import naming
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, spelled
@@ -154,7 +155,7 @@ def _sort_by_axis(
             shared.append(new)
         elif trace is None:
             raise LaneError(
-                f"state {site.describe(cell)} was written in a vectorized `map`, where items have no order",
+                f"state {site.describe(cell)} was written in a batch of items, which have no order",
                 path=site.scope.locate(cell),
                 where=site.label,
                 made_at=naming.made_at(cell),
@@ -187,7 +188,7 @@ def _argument_axes(
             f"`in_axes` has {len(in_axes)} entries for {len(args)} positional arguments",
             where=site.label,
             expected=f"{len(args)} entries, or one axis for all",
-            got=f"{in_axes!r:.60}",
+            got=show_value(in_axes),
             cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
         )
     entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
@@ -223,7 +224,7 @@ def _count(
     if len(sizes) == 1:
         return next(iter(sizes))
     raise AxisError(
-        "`vmap` is given axes of different sizes" if sizes else "`vmap` has nothing to map over",
+        "the mapped axes have different sizes" if sizes else "there is nothing to map over",
         where=site.label,
         got=", ".join(f"{name}: {size}" for size, name in sizes.items()) or None,
         cure="All mapped axes have one size; share the others with None, or say `axis_size=`.",

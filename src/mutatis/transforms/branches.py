@@ -13,7 +13,8 @@ import jax
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.errors import StructureError
+from mutatis.core.showing import show_structure
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
@@ -64,7 +65,7 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
       3
     """
     if not branches:
-        raise StructureError(
+        raise ArgumentError(
             "`switch` has no branches", expected="at least one function", cure="Give a list of functions."
         )
     if operand is not _NONE:
@@ -86,7 +87,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         branches: list[Staged] = []
         for function in functions:
             staged = stage(site, cells, {}, packed.leaves, _caller(function, packed))
-            refuse_structure(site, staged.end, f"a branch of `{name}`")
+            refuse_structure(site, staged.end, "a branch")
             branches.append(staged)
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
@@ -97,7 +98,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             for cell in written:
                 if cell in staged.values:
                     check_kept(site, staged, cell, values[cell], "in a branch")
-        _check_results(site, branches)
+        _check_results(site, name, branches)
 
         def pure(staged: Staged) -> Callable[[Any, Any], Any]:
             def branch(states: list[Any], leaves: list[Any]) -> Any:
@@ -121,15 +122,16 @@ def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], A
     return lambda leaves: function(*packed.unflatten(leaves))
 
 
-def _check_results(site: CallSite, branches: Sequence[Staged]) -> None:
+def _check_results(site: CallSite, name: str, branches: Sequence[Staged]) -> None:
+    names = ("the false branch", "the true branch") if name == "cond" else [f"branch {n}" for n in range(len(branches))]
     first = branches[0]
     for number, staged in enumerate(branches):
         same_nodes = [id(node) for node in staged.end.nodes] == [id(node) for node in first.end.nodes]
         if staged.end.structure != first.end.structure or not same_nodes:
             raise StructureError(
-                f"the branches of `{site.label}` return different structures",
+                "the branches return different structures",
                 where=site.label,
-                expected=f"what branch 0 returns: {first.end.structure[0]}",
-                got=f"branch {number}: {staged.end.structure[0]}",
+                expected=f"what {names[0]} returns: {show_structure(first.end.structure[0])}",
+                got=f"{names[number]}: {show_structure(staged.end.structure[0])}",
                 cure="Return the same containers (and the same modules) from every branch.",
             )

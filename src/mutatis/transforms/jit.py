@@ -13,7 +13,8 @@ from mutatis import _compat
 from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.compilation.program import Program
-from mutatis.errors import OptionError
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import function_name
 from mutatis.tracing.transformed import Transformed
 
@@ -150,11 +151,11 @@ _DEFAULTS = dict(jit.__kwdefaults__ or {})
 def _options(function: Any, options: dict[str, Any]) -> Options:
     given = {**_DEFAULTS, **options}
     if given["donate"] not in ("auto", True, False):
-        raise OptionError(
-            f"`donate` cannot be {given['donate']!r}",
+        raise ArgumentError(
+            f"`donate` cannot be {show_value(given['donate'])}",
             where=f"jit({function_name(function)})",
             expected='"auto", True or False',
-            got=repr(given["donate"]),
+            got=show_value(given["donate"]),
             cure='`mu.jit(f, donate="auto")`',
         )
     jax.jit(function, **{name: given[name] for name in _OF_ARGUMENTS})  # checks that there are such arguments

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.errors import OptionError, StateTypeError, StructureError
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
@@ -72,11 +73,11 @@ def scan(
         "checkpoint_every": checkpoint_every,
     }
     if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1):
-        raise OptionError(
-            f"`checkpoint_every` cannot be {checkpoint_every!r}",
+        raise ArgumentError(
+            f"`checkpoint_every` cannot be {show_value(checkpoint_every)}",
             where="scan",
             expected="a positive int, or None",
-            got=repr(checkpoint_every),
+            got=show_class(checkpoint_every),
             cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
         )
     if runs_eagerly() and states is None:
@@ -139,17 +140,17 @@ def _scan(
                 axes.setdefault(cell, 0)
         sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
         stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
-        count = site.repeats = _length(name, length, slices.leaves, stacks)
+        count = site.repeats = _length(site.label, length, slices.leaves, stacks)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
 
         def one_step(leaves: Any) -> Any:
             result = call(carry.unflatten(leaves[0]), slices.unflatten(leaves[1]))
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise StructureError(
-                    f"the body of `{site.label}` returned {type(result).__name__}",
+                    "the body did not return a pair",
                     where=site.label,
-                    expected="a pair: (carry, y)",
-                    got=type(result).__name__,
+                    expected="(carry, y)",
+                    got=show_value(result),
                     cure="Return `carry, y`, either of which may be None; or use `mu.for_loop`.",
                 )
             return result
@@ -163,7 +164,7 @@ def _scan(
             staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
         end = staged.end
         sown = site.sown(end)
-        refuse_structure(site, end, f"the body of `{name}`", sown)
+        refuse_structure(site, end, "the body of a loop", sown)
         _check_carry(site, carry, staged)
 
         values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
@@ -242,12 +243,13 @@ def _slice_type(stack: Any) -> jax.ShapeDtypeStruct:
     return _compat.type_of(stack, 1)
 
 
-def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
+def _length(where: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
     if scalars := [leaf for leaf in leaves if not jnp.ndim(leaf)]:
-        raise StructureError(
-            f"`{name}` was given a scalar to loop over",
+        raise ArgumentError(
+            "a scalar cannot be looped over",
+            where=where,
             expected="arrays with a leading axis",
-            got=f"{scalars[0]!r:.40}",
+            got=show_value(scalars[0]),
             cure="Say how often with `length=n`, and let the function name what stays the same.",
         )
     sizes = {jnp.shape(leaf)[0] for leaf in leaves}
@@ -255,8 +257,9 @@ def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Varia
     if length is not None:
         sizes.add(operator.index(length))
     if len(sizes) != 1:
-        raise StructureError(
-            f"`{name}` cannot tell the number of its iterations",
+        raise ArgumentError(
+            "the number of iterations cannot be told",
+            where=where,
             expected="one length: of the leading axes of `xs`, of the sliced states, and `length`",
             got=sorted(sizes),
             cure="Give `xs` of one length, or `length=n`.",
@@ -286,18 +289,12 @@ def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
         a.shape != b.shape or a.dtype != b.dtype for a, b in zip(carry.leaves, staged.leaves[:width], strict=True)
     ):
         raise StateTypeError(
-            f"the carry of `{site.label}` changes its type in an iteration",
+            "the carry changes its type in an iteration",
             where=site.label,
-            expected=_show(before),
-            got=_show(result[0]),
+            expected=show_value(before),
+            got=show_value(result[0]),
             cure="Return a carry of the type of `init`: convert with `.astype`, or start with that type.",
         )
-
-
-def _show(tree: Any) -> str:
-    return str(
-        jax.tree.map(lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]", tree, is_leaf=lambda x: hasattr(x, "dtype"))
-    )
 
 
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
@@ -338,7 +335,7 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
         test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
         _refuse_condition_writes(site, test)
-        refuse_structure(site, body.end, f"the body of `{name}`")
+        refuse_structure(site, body.end, "the body of a loop")
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
         written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]
@@ -366,17 +363,17 @@ def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
     for cell in test.end.cells:
         if cell not in test.end.born:
             raise StructureError(
-                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition of a `while_loop`",
+                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition",
                 path=site.scope.locate(cell),
                 where=site.label,
                 cure="A condition is evaluated once more than the body: write the state in the body.",
             )
     if len(test.leaves) != 1:
         raise StructureError(
-            f"the condition of `{site.label}` must return one boolean",
+            "the condition did not return one boolean",
             where=site.label,
             expected="a boolean scalar",
-            got=f"{len(test.leaves)} values",
+            got=show_value(test.end.unflatten(test.leaves)),
             cure="Return one comparison, e.g. `lambda x: x < 10`.",
         )
 
@@ -412,6 +409,7 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
             i, end, value = loop
             return i + 1, end, body_fun(i, value)
 
+        body.__qualname__ = function_name(body_fun)
         lower, upper = jnp.asarray(lower), jnp.asarray(upper)
         start = (lower.astype(jnp.result_type(lower, upper)), upper.astype(jnp.result_type(lower, upper)), init_val)
         return _while("fori_loop", lambda loop: loop[0] < loop[1], body, start, (body_fun,))[2]

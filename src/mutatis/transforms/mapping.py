@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import FlatTree
 from mutatis.transforms.batching import vectorize
 from mutatis.transforms.loops import for_loop
@@ -49,7 +49,7 @@ def _map_compiled(functions: Sequence[Any], options: dict[str, Any], operands: A
 
 def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
     if FlatTree(xs).nodes:
-        raise StructureError(
+        raise ArgumentError(
             "`map` with `batch_size` cannot slice modules",
             expected="arrays in `xs`",
             got="a module",
@@ -58,7 +58,7 @@ def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
 
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
     if len(counts) != 1 or () in counts or batch_size < 1:
-        raise StructureError(
+        raise ArgumentError(
             "`map` cannot divide its items into batches",
             expected="arrays with leading axes of one size, and a positive `batch_size`",
             got=f"leading axes {sorted(counts)}, batch_size={batch_size}",

@@ -15,7 +15,7 @@ from mutatis import _compat
 from mutatis.core import naming
 from mutatis.core.nodes import is_node
 from mutatis.core.transactions import Transaction
-from mutatis.errors import LaneError, OptionError
+from mutatis.errors import ArgumentError, LaneError
 from mutatis.model.kinds import RngState
 from mutatis.model.variables import Variable, spelled
 from mutatis.tracing.arguments import broadcast
@@ -91,8 +91,8 @@ def _shard(
     named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
     with CallSite("shard_map", function, args, others=[("states", [node for node, _ in named])]) as site:
         if kwargs:
-            raise OptionError(
-                f"`{site.label}` was called with keyword arguments",
+            raise ArgumentError(
+                "there are keyword arguments",
                 where=site.label,
                 expected="arguments by position: `in_specs` has a spec for each",
                 got=", ".join(kwargs),

@@ -25,8 +25,9 @@ from mutatis import _compat
 from mutatis.compilation.eager_control import runs_eagerly
 from mutatis.core import access, naming
 from mutatis.core.cells import Cell
+from mutatis.core.showing import show_structure, show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import StructureError, TraceLevelError
+from mutatis.errors import ArgumentError, StructureError, TraceLevelError
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.call_site import CallSite
@@ -59,7 +60,6 @@ class CustomRule(Transformed):
         if not self.rules:
             raise StructureError(
                 f"`{name}` has no derivative rule yet",
-                where=name,
                 cure="Define it: `f.defvjp(fwd, bwd)` of a `mu.custom_vjp`, `f.defjvp(jvp)` of a `mu.custom_jvp`.",
             )
         args = _positional(function, args, kwargs)
@@ -192,8 +192,8 @@ class _Call:
             raise StructureError(
                 "a derivative rule does not return what its function returns",
                 where=self.site.label,
-                expected=f"a pair, of {expected[0]} and the residuals or tangents",
-                got=f"a {type(result).__name__}" if given is None else str(given[0]),
+                expected=f"a pair, of {show_structure(expected[0])} and the residuals or tangents",
+                got=show_value(result) if given is None else f"{show_structure(given[0])} first",
                 cure="Return `out, residuals` from a forward rule, `out, tangent` from a `jvp`.",
             )
 
@@ -320,9 +320,8 @@ def _positional(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return args
     bound.apply_defaults()
     if bound.kwargs:
-        raise StructureError(
+        raise ArgumentError(
             f"keyword-only arguments of `{function_name(function)}` cannot be passed on to its derivative rule",
-            where=function_name(function),
             expected="arguments that may be given by position",
             got=", ".join(bound.kwargs),
             cure="Make them ordinary parameters, or capture them.",

@@ -14,6 +14,7 @@ from mutatis.core import naming
 from mutatis.core.cells import Cell
 from mutatis.core.journal import Journal
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import StructureError
 from mutatis.model.state import State
 from mutatis.tracing.arguments import FlatTree
@@ -191,7 +192,7 @@ def _cotangents(plan: _Plan, given: Any, perturbed: Sequence[bool]) -> tuple[lis
             "a backward rule does not return a cotangent for each argument",
             where=plan.label,
             expected=f"a tuple of {plan.arguments}, each in the structure of its argument",
-            got=f"{given!r:.60}",
+            got=show_value(given),
             cure="Return a tuple: a cotangent or None for each argument, a `mu.State` for a Module or Variable.",
         )
     states: list[Any] = [None] * len(perturbed)
@@ -203,7 +204,7 @@ def _cotangents(plan: _Plan, given: Any, perturbed: Sequence[bool]) -> tuple[lis
                 f"a backward rule gives cotangents for states that a {kind} does not have",
                 where=plan.label,
                 expected=f"None, or a State over some of {', '.join(map(show_path, by_path))}",
-                got=type(part).__name__ if flat is None else ", ".join(map(show_path, flat)),
+                got=show_class(part) if flat is None else ", ".join(map(show_path, flat)),
                 cure="`mu.State({path: cotangent})`, with the paths of `mu.variables(module)`.",
             )
         for path, value in flat.items():
