@@ -4,16 +4,129 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
 from mutatis.model.filters import FilterLike
 from mutatis.model.kinds import Param
+from mutatis.model.modules import Module
+from mutatis.model.state import State
+from mutatis.model.variables import Variable
 from mutatis.tracing.differentiation import UNSAID, Differentiation
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+Rest = ParamSpec("Rest")
+R = TypeVar("R")
+X = TypeVar("X")
+Aux = TypeVar("Aux")
+N = TypeVar("N", bound=Module | Variable[Any])
+A = TypeVar("A", bound=jax.Array | State | dict[Any, jax.Array] | list[jax.Array] | tuple[jax.Array, ...])
 
+if (
+    TYPE_CHECKING
+):  # the gradient of a node is a State, that of arrays is like them, and that of anything else may be anything
+
+    class Gradient(Transformed[P, Any]):
+        """Gives the gradient."""
+
+        @overload
+        def __call__(self: Gradient[Concatenate[A, Rest]], first: A, *args: Rest.args, **kwargs: Rest.kwargs) -> A: ...
+        @overload
+        def __call__(
+            self: Gradient[Concatenate[N, Rest]], first: N, *args: Rest.args, **kwargs: Rest.kwargs
+        ) -> State: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class GradientAnd(Transformed[P, tuple[Any, X]], Generic[P, X]):
+        """Gives the gradient and what `has_aux` says."""
+
+        @overload
+        def __call__(
+            self: GradientAnd[Concatenate[A, Rest], X], first: A, *args: Rest.args, **kwargs: Rest.kwargs
+        ) -> tuple[A, X]: ...
+        @overload
+        def __call__(
+            self: GradientAnd[Concatenate[N, Rest], X], first: N, *args: Rest.args, **kwargs: Rest.kwargs
+        ) -> tuple[State, X]: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Any, X]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    class AndGradient(Transformed[P, tuple[X, Any]], Generic[P, X]):
+        """Gives the value and the gradient."""
+
+        @overload
+        def __call__(
+            self: AndGradient[Concatenate[A, Rest], X], first: A, *args: Rest.args, **kwargs: Rest.kwargs
+        ) -> tuple[X, A]: ...
+        @overload
+        def __call__(
+            self: AndGradient[Concatenate[N, Rest], X], first: N, *args: Rest.args, **kwargs: Rest.kwargs
+        ) -> tuple[X, State]: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> tuple[X, Any]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class GradOptions(TypedDict, total=False):
+    """What `grad` and `value_and_grad` can be told, for type checkers."""
+
+    holomorphic: bool
+    allow_int: bool
+    reduce_axes: Sequence[Any]
+    wrt: FilterLike
+
+
+@overload
+def value_and_grad(
+    f: Callable[P, tuple[R, Aux]], *, has_aux: Literal[True], of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, tuple[tuple[R, Aux], State]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, R], *, has_aux: Literal[False] = ..., of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, tuple[R, State]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, tuple[R, Aux]], argnums: Literal[0] = ..., *, has_aux: Literal[True], **options: Unpack[GradOptions]
+) -> AndGradient[P, tuple[R, Aux]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, R], argnums: Literal[0] = ..., has_aux: Literal[False] = ..., **options: Unpack[GradOptions]
+) -> AndGradient[P, R]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, tuple[R, Aux]],
+    argnums: int | Sequence[int] = ...,
+    *,
+    has_aux: Literal[True],
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Transformed[P, tuple[tuple[R, Aux], Any]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, R],
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    allow_int: bool = ...,
+    reduce_axes: Sequence[Any] = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Transformed[P, tuple[Any, Any]]: ...
+@overload
+def value_and_grad(
+    f: None = None,
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    *,
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Callable[[Callable[P, R]], Transformed[P, tuple[Any, Any]]]: ...
 def value_and_grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,
@@ -54,6 +167,52 @@ def value_and_grad(
     return _transform(value_and_grad, f, options, lambda value, gradient: (value, gradient))
 
 
+@overload
+def grad(
+    f: Callable[P, tuple[R, Aux]], *, has_aux: Literal[True], of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, tuple[State, Aux]]: ...
+@overload
+def grad(
+    f: Callable[P, R], *, has_aux: Literal[False] = ..., of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, State]: ...
+@overload
+def grad(
+    f: Callable[P, tuple[R, Aux]], argnums: Literal[0] = ..., *, has_aux: Literal[True], **options: Unpack[GradOptions]
+) -> GradientAnd[P, Aux]: ...
+@overload
+def grad(
+    f: Callable[P, R], argnums: Literal[0] = ..., has_aux: Literal[False] = ..., **options: Unpack[GradOptions]
+) -> Gradient[P]: ...
+@overload
+def grad(
+    f: Callable[P, tuple[R, Aux]],
+    argnums: int | Sequence[int] = ...,
+    *,
+    has_aux: Literal[True],
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Transformed[P, tuple[Any, Aux]]: ...
+@overload
+def grad(
+    f: Callable[P, R],
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    allow_int: bool = ...,
+    reduce_axes: Sequence[Any] = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Transformed[P, Any]: ...
+@overload
+def grad(
+    f: None = None,
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    *,
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Callable[[Callable[P, R]], Transformed[P, Any]]: ...
 def grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,

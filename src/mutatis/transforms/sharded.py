@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 from jax.sharding import PartitionSpec
@@ -28,7 +28,34 @@ from mutatis.tracing.transformed import Transformed
 _REPLICATED = PartitionSpec()
 _INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def shard_map(
+    f: Callable[P, R],
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def shard_map(
+    f: None = None,
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
 def shard_map(
     f: Callable[..., Any] | None = None,
     /,
