@@ -116,7 +116,10 @@ def gradients(net: Net, x: Array) -> None:
     assert_type(mu.grad(lambda: loss(net, x), of=net)(), mu.State)
     assert_type(mu.value_and_grad(lambda: loss(net, x), of=net)(), tuple[Array, mu.State])
     assert_type(mu.grad(square)(x[0]), Array)
-    assert_type(mu.grad(of_dict)({"w": x}), dict[str, Array])
+    assert_type(mu.grad(of_dict)({"w": x}), Any)
+    assert_type(mu.jit(mu.grad(loss))(net, x), Any)
+    assert_type(mu.grad(mu.grad(square))(x[0]), Array)
+    assert_type(mu.grad(mu.jit(loss))(net, x), mu.State)
     assert_type(mu.grad(loss, argnums=1)(net, x), Any)
     print(mu.grad(lambda net: loss(net, x))(net)["w"], 2 * mu.grad(lambda x: jnp.sum(x["w"]))({"w": x})["w"])
 

@@ -19,56 +19,49 @@ from mutatis.tracing.transformed import Transformed
 P = ParamSpec("P")
 Rest = ParamSpec("Rest")
 R = TypeVar("R")
-X = TypeVar("X")
 Aux = TypeVar("Aux")
-N = TypeVar("N", bound=Module | Variable[Any])
-A = TypeVar("A", bound=jax.Array | State | dict[Any, jax.Array] | list[jax.Array] | tuple[jax.Array, ...])
+N = TypeVar("N", bound=Module | Variable[Any] | State)
+OfNode = TypeVar("OfNode")
+OfArray = TypeVar("OfArray")
+Other = TypeVar("Other", covariant=True)
 
-if (
-    TYPE_CHECKING
-):  # the gradient of a node is a State, that of arrays is like them, and that of anything else may be anything
+if TYPE_CHECKING:
 
-    class Gradient(Transformed[P, Any]):
-        """Gives the gradient."""
+    class _Unsaid:
+        """Declared of no argument: who matches it is an argument without a declaration, as those of a lambda are."""
+
+    class Gradient(Transformed[P, Other], Generic[P, OfNode, OfArray, Other]):
+        """What gives a gradient: its type is known of what is declared to be a node or an array, and else it is any.
+
+        Other transforms take it as the `Transformed` that it is: of overloaded calls mypy knows no signature to keep.
+        """
 
         @overload
-        def __call__(self: Gradient[Concatenate[A, Rest]], first: A, *args: Rest.args, **kwargs: Rest.kwargs) -> A: ...
+        def __call__(self: Gradient[[_Unsaid], OfNode, OfArray, Other], *args: P.args, **kwargs: P.kwargs) -> Other: ...
         @overload
         def __call__(
-            self: Gradient[Concatenate[N, Rest]], first: N, *args: Rest.args, **kwargs: Rest.kwargs
-        ) -> State: ...
-        @overload
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    class GradientAnd(Transformed[P, tuple[Any, X]], Generic[P, X]):
-        """Gives the gradient and what `has_aux` says."""
-
+            self: Gradient[[_Unsaid, _Unsaid], OfNode, OfArray, Other], *args: P.args, **kwargs: P.kwargs
+        ) -> Other: ...
         @overload
         def __call__(
-            self: GradientAnd[Concatenate[A, Rest], X], first: A, *args: Rest.args, **kwargs: Rest.kwargs
-        ) -> tuple[A, X]: ...
+            self: Gradient[[_Unsaid, _Unsaid, _Unsaid], OfNode, OfArray, Other], *args: P.args, **kwargs: P.kwargs
+        ) -> Other: ...
         @overload
         def __call__(
-            self: GradientAnd[Concatenate[N, Rest], X], first: N, *args: Rest.args, **kwargs: Rest.kwargs
-        ) -> tuple[State, X]: ...
-        @overload
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> tuple[Any, X]: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    class AndGradient(Transformed[P, tuple[X, Any]], Generic[P, X]):
-        """Gives the value and the gradient."""
-
+            self: Gradient[Concatenate[N, Rest], OfNode, OfArray, Other],
+            first: N,
+            *args: Rest.args,
+            **kwargs: Rest.kwargs,
+        ) -> OfNode: ...
         @overload
         def __call__(
-            self: AndGradient[Concatenate[A, Rest], X], first: A, *args: Rest.args, **kwargs: Rest.kwargs
-        ) -> tuple[X, A]: ...
+            self: Gradient[Concatenate[jax.Array, Rest], OfNode, OfArray, Other],
+            first: jax.Array,
+            *args: Rest.args,
+            **kwargs: Rest.kwargs,
+        ) -> OfArray: ...
         @overload
-        def __call__(
-            self: AndGradient[Concatenate[N, Rest], X], first: N, *args: Rest.args, **kwargs: Rest.kwargs
-        ) -> tuple[X, State]: ...
-        @overload
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> tuple[X, Any]: ...
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Other: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
@@ -92,11 +85,11 @@ def value_and_grad(
 @overload
 def value_and_grad(
     f: Callable[P, tuple[R, Aux]], argnums: Literal[0] = ..., *, has_aux: Literal[True], **options: Unpack[GradOptions]
-) -> AndGradient[P, tuple[R, Aux]]: ...
+) -> Gradient[P, tuple[tuple[R, Aux], State], tuple[tuple[R, Aux], jax.Array], tuple[tuple[R, Aux], Any]]: ...
 @overload
 def value_and_grad(
     f: Callable[P, R], argnums: Literal[0] = ..., has_aux: Literal[False] = ..., **options: Unpack[GradOptions]
-) -> AndGradient[P, R]: ...
+) -> Gradient[P, tuple[R, State], tuple[R, jax.Array], tuple[R, Any]]: ...
 @overload
 def value_and_grad(
     f: Callable[P, tuple[R, Aux]],
@@ -178,11 +171,11 @@ def grad(
 @overload
 def grad(
     f: Callable[P, tuple[R, Aux]], argnums: Literal[0] = ..., *, has_aux: Literal[True], **options: Unpack[GradOptions]
-) -> GradientAnd[P, Aux]: ...
+) -> Gradient[P, tuple[State, Aux], tuple[jax.Array, Aux], tuple[Any, Aux]]: ...
 @overload
 def grad(
     f: Callable[P, R], argnums: Literal[0] = ..., has_aux: Literal[False] = ..., **options: Unpack[GradOptions]
-) -> Gradient[P]: ...
+) -> Gradient[P, State, jax.Array, Any]: ...
 @overload
 def grad(
     f: Callable[P, tuple[R, Aux]],

@@ -32,6 +32,18 @@ R = TypeVar("R")
 
 @overload
 def vmap(
+    f: Transformed[P, R],
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def vmap(
     f: Callable[P, R],
     in_axes: Any = ...,
     out_axes: Any = ...,
@@ -93,7 +105,7 @@ def vmap(
       (Array([0, 2, 4], dtype=int32), 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(vmap, **options)
+    remake: functools.partial[Any] = functools.partial(vmap, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: vectorize(function, args, kwargs, **options))

@@ -26,7 +26,8 @@ class Jitted(Transformed[P, R_co]):
     """A function compiled by `mu.jit`."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        super().__init__(function, functools.partial(jit, **options))
+        remake: functools.partial[Any] = functools.partial(jit, **options)
+        super().__init__(function, remake)
         self._compiler = Compiler("jit", _options(function, options))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
@@ -114,6 +115,8 @@ class JitOptions(TypedDict, total=False):
     donate: str | bool
 
 
+@overload
+def jit(f: Transformed[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
 @overload
 def jit(f: Callable[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
 @overload

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, TypeVarTuple, overload
+from typing import Any, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,44 +31,31 @@ Y = TypeVar("Y")
 Xs = TypeVarTuple("Xs")
 
 
-@overload  # a carry may start as a number, and slices of anything like an array are arrays
+class ScanOptions(TypedDict, total=False):
+    """What `scan` can be told, for type checkers."""
+
+    length: int | None
+    reverse: bool
+    unroll: int | bool
+    _split_transpose: bool
+    states: Any
+    checkpoint_every: int | None
+
+
+@overload  # a carry may start as a number, and slices of what is like an array are arrays
 def scan(
     f: Callable[[jax.Array, jax.Array], tuple[jax.Array, Y]],
     init: ArrayLike,
     xs: ArrayLike,
-    length: int | None = ...,
-    reverse: bool = ...,
-    unroll: int | bool = ...,
-    _split_transpose: bool = ...,
-    *,
-    states: Any = ...,
-    checkpoint_every: int | None = ...,
+    **options: Unpack[ScanOptions],
 ) -> tuple[jax.Array, Y]: ...
 @overload
 def scan(
-    f: Callable[[jax.Array, X], tuple[jax.Array, Y]],
-    init: ArrayLike,
-    xs: X = ...,
-    length: int | None = ...,
-    reverse: bool = ...,
-    unroll: int | bool = ...,
-    _split_transpose: bool = ...,
-    *,
-    states: Any = ...,
-    checkpoint_every: int | None = ...,
+    f: Callable[[jax.Array, X], tuple[jax.Array, Y]], init: ArrayLike, xs: X = ..., **options: Unpack[ScanOptions]
 ) -> tuple[jax.Array, Y]: ...
 @overload
 def scan(
-    f: Callable[[C, jax.Array], tuple[C, Y]],
-    init: C,
-    xs: ArrayLike,
-    length: int | None = ...,
-    reverse: bool = ...,
-    unroll: int | bool = ...,
-    _split_transpose: bool = ...,
-    *,
-    states: Any = ...,
-    checkpoint_every: int | None = ...,
+    f: Callable[[C, jax.Array], tuple[C, Y]], init: C, xs: ArrayLike, **options: Unpack[ScanOptions]
 ) -> tuple[C, Y]: ...
 @overload
 def scan(

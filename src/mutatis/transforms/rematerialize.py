@@ -18,6 +18,15 @@ R = TypeVar("R")
 
 @overload
 def remat(
+    f: Transformed[P, R],
+    *,
+    prevent_cse: bool | Sequence[bool] = ...,
+    policy: Callable[..., bool] | None = ...,
+    static_argnums: int | tuple[int, ...] = ...,
+    static_argnames: str | Iterable[str] = ...,
+) -> Transformed[P, R]: ...
+@overload
+def remat(
     f: Callable[P, R],
     *,
     prevent_cse: bool | Sequence[bool] = ...,
@@ -61,7 +70,7 @@ def remat(
       (Array(6., dtype=float32), 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(remat, **options)
+    remake: functools.partial[Any] = functools.partial(remat, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: _remat(function, args, kwargs, **options))

@@ -34,6 +34,18 @@ R = TypeVar("R")
 
 @overload
 def shard_map(
+    f: Transformed[P, R],
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def shard_map(
     f: Callable[P, R],
     /,
     *,
@@ -99,7 +111,7 @@ def shard_map(
       (Array([0., 2., 4., 6.], dtype=float32), 6.0)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(shard_map, **options)
+    remake: functools.partial[Any] = functools.partial(shard_map, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: _shard(function, args, kwargs, **options))
