@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,12 @@ from mutatis.model.kinds import Intermediate, Perturbation
 from mutatis.model.modules import Module, for_each_class
 from mutatis.model.state import State
 from mutatis.model.surgery import Places, modules
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Variable, unsubscripted
 from mutatis.tracing.transformed import Transformed
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _stack = Context("intercept", None)  # the innermost Interceptor
 
@@ -153,7 +155,7 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
         yield
 
 
-def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
+def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transformed[P, tuple[R, State]]:
     """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
 
     `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
@@ -203,7 +205,7 @@ def sow(
     name: str,
     value: T,
     *,
-    kind: type[Variable] = Intermediate,
+    kind: type[Variable[Any]] = Intermediate,
     reduce: Callable[[Any, T], Any] | None = None,
 ) -> None:
     """Keep a value from inside a computation as a state of a module.
@@ -230,6 +232,7 @@ def sow(
       >>> [float(value) for value in mu.pop(net, mu.Intermediate)["activation"]]
       [1.0, 2.0]
     """
+    kind = unsubscripted(kind)
     held = _held(module, name)
     if held is None:
         setattr(module, name, kind((value,)) if reduce is None else kind(value, reduced=True))
@@ -239,7 +242,7 @@ def sow(
         raise _occupied(module, name, held, kind)
 
 
-def perturb(module: Module, name: str, value: Any) -> Any:
+def perturb(module: Module, name: str, value: T) -> T:
     """Add a state of zeros to a value, so that gradients with respect to the value can be taken.
 
     The state is made at the first call; ``mu.grad(loss, wrt=mu.Perturbation)(model)`` then gives the gradients.
@@ -280,7 +283,8 @@ def perturb(module: Module, name: str, value: Any) -> Any:
             made_at=held.made_at,
             cure="Take it out, `mu.pop(model, mu.Perturbation)`, and call the model once: it is made anew.",
         )
-    return jax.tree.map(jnp.add, value, zeros)
+    perturbed: T = jax.tree.map(jnp.add, value, zeros)
+    return perturbed
 
 
 def _held(module: Any, name: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,11 @@ class Optimizer(Module):
         names, leaves, _ = _named_leaves(tx.init(self._values(self._params())))
         self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
 
-    def update(self, *args: Any, **extra: Any) -> None:
+    @overload
+    def update(self, grads: Any, /, **extra: Any) -> None: ...
+    @overload
+    def update(self, model: Any, grads: Any, /, **extra: Any) -> None: ...
+    def update(self, *args: Any, **extra: Any) -> None:  # type: ignore[misc]  # mypy does not see that it takes both
         """Apply gradients: ``update(grads)`` or ``update(model, grads)``.
 
         Args:

@@ -13,7 +13,7 @@ import functools
 import sys
 import types
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ import numpy as np
 from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_value
 from mutatis.errors import StaticAttributeError
+
+T = TypeVar("T")
 
 
 class StaticObject:
@@ -49,7 +51,7 @@ class StaticObject:
         return static, (self.value,)
 
 
-def static(obj: Any) -> Any:
+def static(obj: T) -> T:
     """Mark an object as static when it is assigned to an attribute: kept by identity, its changes unseen.
 
     Example:
@@ -60,7 +62,8 @@ def static(obj: Any) -> Any:
       >>> Net({"a", "b"}).config == {"a", "b"}
       True
     """
-    return StaticObject(obj)
+    kept: T = StaticObject(obj)  # type: ignore[assignment]  # as the attribute, which unwraps it
+    return kept
 
 
 class Static:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,14 @@ from mutatis.model.walks import variables
 T = TypeVar("T")
 
 
+@overload
+def state(node: Any, filter: FilterLike = ..., /) -> State: ...
+@overload
+def state(node: Any, first: FilterLike, second: FilterLike, /) -> tuple[State, State]: ...
+@overload
+def state(
+    node: Any, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
+) -> tuple[State, State, State, *tuple[State, ...]]: ...
 def state(node: Any, *filters: FilterLike) -> Any:
     """The values of a node by path.
 
@@ -54,11 +62,19 @@ def _state_of(cells: Mapping[Path, Variable]) -> State:
     return State(dict(zip(cells, values, strict=True)), dict(zip(cells, map(type, cells.values()), strict=True)))
 
 
-def graphdef(node: Any) -> GraphDef:
+def graphdef(node: T) -> GraphDef[T]:
     """The static rest of a node: hashable, without arrays, equal for equal structure."""
     return describe_graph(node)[0]
 
 
+@overload
+def split(node: T, filter: FilterLike = ..., /) -> tuple[GraphDef[T], State]: ...
+@overload
+def split(node: T, first: FilterLike, second: FilterLike, /) -> tuple[GraphDef[T], State, State]: ...
+@overload
+def split(
+    node: T, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
+) -> tuple[GraphDef[T], State, State, State, *tuple[State, ...]]: ...
 def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
     """The `GraphDef` of a node and its values: one `State`, or one for each filter.
 
@@ -80,7 +96,7 @@ def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
     return definition, *(everything._only(p for p, at in places.items() if at == i) for i in range(len(filters)))
 
 
-def merge(definition: GraphDef, *states: Any) -> Any:
+def merge(definition: GraphDef[T], *states: State | Mapping[Any, Any]) -> T:
     """A new node from a `GraphDef` and values; sharing is as it was.
 
     Raises:
@@ -141,11 +157,10 @@ def _fits(kept: Any, value: Any) -> bool:
 
 def clone(node: T) -> T:
     """An independent copy of a node with the same values; sharing is kept."""
-    copied: T = merge(*split(node))
-    return copied
+    return merge(*split(node))
 
 
-def update(node: Any, *states: Any, cast: bool = False) -> None:
+def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) -> None:
     """Write values into the states of a node, by path. Everything is checked before anything is written.
 
     Args:
@@ -229,6 +244,14 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
     return flat
 
 
+@overload
+def pop(node: Any, filter: FilterLike, /) -> State: ...
+@overload
+def pop(node: Any, first: FilterLike, second: FilterLike, /) -> tuple[State, State]: ...
+@overload
+def pop(
+    node: Any, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
+) -> tuple[State, State, State, *tuple[State, ...]]: ...
 def pop(node: Any, *filters: FilterLike) -> Any:
     """Take states out of a node: their values are returned and their attributes removed.
 

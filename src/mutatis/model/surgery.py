@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from mutatis.core.transactions import Transaction
 from mutatis.errors import FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
-from mutatis.model.modules import Module
+from mutatis.model.modules import M, Module
 from mutatis.model.walks import check_node
 from mutatis.model.wrapped import Wrapped
 
@@ -30,7 +30,11 @@ T = TypeVar("T")
 GONE = object()  # in the place of what is taken out
 
 
-def modules(node: Any, *filters: FilterLike) -> dict[Path, Module]:
+@overload
+def modules(node: Any, kind: type[M], /) -> dict[Path, M]: ...
+@overload
+def modules(node: Any, *filters: FilterLike) -> dict[Path, Module]: ...
+def modules(node: Any, *filters: FilterLike) -> dict[Path, Any]:
     """The submodules of a node by path, the node itself first, each at its first place.
 
     Args:

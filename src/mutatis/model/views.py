@@ -7,12 +7,12 @@ from typing import Any
 from mutatis.core.nodes import is_node
 from mutatis.errors import ArgumentError
 from mutatis.model.graphdef import describe_graph
-from mutatis.model.modules import Module
+from mutatis.model.modules import M
 from mutatis.model.surgery import modules
 from mutatis.model.walks import variables
 
 
-def view(module: Module, **statics: Any) -> Any:
+def view(module: M, **statics: Any) -> M:
     """Another module over the same cells with other static attributes, such as ``mode="eval"``.
 
     Each attribute is set on every submodule that has it; `mode` on all.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import weakref
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 from mutatis import _compat
 from mutatis.core.nodes import is_node
@@ -16,7 +16,7 @@ from mutatis.errors import ArgumentError
 from mutatis.model.filters import Filter, Path
 from mutatis.model.graph import Encoder, Parts, Spec, cell_spec
 from mutatis.model.modules import Module
-from mutatis.model.variables import Variable
+from mutatis.model.variables import V, Variable
 from mutatis.model.wrapped import Wrapped
 
 
@@ -93,7 +93,7 @@ def _held(obj: Any) -> list[Any]:
     return [obj.__func__, obj.__self__] if isinstance(obj, types.MethodType) else list(obj)
 
 
-def _find(node: Any, *, described: bool) -> tuple[Parts, list[Variable]]:
+def _find(node: Any, *, described: bool) -> tuple[Parts, list[Variable[Any]]]:
     """The parts of a node's definition, and its cells in the order of their numbers.
 
     A module is walked over only if it has changed. Without `described`, the paths are all that there is of a definition.
@@ -127,7 +127,11 @@ def check_node(node: Any) -> Any:
     )
 
 
-def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
+@overload
+def variables(node: Any, kind: type[V], /) -> dict[Path, V]: ...
+@overload
+def variables(node: Any, *filters: Any) -> dict[Path, Variable[Any]]: ...
+def variables(node: Any, *filters: Any) -> dict[Path, Any]:
     """The live cells of a node by path, each at its first place.
 
     Args:

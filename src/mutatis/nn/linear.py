@@ -177,10 +177,10 @@ class Conv(Module):
         axes = len(self.kernel_size) + 1
         features = check_input(self.kernel, x, along=-2, times=self.feature_group_count, ndim=axes)
         materialize(self.kernel, self.kernel_init, self._kernel_shape(features), self.param_dtype)
-        x, kernel, bias = promote(self.dtype, x, self.kernel.value, None if self.bias is None else self.bias.value)
-        batch = x.shape[:-axes]
+        inputs, kernel, bias = promote(self.dtype, x, self.kernel.value, None if self.bias is None else self.bias.value)
+        batch = inputs.shape[:-axes]
         y = lax.conv_general_dilated(
-            x.reshape(math.prod(batch), *x.shape[-axes:]),
+            inputs.reshape(math.prod(batch), *inputs.shape[-axes:]),
             kernel,
             self.strides,
             self.padding,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,14 +189,14 @@ class BatchNorm(Module):
         materialize(self.bias, self.bias_init, shape, self.param_dtype)
 
 
-def _statistic(init: Initializer, features: int | None, dtype: DTypeLike) -> BatchStat:
+def _statistic(init: Initializer, features: int | None, dtype: Any) -> BatchStat:
     """A running statistic that `mu.reset` starts anew."""
     start = _waiting if features is None else _start(init, features, dtype)
     return BatchStat(start(), init=start)
 
 
 @functools.lru_cache(maxsize=1024)
-def _start(init: Initializer, features: int, dtype: DTypeLike) -> functools.partial[jax.Array]:
+def _start(init: Initializer, features: int, dtype: Any) -> functools.partial[jax.Array]:
     """How a statistic starts; one object for all that start alike, so that a walk over them describes it once."""
     return functools.partial(init, None, (features,), dtype)
 

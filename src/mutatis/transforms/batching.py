@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,46 @@ from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def vmap(
+    f: Transformed[P, R],
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def vmap(
+    f: Callable[P, R],
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def vmap(
+    f: None = None,
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
 def vmap(
     f: Callable[..., Any] | None = None,
     in_axes: Any = 0,
@@ -67,7 +106,7 @@ def vmap(
       (Array([0, 2, 4], dtype=int32), 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(vmap, **options)
+    remake: functools.partial[Any] = functools.partial(vmap, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: vectorize(function, args, kwargs, **options))

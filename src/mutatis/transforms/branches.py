@@ -7,9 +7,10 @@ passes it on, so the branch that is not taken leaves states alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, overload
 
 import jax
+from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
@@ -21,8 +22,16 @@ from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
 
 _NONE = object()
 
+R = TypeVar("R")
+X = TypeVar("X")
+Xs = TypeVarTuple("Xs")
 
-def cond(
+
+@overload
+def cond(pred: ArrayLike, true_fun: Callable[[*Xs], R], false_fun: Callable[[*Xs], R], *operands: *Xs) -> R: ...
+@overload
+def cond(pred: ArrayLike, true_fun: Callable[[X], R], false_fun: Callable[[X], R], *, operand: X) -> R: ...
+def cond(  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
     pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, operand: Any = _NONE
 ) -> Any:
     """Run one of two functions; as `jax.lax.cond`, with states.
@@ -54,7 +63,13 @@ def cond(
     return _choose("cond", pred, (false_fun, true_fun), operands)
 
 
-def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, operand: Any = _NONE) -> Any:
+@overload
+def switch(index: ArrayLike, branches: Sequence[Callable[[*Xs], R]], *operands: *Xs) -> R: ...
+@overload
+def switch(index: ArrayLike, branches: Sequence[Callable[[X], R]], *, operand: X) -> R: ...
+def switch(  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
+    index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, operand: Any = _NONE
+) -> Any:
     """Run one of several functions; as `jax.lax.switch`, with states. The index is clamped.
 
     Example:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 
@@ -15,7 +15,30 @@ from mutatis.model.filters import FilterLike
 from mutatis.model.kinds import Param
 from mutatis.tracing.differentiation import Differentiation, Form
 
+R = TypeVar("R")
+Aux = TypeVar("Aux")
 
+
+@overload
+def jvp(
+    fun: Callable[..., tuple[R, Aux]],
+    primals: Sequence[Any],
+    tangents: Any,
+    *,
+    has_aux: Literal[True],
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> tuple[R, Any, Aux]: ...
+@overload
+def jvp(
+    fun: Callable[..., R],
+    primals: Sequence[Any],
+    tangents: Any,
+    has_aux: Literal[False] = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> tuple[R, Any]: ...
 def jvp(
     fun: Callable[..., Any],
     primals: Sequence[Any],
@@ -55,6 +78,26 @@ def jvp(
         return _result(site, out, aux, has_aux, site.form.of_outputs(tangent))
 
 
+@overload
+def vjp(
+    fun: Callable[..., tuple[R, Aux]],
+    *primals: Any,
+    has_aux: Literal[True],
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    reduce_axes: Sequence[Any] = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any], Aux]: ...
+@overload
+def vjp(
+    fun: Callable[..., R],
+    *primals: Any,
+    has_aux: Literal[False] = ...,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    reduce_axes: Sequence[Any] = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any]]: ...
 def vjp(
     fun: Callable[..., Any],
     *primals: Any,
@@ -100,6 +143,24 @@ def _pull_back(form: Form, pull: Any, cotangent: Any) -> Any:
     return form.of_inputs(inputs)
 
 
+@overload
+def linearize(
+    fun: Callable[..., tuple[R, Aux]],
+    *primals: Any,
+    has_aux: Literal[True],
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any], Aux]: ...
+@overload
+def linearize(
+    fun: Callable[..., R],
+    *primals: Any,
+    has_aux: Literal[False] = ...,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any]]: ...
 def linearize(
     fun: Callable[..., Any],
     *primals: Any,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
@@ -25,7 +26,51 @@ from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
 
+C = TypeVar("C")
+X = TypeVar("X")
+Y = TypeVar("Y")
+Xs = TypeVarTuple("Xs")
 
+
+class ScanOptions(TypedDict, total=False):
+    """What `scan` can be told, for type checkers."""
+
+    length: int | None
+    reverse: bool
+    unroll: int | bool
+    _split_transpose: bool
+    states: Any
+    checkpoint_every: int | None
+
+
+@overload  # a carry may start as a number, and slices of what is like an array are arrays
+def scan(
+    f: Callable[[jax.Array, jax.Array], tuple[jax.Array, Y]],
+    init: ArrayLike,
+    xs: ArrayLike,
+    **options: Unpack[ScanOptions],
+) -> tuple[jax.Array, Y]: ...
+@overload
+def scan(
+    f: Callable[[jax.Array, X], tuple[jax.Array, Y]], init: ArrayLike, xs: X = ..., **options: Unpack[ScanOptions]
+) -> tuple[jax.Array, Y]: ...
+@overload
+def scan(
+    f: Callable[[C, jax.Array], tuple[C, Y]], init: C, xs: ArrayLike, **options: Unpack[ScanOptions]
+) -> tuple[C, Y]: ...
+@overload
+def scan(
+    f: Callable[[C, X], tuple[C, Y]],
+    init: C,
+    xs: X = ...,
+    length: int | None = ...,
+    reverse: bool = ...,
+    unroll: int | bool = ...,
+    _split_transpose: bool = ...,
+    *,
+    states: Any = ...,
+    checkpoint_every: int | None = ...,
+) -> tuple[C, Y]: ...
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
@@ -90,7 +135,25 @@ def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
     return _scan("scan", f, f, *operands, states=None, **options)
 
 
+@overload
 def for_loop(
+    f: Callable[[jax.Array], Y],
+    xs: ArrayLike,
+    /,
+    *,
+    length: int | None = ...,
+    reverse: bool = ...,
+    unroll: int | bool = ...,
+) -> Y: ...
+@overload
+def for_loop(
+    f: Callable[[*Xs], Y],
+    *xs: *Xs,
+    length: int | None = ...,
+    reverse: bool = ...,
+    unroll: int | bool = ...,
+) -> Y: ...
+def for_loop(  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
     f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: int | bool = 1
 ) -> Any:
     """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
@@ -297,6 +360,12 @@ def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
         )
 
 
+@overload
+def while_loop(
+    cond_fun: Callable[[jax.Array], ArrayLike], body_fun: Callable[[jax.Array], jax.Array], init_val: ArrayLike
+) -> jax.Array: ...
+@overload
+def while_loop(cond_fun: Callable[[C], ArrayLike], body_fun: Callable[[C], C], init_val: C) -> C: ...
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
     """Loop while a condition holds; as `jax.lax.while_loop`, with states.
 
@@ -378,6 +447,24 @@ def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
         )
 
 
+@overload
+def fori_loop(
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable[[jax.Array, jax.Array], jax.Array],
+    init_val: ArrayLike,
+    *,
+    unroll: int | bool | None = ...,
+) -> jax.Array: ...
+@overload
+def fori_loop(
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable[[jax.Array, C], C],
+    init_val: C,
+    *,
+    unroll: int | bool | None = ...,
+) -> C: ...
 def fori_loop(
     lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None
 ) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.errors import ArgumentError
@@ -14,7 +15,14 @@ from mutatis.tracing.arguments import FlatTree
 from mutatis.transforms.batching import vectorize
 from mutatis.transforms.loops import for_loop
 
+X = TypeVar("X")
+Y = TypeVar("Y")
 
+
+@overload
+def map(f: Callable[[jax.Array], Y], xs: ArrayLike, *, batch_size: int | None = ...) -> Y: ...
+@overload
+def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = ...) -> Y: ...
 def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
     """Apply a function to slices along axis 0; as `jax.lax.map`, with states.
 

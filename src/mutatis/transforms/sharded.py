@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 from jax.sharding import PartitionSpec
@@ -28,7 +28,46 @@ from mutatis.tracing.transformed import Transformed
 _REPLICATED = PartitionSpec()
 _INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def shard_map(
+    f: Transformed[P, R],
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def shard_map(
+    f: Callable[P, R],
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def shard_map(
+    f: None = None,
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
 def shard_map(
     f: Callable[..., Any] | None = None,
     /,
@@ -72,7 +111,7 @@ def shard_map(
       (Array([0., 2., 4., 6.], dtype=float32), 6.0)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(shard_map, **options)
+    remake: functools.partial[Any] = functools.partial(shard_map, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: _shard(function, args, kwargs, **options))

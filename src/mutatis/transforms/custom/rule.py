@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,11 @@ from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Code, Staged, check_kept, refuse_structure, stage
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 
-class CustomRule(Transformed):
+
+class CustomRule(Transformed[P, R_co]):
     """A function with a derivative rule of the user's."""
 
     def __init__(
@@ -54,27 +57,28 @@ class CustomRule(Transformed):
         self._options = options
         self.set_recipe(functools.partial(_remake, type(self), *self._nondiff, rules=rules, **options))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        function = self.__wrapped__
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        function: Callable[..., R_co] = self.__wrapped__
         name = function_name(function)
         if not self.rules:
             raise StructureError(
                 f"`{name}` has no derivative rule yet",
                 cure="Define it: `f.defvjp(fwd, bwd)` of a `mu.custom_vjp`, `f.defjvp(jvp)` of a `mu.custom_jvp`.",
             )
-        args = _positional(function, args, kwargs)
+        positional = _positional(function, args, kwargs)
         if self in _discovering.rules:
             _discovering.rules[self] = True
-            return function(*args)
-        with CallSite(type(self)._name, function, args, functions=self.rules) as site:
+            return function(*positional)
+        with CallSite(type(self)._name, function, positional, functions=self.rules) as site:
             if runs_eagerly():
                 end, leaves, values = site.run({})
-                return site.commit(end, values, leaves)
-            call = _Call(self, site, args)
+                committed: R_co = site.commit(end, values, leaves)
+                return committed
+            call = _Call(self, site, positional)
             out, written = self._through_jax(call)
             for cell, value in zip(call.written, written, strict=True):
                 access.write(cell, jax.tree.map(_constant, value))
-            result = call.primal.end.unflatten(out)
+            result: R_co = call.primal.end.unflatten(out)
             call.forget_values()
             return result
 
@@ -87,8 +91,14 @@ class CustomRule(Transformed):
 
 
 def _remake(
-    cls: type[CustomRule], numbers: Any, names: Any, function: Any, *, rules: tuple[Any, ...] = (), **options: Any
-) -> CustomRule:
+    cls: type[CustomRule[..., Any]],
+    numbers: Any,
+    names: Any,
+    function: Any,
+    *,
+    rules: tuple[Any, ...] = (),
+    **options: Any,
+) -> CustomRule[..., Any]:
     made = cls(function, numbers, names)
     if rules:
         made._define(tuple(rules), options)
@@ -99,7 +109,7 @@ class _Discovering(threading.local):
     """The functions whose rules are being staged for the first time, and whether a rule called its own function."""
 
     def __init__(self) -> None:
-        self.rules: dict[CustomRule, bool] = {}
+        self.rules: dict[CustomRule[..., Any], bool] = {}
 
 
 _discovering = _Discovering()
@@ -108,7 +118,7 @@ _discovering = _Discovering()
 class _Call:
     """One call: what of its arguments is differentiated, the staged function, and the staged rule."""
 
-    def __init__(self, owner: CustomRule, site: CallSite, args: tuple[Any, ...]) -> None:
+    def __init__(self, owner: CustomRule[..., Any], site: CallSite, args: tuple[Any, ...]) -> None:
         function = owner.__wrapped__
         numbers, names = owner._nondiff
         self.owner = owner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,19 @@ from mutatis.tracing.captures import search
 from mutatis.tracing.scope import Scope
 from mutatis.transforms.custom.rule import CustomRule, _Call, _instantiate, _is_float, _Late, _Plan, _run_primal
 
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
+
+@overload
+def custom_vjp(
+    fun: Callable[P, R], nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
+) -> CustomVJP[P, R]: ...
+@overload
+def custom_vjp(
+    fun: None = None, nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
+) -> Callable[[Callable[P, R]], CustomVJP[P, R]]: ...
 def custom_vjp(
     fun: Callable[..., Any] | None = None, nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
 ) -> Any:
@@ -65,14 +77,14 @@ def custom_vjp(
     return CustomVJP(fun, nondiff_argnums, nondiff_argnames)
 
 
-class CustomVJP(CustomRule):
+class CustomVJP(CustomRule[P, R_co]):
     """A function with a reverse-mode rule."""
 
     _name = "custom_vjp"
 
     def defvjp(
         self,
-        fwd: Callable[..., tuple[Any, Any]],
+        fwd: Callable[..., tuple[R_co, Any]],
         bwd: Callable[..., tuple[Any, ...]],
         symbolic_zeros: bool = False,
         optimize_remat: bool = False,
