@@ -15,6 +15,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
+from mutatis.core.naming import show_path
 
 pytest.importorskip("flax")
 

@@ -43,7 +43,7 @@ class GraphDef:
         self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
 
     def untyped(self) -> GraphDef:
-        """The same for values of any type."""
+        """This definition without the types of values: `merge` then takes values of any type."""
         return GraphDef(self.spec, self.tail, self.paths, self.cells, (UNSET,) * len(self.paths))
 
     def __eq__(self, other: object) -> bool:
