@@ -1,4 +1,4 @@
-"""What every test stands on: the JAX it runs under, and two counters.
+"""What every test stands on: the JAX it runs under, two counters, and a reader of every error (`plain_words`).
 
 JAX is set up by environment variables, before its first import, so that the subprocesses of a test get the
 same: four CPU devices, strict dtype promotion, no rank promotion, no compilation cache on disk.
@@ -33,6 +33,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import jax
 import jax.monitoring
+import plain_words
 
 # Compiling makes the time of an example uneven; CI finds the same examples each time.
 hypothesis.settings.register_profile(
@@ -65,6 +66,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs a GPU, runs on {jax.default_backend()}")
     if item.get_closest_marker("jax_leaks") and item.config.getoption("--leaks"):
         pytest.skip("JAX finds a leak in this program when it is threaded by hand, too")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with plain_words.checked():
+        return (yield)
 
 
 class Compilations:
