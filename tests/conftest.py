@@ -1,4 +1,4 @@
-"""What every test stands on: the JAX it runs under, and two counters.
+"""What every test stands on: the JAX it runs under, two counters, and a reader of every error (`plain_words`).
 
 JAX is set up by environment variables, before its first import, so that the subprocesses of a test get the
 same: four CPU devices, strict dtype promotion, no rank promotion, and a cache of what XLA compiled.
@@ -42,6 +42,7 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import jax
 import jax.monitoring
+import plain_words
 
 # Compiling makes the time of an example uneven; CI finds the same examples each time.
 hypothesis.settings.register_profile(
@@ -94,6 +95,12 @@ def _keep_from_the_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with plain_words.checked():
+        return (yield)
 
 
 class Compilations:

@@ -6,7 +6,6 @@ import concurrent.futures
 import copy
 import multiprocessing
 import pickle
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +44,13 @@ class Stubborn:
         raise RuntimeError("no")
 
 
+class Handle(Stubborn):
+    """Neither pickled nor copied, and shown as text."""
+
+    def __str__(self) -> str:
+        return "a handle"
+
+
 class Unreadable:
     """Written, and not read again."""
 
@@ -62,7 +68,7 @@ def filled(cls: type[errors.MutatisError]) -> errors.MutatisError:
         path="a.b",
         where="jit(f)",
         expected=(3, 4),
-        got=threading.Lock(),
+        got=Handle(),
         made_at="x.py:1 in f",
         differences=["one", "two"],
         cure="do this",
@@ -90,7 +96,7 @@ def test_pickles(cls: type[errors.MutatisError], protocol: int) -> None:
     error = filled(cls)
     new = pickle.loads(pickle.dumps(error, protocol))
     check_same(new, error)
-    assert new.got == str(error.got)
+    assert new.got == "a handle"
     assert new.odd == "unreadable"
     check_same(pickle.loads(pickle.dumps(new, protocol)), error)
 
@@ -103,7 +109,7 @@ def test_copies(cls: type[errors.MutatisError]) -> None:
     assert shallow.got is error.got
     deep = copy.deepcopy(error)
     check_same(deep, error)
-    assert deep.got == str(error.got)
+    assert deep.got == "a handle"
     assert deep.seen is not error.seen  # type: ignore[attr-defined]
     assert isinstance(new_cause(shallow), KeyError)
 
@@ -150,7 +156,7 @@ def test_a_class_that_cannot_be_found_goes_as_what_it_is_made_of() -> None:
 
 def test_an_error_that_holds_a_tracer() -> None:
     def fails(x: Any) -> None:
-        error = errors.LaneError("problem", got=x)
+        error = errors.LaneError("problem")
         error.value = x  # type: ignore[attr-defined]
         kept.append(pickle.dumps(error))
         kept.append(pickle.dumps(copy.copy(error)))
@@ -210,7 +216,7 @@ def test_errors_come_back_from_a_process_pool(pool: concurrent.futures.ProcessPo
     error, same = caught.value, filled(CLASSES[number])
     for name in FIELDS:
         assert getattr(error, name) == getattr(same, name) or name == "args", name
-    assert str(error).startswith("problem inside `jit(f)`\n  expected: (3, 4)\n  got:      <unlocked _thread.lock")
+    assert str(error).startswith("problem inside `jit(f)`\n  expected: (3, 4)\n  got:      a handle")
     assert "KeyError: 'cause'" in str(error.__cause__)  # the traceback of the worker, as Python shows it
 
 

@@ -63,7 +63,7 @@ def init(
       ``{collection: nested dictionary by path}``, with arrays at the leaves; without random streams.
 
     Raises:
-      StructureError: `ctor` makes no Module.
+      ArgumentError: `ctor` makes no Module.
       DeferredStateError: states wait for an input.
 
     Example:

@@ -133,7 +133,7 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       of: the node in which `where` finds paths; without it they are empty.
 
     Raises:
-      StructureError: `fn` is no function.
+      ArgumentError: `fn` is no function.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -291,7 +291,7 @@ def _held(module: Any, name: str) -> Any:
     """What the attribute of a module holds, or None.
 
     Raises:
-      StructureError: it is no module.
+      ArgumentError: it is no module.
     """
     if isinstance(module, Module):
         return module.__dict__.get(name)
@@ -300,7 +300,7 @@ def _held(module: Any, name: str) -> Any:
         path=name,
         expected="a Module",
         got=show_class(module),
-        cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`.",
+        cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`, `mu.perturb(self, 'hidden', x)`.",
     )
 
 

@@ -67,11 +67,11 @@ class Average(Metric):
           **values: the values, an array or number, under the metric's `argname`; other keywords are not for it.
 
         Raises:
-          StructureError: there are no values of that name.
+          ArgumentError: there are no values of that name.
         """
         if self.argname not in values:
             raise ArgumentError(
-                f"a metric that takes `{self.argname}` was updated without",
+                f"a metric that takes `{self.argname}` was updated without it",
                 path=self.argname,
                 expected=f"{self.argname}=...",
                 got=", ".join(f"{name}=..." for name in values) or "no values",
@@ -115,7 +115,7 @@ class Accuracy(Average):
           mask: which predictions count; all, if it is left out.
 
         Raises:
-          StructureError: the shapes do not fit.
+          ArgumentError: the shapes do not fit.
         """
         logits, labels = jnp.asarray(logits), jnp.asarray(labels)
         guesses = jnp.argmax(logits, -1) if self.threshold is None else logits >= self.threshold
@@ -138,7 +138,7 @@ class MultiMetric(Metric):
       **metrics: the metrics; each becomes an attribute of its name.
 
     Raises:
-      StructureError: a name is taken, or names something that is not a metric.
+      ArgumentError: a name is taken, or names something that is not a metric.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu

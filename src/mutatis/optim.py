@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from mutatis.core import naming
 from mutatis.core.avals import show_type
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, DeferredStateError, OptimizerError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import OptState, Param
@@ -52,6 +53,13 @@ class Optimizer(Module):
     _references_: ClassVar[tuple[str, ...]] = ("_model",)
 
     def __init__(self, model: Any, tx: Any, wrt: FilterLike = Param) -> None:
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            raise ArgumentError(
+                f"{show_value(tx)} is not an optax transformation",
+                expected="an object with the methods `init` and `update`",
+                got=show_class(tx),
+                cure="`mu.Optimizer(model, optax.adam(1e-3))`",
+            )
         self.step = OptState(0)
         self.tx = tx
         self.wrt = as_filter(wrt)
@@ -77,7 +85,11 @@ class Optimizer(Module):
         import optax
 
         if len(args) not in (1, 2):
-            raise ArgumentError("`update` takes gradients, or a model and gradients", cure="`optimizer.update(grads)`")
+            raise ArgumentError(
+                "`update` takes gradients, or a model and gradients",
+                got=f"{len(args)} arguments",
+                cure="`optimizer.update(grads)`",
+            )
         params = self._params()
         if len(args) == 2:
             self._check_model(args[0], params)
@@ -182,7 +194,7 @@ def _check_gradients(grads: Any, values: State) -> State:
     """
     flat = dict(_gradients_by_path(grads, ()))
     problems = [f"missing:    {show_path(path)}" for path in values if path not in flat]
-    problems += [f"unexpected: {show_path(path)}" for path in flat if path not in values.flat()]
+    problems += [f"unexpected: {show_path(path) or 'one value for all'}" for path in flat if path not in values.flat()]
     for path, value in values.flat().items():
         if path in flat and jax.tree.map(jnp.shape, flat[path]) != jax.tree.map(jnp.shape, value):
             problems.append(f"{show_path(path)}: expected {show_type(value)}, got {show_type(flat[path])}")

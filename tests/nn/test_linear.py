@@ -209,7 +209,7 @@ def test_wrong_number_of_features() -> None:
     assert str(error).splitlines()[:3] == [
         "state `net.layers[0].kernel` (Param) does not fit the input of its layer "
         "inside `jit(lambda in test_wrong_number_of_features)`",
-        "  expected: 5 features along axis -1 of 1 or more axes",
+        "  expected: 1 or more axes, with 5 features along axis -1",
         "  got:      an input of shape (2, 4)",
     ]
     assert "in Net.__init__" in str(error)
@@ -218,7 +218,7 @@ def test_wrong_number_of_features() -> None:
 @pytest.mark.parametrize(
     ("make", "shape", "text"),
     [
-        (lambda: nn.Linear(None, 3, rngs=mu.Rngs(0)), (), r"(?s)expected: features along axis -1.*shape \(\)"),
+        (lambda: nn.Linear(None, 3, rngs=mu.Rngs(0)), (), r"(?s)expected: 1 or more axes\n.*shape \(\)"),
         (lambda: nn.Conv(4, 3, (2, 2), rngs=mu.Rngs(0)), (2, 4), r"(?s)4 features .* 3 or more axes.*\(2, 4\)"),
         (lambda: nn.Conv(4, 4, 3, feature_group_count=2, rngs=mu.Rngs(0)), (5, 2), r"(?s)4 features.*\(5, 2\)"),
         (lambda: nn.Conv(None, 4, 3, feature_group_count=2, rngs=mu.Rngs(0)), (5, 3), "into 2 groups"),

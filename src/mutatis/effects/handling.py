@@ -168,7 +168,8 @@ def handle_local_states(
       The handled layer and the initial dictionary, or a function that gives it if `lazy`.
 
     Raises:
-      EffectError: requests contradict each other, two states have one name, or an argument means nothing.
+      EffectError: requests contradict each other, or two states have one name.
+      ArgumentError: an argument means nothing, or both `category` and `category_predicate` are given, or neither.
 
     Example:
       >>> import dataclasses

@@ -19,7 +19,7 @@ def explain(step: Any) -> Explanation:
       step: what `mu.jit` returned, or such a method of an object.
 
     Raises:
-      StructureError: it is something else.
+      ArgumentError: it is something else.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu

@@ -255,7 +255,7 @@ def take_created(model: Any, door: str) -> Parts:
     """The parts of a module whose states all have values.
 
     Raises:
-      StructureError: it is something else.
+      ArgumentError: it is something else.
       DeferredStateError: a state has yet to be created.
     """
     if not isinstance(model, Module):

@@ -220,7 +220,8 @@ class ToEquinox(_StatefulLayer):
     Raises:
       DeferredStateError: a state has no value yet.
       RandomStreamError: a call draws random numbers without a `key`.
-      StructureError: a call has no state where there is one, or changes what the module is made of.
+      ArgumentError: a call has no state where there is one.
+      StructureError: a call changes what the module is made of.
 
     Example:
       >>> import equinox as eqx

@@ -72,7 +72,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
       The node, or what stands in its place.
 
     Raises:
-      StructureError: nothing is selected. Whatever is raised, by `fn` too, nothing has changed then.
+      FilterError: nothing is selected. Whatever is raised, by `fn` too, nothing has changed then.
 
     Example:
       >>> import mutatis as mu

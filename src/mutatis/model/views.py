@@ -18,7 +18,7 @@ def view(module: M, **statics: Any) -> M:
     Each attribute is set on every submodule that has it; `mode` on all.
 
     Raises:
-      StructureError: no submodule has the attribute, or it holds states: those are the original's too.
+      ArgumentError: no submodule has the attribute, or it holds states: those are the original's too.
     """
     definition, cells = describe_graph(module)
     other = definition.build(list(cells))

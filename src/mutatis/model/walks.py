@@ -115,7 +115,7 @@ def check_node(node: Any) -> Any:
     """The node itself, if it is a Module, a Variable or a pytree of them.
 
     Raises:
-      StructureError: it is something else.
+      ArgumentError: it is something else.
     """
     if is_node(node) or isinstance(node, list | tuple | dict):
         return node

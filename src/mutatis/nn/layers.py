@@ -68,7 +68,7 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
       ndim: the least number of axes of the input.
 
     Raises:
-      StructureError: the input has too few axes, or another number of features.
+      ArgumentError: the input has too few axes, or another number of features.
     """
     features = None if cell.deferred else cell.shape[along] * times
     if x.ndim >= ndim and -x.ndim <= axis < x.ndim and features in (None, x.shape[axis]):
@@ -77,7 +77,7 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
         f"state {naming.describe(cell)} does not fit the input of its layer",
         path=naming.path_of(cell),
         where=naming.where(),
-        expected=f"{'' if features is None else features} features along axis {axis} of {ndim} or more axes".lstrip(),
+        expected=f"{ndim} or more axes" + ("" if features is None else f", with {features} features along axis {axis}"),
         got=f"an input of shape {x.shape}",
         made_at=cell.made_at,
         cure="Give the size of the input where the layer is made, or None to take it from the first input: "
@@ -125,7 +125,7 @@ def as_tuple(layer: str, name: str, value: int | Sequence[int], length: int | No
     """A number for each spatial axis.
 
     Raises:
-      StructureError: there are more or fewer.
+      ArgumentError: there are more or fewer.
     """
     numbers = (value,) * (length or 1) if isinstance(value, int) else tuple(value)
     if length is not None and len(numbers) != length:

@@ -86,7 +86,7 @@ class Linear(Module):
           An array of shape (..., out_features).
 
         Raises:
-          StructureError: the input has another number of features.
+          ArgumentError: the input has another number of features.
         """
         x = jnp.asarray(x)
         features = check_input(self.kernel, x, along=0)
@@ -115,7 +115,7 @@ class Conv(Module):
       bias: Param of shape (out_features,), or None.
 
     Raises:
-      StructureError: the sizes contradict each other.
+      ArgumentError: the sizes contradict each other.
       RandomStreamError: there is no stream to draw the parameters from.
 
     Example:
@@ -171,7 +171,7 @@ class Conv(Module):
           An array of shape (..., *spatial, out_features); the spatial sizes depend on the padding and strides.
 
         Raises:
-          StructureError: the input has another number of channels, or too few axes.
+          ArgumentError: the input has another number of channels, or too few axes.
         """
         x = jnp.asarray(x)
         axes = len(self.kernel_size) + 1

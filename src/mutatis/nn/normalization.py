@@ -120,7 +120,8 @@ class BatchNorm(Module):
           An array of the same shape.
 
         Raises:
-          StructureError: the input has another number of features, or there is no axis `axis_name`.
+          ArgumentError: the input has another number of features.
+          AxisError: there is no axis `axis_name`.
           FrozenStateError: the running statistics would be updated, and are frozen.
         """
         x = jnp.asarray(x)

@@ -34,7 +34,7 @@ class Dropout(Module):
       stream: RngState, or None without `rngs`.
 
     Raises:
-      StructureError: the rate is not a probability.
+      ArgumentError: the rate is not a probability.
 
     Source:
       Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014,
@@ -57,7 +57,7 @@ class Dropout(Module):
         deterministic: bool | None = None,
         rngs: Rngs | None = None,
     ) -> None:
-        if not 0 <= rate <= 1:
+        if not (hasattr(rate, "__float__") and 0 <= rate <= 1):
             raise ArgumentError(
                 f"`nn.Dropout` cannot drop with rate {show_value(rate)}",
                 path="rate",

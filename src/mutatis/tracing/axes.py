@@ -9,7 +9,7 @@ import jax
 
 from mutatis.core import access, naming
 from mutatis.core.showing import show_class, show_value
-from mutatis.errors import AxisError
+from mutatis.errors import ArgumentError, AxisError
 from mutatis.model.filters import Filter, FilterLike, Path, as_filter
 from mutatis.model.variables import Variable, spelled
 from mutatis.model.walks import variables
@@ -46,6 +46,13 @@ class ByFilter:
     _pair: ClassVar[str]
 
     def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
+        if not isinstance(entries, Mapping):
+            raise ArgumentError(
+                f"{show_value(entries)} does not say which states have which",
+                expected=f"a dictionary from filters to one of {self._expected}",
+                got=show_class(entries),
+                cure=f"`{self._example}`",
+            )
         self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())
         for _, entry in self._entries:
             if not self._fits(entry):

@@ -64,7 +64,7 @@ class Target:
         """The cells' and the leaves' parts of a tangent in the structure of the argument.
 
         Raises:
-          StructureError: it has another structure.
+          ArgumentError: it has another structure.
         """
         treedef, places = self.structure
         try:

@@ -17,7 +17,7 @@ import numpy as np
 from mutatis import _compat
 from mutatis.core import naming
 from mutatis.core.nodes import is_node
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, spelled
@@ -231,6 +231,15 @@ def _argument_axes(
             cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
         )
     entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
+    for axis, _ in entries:
+        if not _is_axis(axis):
+            raise AxisError(
+                f"{show_value(axis)} in `in_axes` is not an axis",
+                where=site.label,
+                expected="an int, None, or a `mu.StateAxes` for a module",
+                got=show_class(axis),
+                cure="`mu.vmap(f, in_axes=(0, None))`",
+            )
     leaves = [axis for axis, item in entries if not is_node(item)]
     nodes = [(item, axis) for axis, item in entries if is_node(item)]
     return leaves, nodes
@@ -245,6 +254,19 @@ def _plain_axes(out_axes: Any) -> Any:
     return jax.tree.map(lambda axis: 0 if isinstance(axis, StateAxes) else axis, out_axes, is_leaf=_is_axis)
 
 
+def _size(site: CallSite, leaf: Any, axis: int) -> int:
+    shape = jnp.shape(leaf)
+    if not -len(shape) <= axis < len(shape):
+        raise AxisError(
+            f"an argument has no axis {axis}",
+            where=site.label,
+            expected=f"an axis from {-len(shape)} to {len(shape) - 1}",
+            got=show_value(leaf),
+            cure="Give the axis that the lanes are along, `in_axes=0`, or None for an argument that they share.",
+        )
+    return shape[axis]
+
+
 def _count(
     site: CallSite, leaf_axes: Sequence[Any], split: dict[Variable, int], values: Sequence[Any], axis_size: int | None
 ) -> int:
@@ -256,7 +278,7 @@ def _count(
     sizes: dict[int, str] = {} if axis_size is None else {axis_size: "axis_size"}
     for axis, leaf in zip(leaf_axes, site.packed.leaves, strict=True):
         if axis is not None and jnp.ndim(leaf):
-            sizes.setdefault(jnp.shape(leaf)[axis], "an argument")
+            sizes.setdefault(_size(site, leaf, axis), f"{show_value(leaf)} along axis {axis}")
     for (cell, axis), value in zip(split.items(), values, strict=True):
         for leaf in jax.tree.leaves(value):
             sizes.setdefault(leaf.shape[axis], f"state {site.scope.locate(cell)}")

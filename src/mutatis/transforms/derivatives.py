@@ -63,7 +63,7 @@ def jvp(
       The value and its tangent (and the auxiliary result). What `fun` writes has no tangent outside: return it to get one.
 
     Raises:
-      StructureError: the tangents do not fit.
+      ArgumentError: the tangents do not fit.
       FilterError: an argument holds nothing to differentiate.
 
     Example:

@@ -36,7 +36,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
 
     Raises:
       LaneError: `f` writes a state, with `batch_size`.
-      StructureError: `xs` holds modules, with `batch_size`.
+      ArgumentError: `xs` holds modules, with `batch_size`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu

@@ -48,7 +48,7 @@ class EagerTransaction:
             containers, too. (To propose anew, keep the random streams: ``tx.rollback(mu.Not(mu.RngState))``.)
 
         Raises:
-          StructureError: the block has ended, or it is not what runs now: another transaction or a transform is open in it.
+          TransactionError: the block has ended, or it is not what runs now: another transaction or a transform is open in it.
           TraceLevelError: a raw JAX transform has read what was written.
         """
         tx = self._tx
