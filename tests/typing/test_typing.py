@@ -1,7 +1,7 @@
 """What type checkers make of a user's program: mypy --strict and pyright, with JAX's own types.
 
-`program.py` says it all: `assert_type` for what an expression is, and `# E` at the end of each line that has to be an error, so that
-a checker that stops complaining fails the test as one that starts to does. The program also runs: what checks is true.
+`program.py` says it all: `assert_type` for what an expression is, and `# E` at the end of each line that has to be an error.
+A checker that stops complaining fails the test, as one that starts to. The program also runs: what checks is true.
 """
 
 from __future__ import annotations
