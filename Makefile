@@ -22,7 +22,7 @@ help:
 	@echo 'make test      the tests (test-all: the slow ones too)'
 	@echo 'make test-leaks  the tests under the leak check of JAX'
 	@echo 'make lint      ruff (format: let ruff rewrite the files)'
-	@echo 'make types     mypy --strict'
+	@echo 'make types     mypy --strict; mypy and pyright over a user'\''s program'
 	@echo 'make docs      run the examples in docstrings, README.md and docs/'
 	@echo 'make bench     measure everything that docs/performance.md shows (ARGS=--write: write it there)'
 	@echo 'make bench-peers  the same beside other libraries'
@@ -54,6 +54,7 @@ format: $(READY)
 
 types: $(READY)
 	$(RUN) -m mypy $(ARGS)
+	$(RUN) -m pytest -q tests/typing
 
 bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)

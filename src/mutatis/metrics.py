@@ -63,8 +63,8 @@ class Average(Metric):
         """Take in a batch of values.
 
         Args:
-          mask: which of them count; broadcast to their shape. All, if it is left out.
-          **values: the values, an array or number, under the metric's `argname`; other keywords are not for it.
+          mask: which of them count: booleans that broadcast to their shape. All, if it is left out.
+          **values: the values, an array of any shape, under the metric's `argname`; other keywords are not for it.
 
         Raises:
           ArgumentError: there are no values of that name.
@@ -112,7 +112,7 @@ class Accuracy(Average):
         Args:
           logits: an array of shape (..., classes), or (...) with a threshold.
           labels: the right classes: integers of shape (...).
-          mask: which predictions count; all, if it is left out.
+          mask: which predictions count: booleans that broadcast to shape (...); all, if it is left out.
 
         Raises:
           ArgumentError: the shapes do not fit.

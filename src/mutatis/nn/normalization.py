@@ -113,7 +113,7 @@ class BatchNorm(Module):
         """Normalize.
 
         Args:
-          x: an array with `num_features` along the feature axis.
+          x: an array of shape (..., num_features), or with `num_features` along another `axis`.
           use_running_average: whether to use the running statistics; goes before what the layer was made with.
 
         Returns:

@@ -74,7 +74,7 @@ class Dropout(Module):
         """Drop elements.
 
         Args:
-          x: an array of floats.
+          x: an array of floats, of any shape.
           deterministic: whether to return the input as it is; goes before what the layer was made with.
           rngs: random streams to draw from in place of the layer's own.
 
