@@ -30,7 +30,7 @@ def lack(patch: pytest.MonkeyPatch, package: str) -> None:
 
 NEEDS: list[tuple[Callable[[Path], Any], str, str, str]] = [
     (lambda folder: checkpoint.save(folder / "c", mu.Param(1.0)), "orbax", "orbax-checkpoint", "checkpoint"),
-    (lambda _: mu.inspect.summary(mu.Param(1.0)).to_html(), "rich", "rich", "rich"),
+    (lambda _: mu.inspect.state_table(mu.Param(1.0)).to_html(), "rich", "rich", "rich"),
     (lambda _: mu.interop.FromLinen, "flax", "flax", "interop"),
     (lambda _: mu.interop.FromNnx, "flax", "flax", "interop"),
     (lambda _: mu.interop.ToEquinox, "equinox", "equinox", "interop"),
@@ -62,7 +62,7 @@ def test_what_a_package_needs_is_not_the_package(tmp_path: Path, monkeypatch: py
 
 
 def test_a_notebook_without_rich_shows_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = mu.inspect.summary(mu.Param(jnp.zeros(3)))
+    table = mu.inspect.state_table(mu.Param(jnp.zeros(3)))
     lack(monkeypatch, "rich")
     assert table._repr_html_() is None
     assert "Param" in str(table)

@@ -219,7 +219,7 @@ def test_wrong_number_of_features() -> None:
     ("make", "shape", "text"),
     [
         (lambda: nn.Linear(None, 3, rngs=mu.Rngs(0)), (), r"(?s)expected: 1 or more axes\n.*shape \(\)"),
-        (lambda: nn.Conv(4, 3, (2, 2), rngs=mu.Rngs(0)), (2, 4), r"(?s)4 features .* 3 or more axes.*\(2, 4\)"),
+        (lambda: nn.Conv(4, 3, (2, 2), rngs=mu.Rngs(0)), (2, 4), r"(?s)3 or more axes, with 4 features.*\(2, 4\)"),
         (lambda: nn.Conv(4, 4, 3, feature_group_count=2, rngs=mu.Rngs(0)), (5, 2), r"(?s)4 features.*\(5, 2\)"),
         (lambda: nn.Conv(None, 4, 3, feature_group_count=2, rngs=mu.Rngs(0)), (5, 3), "into 2 groups"),
     ],
