@@ -6,7 +6,7 @@ Each name says which internal it stands for and why there is no public way. Both
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ __all__ = [
     "raw_transform_name",
     "restore_eager_trace",
     "scan_inputs",
+    "settings",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -137,6 +138,11 @@ def jit_disabled() -> bool:
 def checks_results() -> bool:
     """Whether `jax_debug_nans` or `jax_debug_infs` is on: then a call may fail after it has run."""
     return bool(_config.debug_nans.value or _config.debug_infs.value)
+
+
+def settings() -> Hashable:
+    """JAX's settings, as far as they are part of the keys of its traces: this thread's and the global ones."""
+    return _config.trace_context()  # type: ignore[no-any-return]
 
 
 def hide_frames(folder: str) -> None:
