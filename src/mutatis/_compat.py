@@ -26,11 +26,13 @@ __all__ = [
     "has_host_callback",
     "hide_frames",
     "is_batched",
-    "is_staging",
     "raw_transform_name",
     "restore_eager_trace",
     "scan_inputs",
     "settings",
+    "staging_trace",
+    "stamp",
+    "swap_stamp",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -68,9 +70,30 @@ def at_trace(trace: Any) -> Iterator[None]:
         yield
 
 
-def is_staging(trace: Any) -> bool:
-    """Whether the trace builds a program that JAX may reuse (jit, scan, while, cond, checkpoint)."""
-    return isinstance(trace, partial_eval.DynamicJaxprTrace)
+def staging_trace(trace: Any, ours: Any = None, local: Any = None) -> Any:
+    """The innermost trace, from `trace` out to `ours` or `local`, that builds a program which JAX may reuse; None without one.
+
+    Those are jit, scan, while, cond, checkpoint, as opposed to grad, vmap, jvp. `ours` and `local` themselves do not count.
+    """
+    while trace is not None and trace is not ours and trace is not local and trace is not EVAL_TRACE:
+        if isinstance(trace, partial_eval.DynamicJaxprTrace):
+            return trace
+        trace = getattr(trace, "parent_trace", None)
+    return None
+
+
+# `jax.make_user_context` is public, but it cannot be changed inside its own block.
+_stamps = jax.make_user_context()._obj
+
+
+def stamp() -> Any:
+    """This thread's part of the keys of JAX's traces that is ours."""
+    return _stamps.value
+
+
+def swap_stamp(value: Any) -> Any:
+    """Set it; what to set it to, to have it as it was."""
+    return _stamps.swap_local(value)
 
 
 _RAW_NAMES = {

@@ -36,6 +36,7 @@ from mutatis.compilation.tracer import FoundStates, StaleBinding, trace
 from mutatis.core import access, frames, naming, transactions
 from mutatis.core.committed import notify
 from mutatis.core.nodes import is_node
+from mutatis.core.stamps import stamped
 from mutatis.core.statics import Identity, Static
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
@@ -100,7 +101,8 @@ class Compiler:
           functions: the functions whose captures count, if not `function`.
         """
         if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
-            return self._call(self._inline, function, args, kwargs, functions)
+            with stamped(None):  # the program takes all states as arguments
+                return self._call(self._inline, function, args, kwargs, functions)
         flat, key = self._key(args, kwargs, functions)
         found = self._known(key)
         if found is not None and (binding := found.first).holds() and not (
@@ -139,7 +141,8 @@ class Compiler:
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, int, Any]:
         """Lower the program of a call without calling it: the program, the number of its record, and what JAX lowered."""
-        return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
+        with stamped(None):
+            return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
 
     def call_compiled(
         self, program: Program, number: int, compiled: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -175,7 +178,7 @@ class Compiler:
             while True:
                 call.bind(binding)
                 try:
-                    if _compat.jit_disabled() or frames.here.recorder is not None:
+                    if _compat.jit_disabled() or frames.recorder() is not None:
                         return self._run(call)
                     result = act(call, flat)
                     if call.traced:

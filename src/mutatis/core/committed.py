@@ -34,8 +34,8 @@ def load_committed(cell: Cell, trace: Any) -> Any:
       TraceLevelError: a raw transform would keep the value.
     """
     value = load(cell)
-    if trace is not _compat.EVAL_TRACE and _compat.is_staging(trace) and not is_local(cell, trace):
-        check_stale(cell, trace)
+    if trace is not _compat.EVAL_TRACE and (staging := staging_trace(cell, trace)) is not None:
+        check_stale(cell, staging)
     return value
 
 
@@ -58,6 +58,14 @@ def store_committed(cell: Cell, value: Any, trace: Any) -> None:
 def is_local(cell: Cell, trace: Any) -> bool:
     """Whether a cell was made under the raw transform that is tracing, and so lives and dies with it."""
     return cell._birth is not None and cell._birth() is trace
+
+
+def staging_trace(cell: Cell, trace: Any, ours: Any = None) -> Any:
+    """The raw transform, between `trace` and our own `ours`, that would keep the value of a cell in a program; None without one.
+
+    A cell that was made under a raw transform is as good as a value there.
+    """
+    return _compat.staging_trace(trace, ours, None if cell._birth is None else cell._birth())
 
 
 def check_stale(cell: Cell, trace: Any) -> None:

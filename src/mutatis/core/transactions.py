@@ -1,6 +1,6 @@
 """The transaction: what every transform of Mutatis is.
 
-A transaction is an overlay on the cells. While it is open on this thread,
+A transaction is an overlay on the cells. While it is open here (on this thread, in this task),
 
 - a **read** finds the value in the innermost overlay that has it, else further out, else the committed one;
 - a **write** goes to the innermost overlay;
@@ -9,8 +9,9 @@ A transaction is an overlay on the cells. While it is open on this thread,
 
 A transform opens one inside the function that it hands to JAX. So there are two traces to know: `outer`, where
 the transform was called, and `trace`, where its function runs. Each level checks that the trace of a read or write
-is its own; one that is not belongs to a *raw* JAX transform in between. A write there would be lost or would leak,
-and a read might be kept by a program that JAX reuses after the state has changed: both are `TraceLevelError`.
+is its own; one that is not belongs to a *raw* JAX transform in between. A write there would be lost or would leak: it is a
+`TraceLevelError`. A read is right, for JAX never finds the raw transform's trace again (`stamps`); in ordinary code, outside of
+all transforms, there is nothing to arrange that with, and a read in a trace that JAX keeps is a `TraceLevelError`, too.
 
 What happens on a miss is the transform's choice: most load from further out (`Transaction.load_outer`), a compiled program
 notes that it needs the cell as an input, `vmap` gives each lane its own random stream.
@@ -27,10 +28,11 @@ from typing import Any, Self
 import jax
 
 from mutatis import _compat
-from mutatis.core import avals, frames, naming
+from mutatis.core import frames, naming
 from mutatis.core.cells import Cell
-from mutatis.core.committed import check_stale, is_local, load_committed, write_refused
+from mutatis.core.committed import check_stale, is_local, load_committed, staging_trace, write_refused
 from mutatis.core.journal import Journal
+from mutatis.core.stamps import Stamp, latest
 from mutatis.errors import TraceLevelError
 
 _MISSING = object()
@@ -38,8 +40,8 @@ _CONTAINERS = (dict, list, tuple)
 
 
 def current() -> Transaction | None:
-    """The innermost open transaction of this thread."""
-    return frames.here.top  # type: ignore[no-any-return]
+    """The innermost transaction that is open here."""
+    return frames.innermost()  # type: ignore[no-any-return]
 
 
 class Transaction(frames.Frame):
@@ -55,6 +57,9 @@ class Transaction(frames.Frame):
 
     __slots__ = (
         "_lent",
+        "_outside",
+        "_staging",
+        "_stamp",
         "_through",
         "born",
         "compiled",
@@ -93,25 +98,34 @@ class Transaction(frames.Frame):
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
         self.restarted: set[Cell] = set()  # random streams that were set, not drawn from
         self.journal = Journal() if journal is None else journal
+        self._stamp: Stamp | None = None  # in the keys of what JAX traces inside; None in ordinary code
+        self._outside: Any = None  # what is there outside
+        self._staging: Any = None  # weak reference to the raw trace in which a state was read last
 
     def __enter__(self) -> Self:
         self.trace = _compat.current_trace()
         frames.push(self)
+        if self.trace is not _compat.EVAL_TRACE:
+            self._stamp = Stamp()
+            self._outside = _compat.swap_stamp(self._stamp)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
         frames.pop(self)
+        if self._stamp is not None:
+            _compat.swap_stamp(latest(self._outside))
         if kind is not None:
             self.journal.undo()
         else:
             if self.parent is not None:
                 self.parent.note_reads(self.seen)
-            if (record := frames.here.recorder) is not None:
+            if (record := frames.recorder()) is not None:
                 record(self)
         self.close()
 
     def close(self) -> None:
         """Let go of every tracer; what is wanted of it has been taken out before."""
+        self.thread = None
         self.trace = self.outer = None
         self.values.clear()
         self._lent.clear()
@@ -128,17 +142,16 @@ class Transaction(frames.Frame):
     def load(self, cell: Cell, trace: Any) -> Any:
         """The value of a cell, for a transform that is called by code that runs at `trace`."""
         value = self.values.get(cell, _MISSING)
-        if value is _MISSING and cell._birth is not None:
-            return _load_local(self.parent, cell)
-        if trace is not self.trace:
-            if value is _MISSING:
-                value = self._miss(cell)
-            if _compat.is_staging(trace):
-                if not self.compiled and avals.is_concrete(value):
-                    check_stale(cell, trace)
-                self._pin(cell)
-            return value
-        return self._miss(cell) if value is _MISSING else value
+        if value is _MISSING:
+            value = self._miss(cell) if cell._birth is None else _load_local(self.parent, cell)
+        if trace is not self.trace and (staging := staging_trace(cell, trace, self.trace)) is not None:
+            if self._stamp is None:
+                check_stale(cell, staging)
+            elif self._staging is None or self._staging() is not staging:
+                latest(self._stamp).retire()
+                self._staging = _compat.weak_trace(staging)
+            self._pin(cell)
+        return value
 
     def note_reads(self, cells: Iterable[Cell]) -> None:
         """Note that code further in has read these cells; one that a raw transform made there may hold its tracer."""
@@ -180,9 +193,8 @@ class Transaction(frames.Frame):
 
     def load_outer(self, cell: Cell) -> Any:
         """The value of a cell further out: where the transaction was opened."""
-        if self.parent is None:
-            return load_committed(cell, self.outer)
-        return self.parent.load(cell, self.outer)
+        parent = self.open_parent()
+        return load_committed(cell, self.outer) if parent is None else parent.load(cell, self.outer)
 
     def write(self, cell: Cell, value: Any, trace: Any) -> None:
         """Give a cell another value, on behalf of code that runs at `trace`."""
