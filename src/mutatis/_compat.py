@@ -19,6 +19,7 @@ from jax._src.sharding_impls import UNSPECIFIED
 __all__ = [
     "ARRAY",
     "EVAL_TRACE",
+    "NO_STAMP",
     "UNSPECIFIED",
     "Trace",
     "at_trace",
@@ -29,6 +30,7 @@ __all__ = [
     "raw_transform_name",
     "restore_eager_trace",
     "scan_inputs",
+    "set_stamp_of_all",
     "settings",
     "staging_trace",
     "stamp",
@@ -84,6 +86,8 @@ def staging_trace(trace: Any, ours: Any = None, local: Any = None) -> Any:
 
 # `jax.make_user_context` is public, but it cannot be changed inside its own block.
 _stamps = jax.make_user_context()._obj
+NO_STAMP = _stamps.swap_local(None)  # what says that a thread has none of its own
+_stamps.set_local(NO_STAMP)
 
 
 def stamp() -> Any:
@@ -94,6 +98,11 @@ def stamp() -> Any:
 def swap_stamp(value: Any) -> Any:
     """Set it; what to set it to, to have it as it was."""
     return _stamps.swap_local(value)
+
+
+def set_stamp_of_all(value: Any) -> None:
+    """Set it for all threads that have none of their own."""
+    _stamps.set_global(value)
 
 
 _RAW_NAMES = {

@@ -54,6 +54,14 @@ def innermost() -> Any:
     return frame
 
 
+def up_to(frame: Frame) -> list[Any]:
+    """The frames that are open here, from the innermost one out to this one."""
+    found = [innermost()]
+    while found[-1] is not None and found[-1] is not frame:
+        found.append(found[-1].parent)
+    return [one for one in found if one is not None]
+
+
 def push(frame: Frame) -> None:
     """Open a frame."""
     frame.thread = get_ident()
@@ -67,10 +75,10 @@ def pop(frame: Frame) -> None:
 
 
 @contextlib.contextmanager
-def none_open() -> Iterator[None]:
-    """Run a block as if nothing were open."""
+def at_frame(frame: Frame | None) -> Iterator[None]:
+    """Run a block as if this frame, further out, were the innermost one."""
     before, recorder = _innermost.get(), _recorder.get()
-    _innermost.set(None)
+    _innermost.set(frame)
     _recorder.set(None)
     try:
         yield

@@ -12,7 +12,9 @@ is traced again but for those that were filed under the same stamp.
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +24,7 @@ from mutatis import _compat
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.kind = object()  # not shared among threads: another one might find a trace before a state is read in it
+        self.staging: Any = None  # weak reference to the raw trace in which a state was read last
 
 
 _thread = _Thread()
@@ -41,19 +44,39 @@ class Stamp(float):
     def __eq__(self, other: object) -> bool:
         return type(other) is Stamp and self.kind is other.kind
 
-    def retire(self) -> None:
-        """Let nothing that is filed under it be found again."""
-        self.kind = self
-        self.successor = Stamp()
-        if _compat.stamp() is self:
-            _compat.swap_stamp(self.successor)
-
 
 def latest(stamp: Any) -> Any:
     """What is in use now in the place of a stamp (or of no stamp)."""
     while type(stamp) is Stamp and stamp.successor is not None:
         stamp = stamp.successor
     return stamp
+
+
+def retire(stamp: Any, staging: Any) -> bool:
+    """Let nothing be found again that is filed under a stamp, or its successor, since a state is read there.
+
+    Args:
+      stamp: the stamp that was in force where the raw transform was entered, if there was one.
+      staging: the raw transform's trace. Another read there costs nothing.
+
+    Returns:
+      Whether there was one.
+    """
+    if type(stamp) is not Stamp:
+        return False
+    if _thread.staging is None or _thread.staging() is not staging:
+        _thread.staging = _compat.weak_trace(staging)
+        stamp = latest(stamp)
+        stamp.kind = stamp
+        stamp.successor = Stamp()
+        if _compat.stamp() is stamp:
+            _compat.swap_stamp(stamp.successor)
+    return True
+
+
+def in_ordinary_code() -> bool:
+    """Whether no stamp is in force."""
+    return type(_compat.stamp()) is not Stamp
 
 
 class stamped:
@@ -65,7 +88,25 @@ class stamped:
         self._stamp = stamp
 
     def __enter__(self) -> None:
-        self._before = _compat.swap_stamp(self._stamp)
+        self._before = _compat.swap_stamp(_compat.NO_STAMP if self._stamp is None else self._stamp)
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
         _compat.swap_stamp(latest(self._before))
+
+
+# -- constants ----------------------------------------------------------------------------------------------------
+
+_constants: weakref.WeakSet[Any] = weakref.WeakSet()
+_thawings = itertools.count(1)
+
+
+def keep_constant(cell: Any) -> None:
+    """Note that JAX keeps the value of a frozen cell in a trace that it may find again."""
+    _constants.add(cell)
+
+
+def thawed(cell: Any) -> None:
+    """Note that a cell may change again. If JAX has kept its value, everything is traced anew: which traces those are, nobody knows."""
+    if cell in _constants:
+        _constants.discard(cell)
+        _compat.set_stamp_of_all(next(_thawings))

@@ -21,7 +21,8 @@ notes that it needs the cell as an input, `vmap` gives each lane its own random 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,8 +32,9 @@ from mutatis import _compat
 from mutatis.core import frames, naming
 from mutatis.core.cells import Cell
 from mutatis.core.committed import check_stale, is_local, load_committed, staging_trace, write_refused
+from mutatis.core.interrupts import divert, undivert
 from mutatis.core.journal import Journal
-from mutatis.core.stamps import Stamp, latest
+from mutatis.core.stamps import Stamp, latest, stamped
 from mutatis.errors import TraceLevelError
 
 _MISSING = object()
@@ -56,9 +58,9 @@ class Transaction(frames.Frame):
     """
 
     __slots__ = (
+        "_diverted",
         "_lent",
         "_outside",
-        "_staging",
         "_stamp",
         "_through",
         "born",
@@ -98,22 +100,28 @@ class Transaction(frames.Frame):
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
         self.restarted: set[Cell] = set()  # random streams that were set, not drawn from
         self.journal = Journal() if journal is None else journal
-        self._stamp: Stamp | None = None  # in the keys of what JAX traces inside; None in ordinary code
-        self._outside: Any = None  # what is there outside
-        self._staging: Any = None  # weak reference to the raw trace in which a state was read last
+        self._stamp: Any = None  # the one in force inside, if there is one
+        self._outside: Any = None  # and outside
+        self._diverted: list[Any] = []  # the signal handlers that do not run inside
 
     def __enter__(self) -> Self:
         self.trace = _compat.current_trace()
         frames.push(self)
-        if self.trace is not _compat.EVAL_TRACE:
+        if self.trace is _compat.EVAL_TRACE:  # ordinary code goes on as it was: what JAX has compiled for it is found
+            self._stamp = self._outside = _compat.stamp()
+        else:
             self._stamp = Stamp()
             self._outside = _compat.swap_stamp(self._stamp)
+            if self.parent is None or self.parent.trace is _compat.EVAL_TRACE:
+                self._diverted = divert(self._stepped_out)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
         frames.pop(self)
-        if self._stamp is not None:
+        if self.trace is not _compat.EVAL_TRACE:
             _compat.swap_stamp(latest(self._outside))
+            if self._diverted:
+                undivert(self._diverted)
         if kind is not None:
             self.journal.undo()
         else:
@@ -122,6 +130,18 @@ class Transaction(frames.Frame):
             if (record := frames.recorder()) is not None:
                 record(self)
         self.close()
+
+    @contextlib.contextmanager
+    def _stepped_out(self) -> Iterator[None]:
+        """Run a block as if in front of this transaction, which is the outermost one of a trace."""
+        inside = frames.up_to(self)
+        with contextlib.ExitStack() as stack:
+            for tx in inside:
+                stack.enter_context(tx.journal.put_aside())
+            stack.enter_context(frames.at_frame(self.parent))
+            stack.enter_context(stamped(None))
+            stack.enter_context(_compat.at_trace(_compat.EVAL_TRACE))
+            yield
 
     def close(self) -> None:
         """Let go of every tracer; what is wanted of it has been taken out before."""
@@ -145,11 +165,7 @@ class Transaction(frames.Frame):
         if value is _MISSING:
             value = self._miss(cell) if cell._birth is None else _load_local(self.parent, cell)
         if trace is not self.trace and (staging := staging_trace(cell, trace, self.trace)) is not None:
-            if self._stamp is None:
-                check_stale(cell, staging)
-            elif self._staging is None or self._staging() is not staging:
-                latest(self._stamp).retire()
-                self._staging = _compat.weak_trace(staging)
+            check_stale(cell, staging, self._stamp)
             self._pin(cell)
         return value
 
@@ -194,7 +210,7 @@ class Transaction(frames.Frame):
     def load_outer(self, cell: Cell) -> Any:
         """The value of a cell further out: where the transaction was opened."""
         parent = self.open_parent()
-        return load_committed(cell, self.outer) if parent is None else parent.load(cell, self.outer)
+        return load_committed(cell, self.outer, self._outside) if parent is None else parent.load(cell, self.outer)
 
     def write(self, cell: Cell, value: Any, trace: Any) -> None:
         """Give a cell another value, on behalf of code that runs at `trace`."""
