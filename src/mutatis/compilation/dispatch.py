@@ -16,14 +16,13 @@ from itertools import starmap
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mutatis import _compat
 from mutatis.compilation.binding import Binding
-from mutatis.compilation.plan import DispatchPlan
+from mutatis.compilation.plan import DispatchPlan, copy_values
 from mutatis.compilation.program import Program
 from mutatis.compilation.record import replay
-from mutatis.core.cells import Cell, Lease, commit_rest, expose, give_back, my_lease, settle
+from mutatis.core.cells import LANDED, Cell, Lease, commit_rest, expose, give_back, my_lease, settle
 from mutatis.core.interrupts import held_back
 from mutatis.core.structure import structure
 
@@ -94,7 +93,10 @@ def _launch(
             jax.block_until_ready(box)
         number, new, made, leaves = plan.take_apart(box, values)
         landing = zip(written, new, strict=True)
-        if lease.flight is box:  # else who interrupted us has committed it
+        if lease.flight is not box:  # who interrupted us has committed it, or has recalled it
+            if box[-1] is not LANDED:
+                return None
+        else:
             if lease.landing is None:
                 lease.landing = landing
             if lease.overwritten or lease.landing is not landing:
@@ -103,9 +105,11 @@ def _launch(
                 for cell, value in landing:
                     cell._value = value
         return number, made, leaves
-    except BaseException:
+    except BaseException as problem:
         if lease.flight is box:
             _rescue(plan, lease, exposed)
+        elif not box and isinstance(problem, RuntimeError | ValueError) and "deleted" in str(problem):
+            return None  # it was recalled
         raise
     finally:
         lease.flight = None  # before anything that an interrupt could keep from happening
@@ -136,27 +140,11 @@ def rebuild_result(
     return replay(record, binding.cells, binding.live_objects(), made, leaves)
 
 
-_copies = jax.jit(lambda values: values)
-
-
-def _copy(values: list[Any]) -> Any:
-    """New buffers with the same contents, all made by one program."""
-    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
-        return _copies(values)
-    # A program over an array that spans processes would have to be launched by all of them: copy shard by shard.
-    return jax.tree.map(_copy_shards, values)
-
-
 def _copy_exposed(values: list[Any], plan: DispatchPlan, exposed: list[int]) -> None:
     # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
     places = [p for i in exposed if (p := plan.donating_at[i]) is not None]
-    for place, value in zip(places, _copy([values[p] for p in places]), strict=True):
+    for place, value in zip(places, copy_values([values[p] for p in places]), strict=True):
         values[place] = value
-
-
-def _copy_shards(array: Any) -> Any:
-    shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def _donation_is_safe() -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from mutatis.compilation.program import Program, Variant
 from mutatis.compilation.record import TraceRecord
 from mutatis.core.cells import Group
@@ -74,3 +77,40 @@ class DispatchPlan:
     def results(self, box: list[Any], values: list[Any]) -> Sequence[Any]:
         """The written values alone."""
         return self.take_apart(box, values)[1]
+
+    def recall(self, values: list[Any], donating: bool) -> bool:
+        """Keep a launch on these values from running or from counting, if it has not run; whether that was so.
+
+        Args:
+          values: what the program was called with, in the order of its arguments.
+          donating: whether it deletes the arrays that it may.
+        """
+        if not donating:
+            return not self.variant.waits
+        places = sorted(self.variant.donated)
+        arrays = jax.tree.leaves([values[place] for place in places])
+        if any(array.is_deleted() for array in arrays):
+            return False
+        owners = [(self.group.cells[place], values[place]) for place in places]
+        kept = [(cell, value) for cell, value in owners if cell._value is value]
+        for (cell, _), new in zip(kept, copy_values([value for _, value in kept]), strict=True):
+            cell._value = new
+        for array in arrays:
+            array.delete()
+        return True
+
+
+def copy_values(values: list[Any]) -> Any:
+    """New buffers with the same contents, all made by one program."""
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
+        return _copies(values)
+    # A program over an array that spans processes would have to be launched by all of them: copy shard by shard.
+    return jax.tree.map(_copy_shards, values)
+
+
+_copies = jax.jit(lambda values: values)
+
+
+def _copy_shards(array: Any) -> Any:
+    shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)

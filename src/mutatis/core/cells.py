@@ -22,8 +22,9 @@ dispatch has three parts, and `settle` says what becomes of it:
 
 - while it is *prepared* (leases, values, copies), it is void: it begins again when the interruption is over. Just before
   the launch it looks whether that has happened, and nothing can happen between that look and the launch;
-- while it is *in flight* (inside JAX's compiled call) no handler runs. What is freed there may; it is refused the states
-  whose arrays are being deleted;
+- while it is *in flight* (inside JAX's compiled call) no handler runs, as a rule. But JAX makes some calls in Python. Before the
+  program runs it can still be *recalled*: the cells get copies, the arrays that it holds are deleted, so that JAX raises, and it
+  begins again. Between the run and the return, the states are refused;
 - when it has *landed*, the results are there: who interrupts commits the rest of them, in the place of who was interrupted.
 """
 
@@ -92,8 +93,14 @@ class Step(Protocol):
     def lands(self) -> bool:
         """Whether what it returned counts at once. It does not if the program may still fail and has deleted nothing."""
 
+    def recall(self, values: list[Any], donating: bool) -> bool:
+        """Keep it from running, or from counting, if it has been launched on these values and has not run; whether that was so."""
+
     def results(self, box: list[Any], values: list[Any]) -> Sequence[Any]:
         """The values of the written cells, of what it returned and was launched on."""
+
+
+LANDED = object()  # in the flight of a step whose results have been committed by somebody else
 
 
 class _Thread(threading.local):
@@ -152,7 +159,7 @@ def _expose(cell: Cell) -> Any:
     mine = _thread.lease
     settle(mine)
     with _mutex:
-        _wait_while(lambda: (lease := cell._lease) is not None and lease.flight is not None and lease.donating)
+        _wait_while(lambda: None if (lease := _busy(cell)) is None or not lease.donating else lease)
         lease = cell._lease
         _moves.count += 1
         if lease is not None and lease.flight is not None:
@@ -185,7 +192,7 @@ def _store_leased(cell: Cell, value: Any) -> None:
             lease.shown.add(cell)
             cell._value = value
             return
-        _wait_while(lambda lease=lease: lease.landing is not None)  # type: ignore[misc]
+        _wait_while(lambda lease=lease: None if lease.landing is None else lease)  # type: ignore[misc]
     _moves.count += 1
     cell._lease = None
     cell._value = value
@@ -193,18 +200,21 @@ def _store_leased(cell: Cell, value: Any) -> None:
 
 def settle(lease: Lease) -> None:
     """For code of a thread that may have interrupted its own step: bring that step to an end, unless it is in flight."""
-    flight = lease.flight
-    if flight is None:
+    flight, step = lease.flight, lease.step
+    if flight is None or step is None:
         return
+    if lease.values is not None and not flight and step.recall(lease.values, lease.donating):
+        lease.values = None
     if lease.values is None:
         with _mutex:
             _void(lease)
-    elif flight and (step := lease.step) is not None and step.lands:
+    elif flight and step.lands:
         if lease.landing is None:
             landing = zip(step.written, step.results(flight, lease.values), strict=True)
             if lease.landing is None:
                 lease.landing = landing
         commit_rest(lease)
+        flight.append(LANDED)
         give_back(lease)
 
 
@@ -224,18 +234,24 @@ def commit_rest(lease: Lease) -> None:
             cell._value = value
 
 
-def _wait_while(busy: Callable[[], bool]) -> None:
-    """Wait, with the mutex, until something is no longer so.
+def _busy(cell: Cell) -> Lease | None:
+    """The lease of a cell, if it is busy."""
+    lease = cell._lease
+    return None if lease is None or lease.flight is None else lease
+
+
+def _wait_while(busy: Callable[[], Lease | None]) -> None:
+    """Wait, with the mutex, until no lease is in the way.
 
     Raises:
       MutatisError: this thread dispatches a step itself, which this code has interrupted.
     """
-    if not busy():
+    if busy() is None:
         return
     if _thread.lease.flight is not None:
         raise MutatisError(
-            "a state was used by code that interrupted the step which is deleting its old value",
-            expected="a finalizer (`__del__`, a callback of `weakref`) that leaves states alone while a step is launched",
+            "a state was used by code that interrupted a step over it, between the run and the return",
+            expected="a finalizer (`__del__`, a callback of `weakref`) or signal handler that leaves states alone there",
             cure="Note there what is to be done, say in a `queue.SimpleQueue`, and do it after the step.",
         )
     _moves.waiting += 1  # before the next look: who ends a step and sees nobody wait gives no notice
@@ -245,10 +261,11 @@ def _wait_while(busy: Callable[[], bool]) -> None:
         _moves.waiting -= 1
 
 
-def _wait(busy: Callable[[], bool]) -> None:
+def _wait(busy: Callable[[], Lease | None]) -> None:
     # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
-    while busy():
-        _released.wait(_MISSED)
+    while (lease := busy()) is not None:
+        if not _released.wait(_MISSED):
+            _void(lease)  # if it is being prepared for so long, it may wait for something in JAX that we have interrupted
 
 
 def my_lease() -> Lease:
@@ -318,7 +335,7 @@ class Group:
             _wait_while(lambda: self._busy_for(lease))
             lease.overwritten.clear()
             lease.flight = flight
-            if self._busy_for(lease):  # what interrupted us here has waited itself
+            if self._busy_for(lease) is not None:  # what interrupted us here has waited itself
                 lease.flight = None
             exposed += [i for i, cell in enumerate(self.written) if _is_exposed(cell)]
             wanted: list[tuple[Cell, Lease | None]] = [(cell, lease) for cell in self.written]
@@ -333,13 +350,10 @@ class Group:
             self._moves = _moves.count
             self._owner = lease
 
-    def _busy_for(self, mine: Lease) -> bool:
-        """Whether another step is being dispatched over one of the cells."""
-        return any(
-            (lease := cell._lease) is not None and lease is not mine and lease.flight is not None
-            for cells in (self.written, self.read)
-            for cell in cells
-        )
+    def _busy_for(self, mine: Lease) -> Lease | None:
+        """The lease with which another step is being dispatched over one of the cells, if one is."""
+        found = (_busy(cell) for cells in (self.written, self.read) for cell in cells)
+        return next((lease for lease in found if lease is not None and lease is not mine), None)
 
 
 def _is_exposed(cell: Cell) -> bool:
