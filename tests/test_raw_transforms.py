@@ -161,11 +161,11 @@ def kept_bicgstab(net: Net) -> Kept:
 RAW = {
     "checkpoint of a module": affine(lambda net: jax.checkpoint(net)),
     "checkpoint of a bound method": affine(lambda net: jax.checkpoint(net.method)),
-    "checkpoint of a mu.remat": affine(lambda net: jax.checkpoint(lambda x, f=mu.remat(net): f(x))),
+    "checkpoint of a mu.remat": affine(lambda net: jax.checkpoint(mu.remat(net))),
     "jit of a bound method": affine(kept_jit),
     "jit of a partial": affine(lambda net: jax.jit(functools.partial(Net.__call__, net))),
     "jit around grad": affine(kept_jit_of_grad),
-    "jit around mu.jit": affine(lambda net: jax.jit(lambda x, f=mu.jit(net): f(x))),
+    "jit around mu.jit": affine(lambda net: jax.jit(mu.jit(net))),
     "vmap of jit": affine(kept_vmap_of_jit),
     "scan": affine(kept_scan),
     "while_loop": affine(kept_while),
@@ -367,9 +367,7 @@ STAGED: dict[str, Callable[[Net], Kept]] = {
     "jit around jvp": lambda net: jax.jit(lambda x: jax.jvp(net, (x,), (x,))[0]),
     "jit around vjp of vmap": lambda net: jax.jit(lambda x: jax.vjp(jax.vmap(net), x[None])[0][0]),
     "jit around mu.grad": lambda net: jax.jit(lambda x: mu.grad(lambda x: net(x))(x)),
-    "jit around mu.vmap under grad": lambda net: jax.jit(
-        jax.grad(lambda x: mu.vmap(lambda x: net(x) * x)(x[None])[0])
-    ),
+    "jit around mu.vmap under grad": lambda net: jax.jit(jax.grad(lambda x: mu.vmap(lambda x: net(x) * x)(x[None])[0])),
     "scan": kept_scan,
     "grad around scan": lambda net: jax.grad(kept_scan(net)),
     "checkpoint": lambda net: jax.checkpoint(net),

@@ -269,7 +269,7 @@ class Trained:
         return lambda: train(self.net, self.optimizer)
 
 
-@pytest.mark.parametrize("every", [150, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [1000, pytest.param(50, marks=pytest.mark.slow)])
 def test_in_a_first_call(every: int, handle: Any, tmp_path: Path) -> None:
     """While it is traced, compiled and run: the handler is outside, and the model as it was."""
     job = Trained()
@@ -453,8 +453,7 @@ def test_a_finalizer_at_the_collector_s_moments(action: str, tmp_path: Path) -> 
             getattr(subject, action)()
             acted[0] += 1
         except mu.MutatisError as error:
-            assert "interrupted a step over it" in str(error)
-            refused.append(error)
+            refused.append(str(error))
 
     before = gc.get_threshold()
     gc.set_threshold(1, 1, 1)
@@ -470,6 +469,7 @@ def test_a_finalizer_at_the_collector_s_moments(action: str, tmp_path: Path) -> 
     finally:
         gc.set_threshold(*before)
     assert acted[0] > 50
+    assert all("interrupted a step over it" in text for text in refused)
     subject.check_kept()
 
 

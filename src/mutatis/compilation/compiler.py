@@ -105,8 +105,10 @@ class Compiler:
                 return self._call(self._inline, function, args, kwargs, functions)
         flat, key = self._key(args, kwargs, functions)
         found = self._known(key)
-        if found is not None and (binding := found.first).holds() and not (
-            found.several and binding.settings != _compat.settings()
+        if (
+            found is not None
+            and (binding := found.first).holds()
+            and not (found.several and binding.settings != _compat.settings())
         ):
             plan = binding.plan
             if plan is not None and plan.first is None and plan.treedef is not None and not _compat.jit_disabled():
@@ -410,7 +412,7 @@ class Compiler:
         logged = types is None
         types = _types(binding.cells) if types is None else types
         started = time.perf_counter()
-        with structure_lock:  # before JAX's own lock on the trace, always
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
             traced = program.undonated.trace(*types, *flat)
         (number,) = traced.out_info
         record = program.records[number]
@@ -428,7 +430,11 @@ class Compiler:
 
     def _run_compiled(self, program: Program, number: int, compiled: Any, call: PendingCall, flat: list[Any]) -> Any:
         binding = call.binding
-        key = program.settings, binding.structural, tuple(binding.captures.token)  # it may be called under other settings
+        key = (
+            program.settings,
+            binding.structural,
+            tuple(binding.captures.token),
+        )  # it may be called under other settings
         known = program in (binding.program, self.programs.get(key))
         if not known or transactions.current() is not None:
             inside = "is called inside another transform" if known else "is called with others"
@@ -474,7 +480,7 @@ class Compiler:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = call.binding, call.program
         values = [access.load(cell) for cell in binding.cells]
-        with structure_lock:  # before JAX's own lock on the trace, always
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
             ((number, (new, made, leaves)),) = program.undonated(*values, *flat).items()
         record = program.records[number]
         before = [values[index] for index in record.written]

@@ -130,9 +130,7 @@ def _rescue(plan: DispatchPlan, lease: Lease, exposed: list[int]) -> None:
         expose([plan.written[i] for i in exposed])
 
 
-def rebuild_result(
-    binding: Binding, program: Program, number: int, made: Sequence[Any], leaves: Sequence[Any]
-) -> Any:
+def rebuild_result(binding: Binding, program: Program, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
     """The user's result, and what became of structure."""
     record = program.records[number]
     if record.plain and record.out.plain:

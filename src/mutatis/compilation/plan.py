@@ -59,9 +59,7 @@ class DispatchPlan:
         self.donating_at = [i if i in variant.donated else None for i in variant.written]
         self.lands = bool(variant.donated) or not variant.waits
 
-    def take_apart(
-        self, box: list[Any], values: list[Any]
-    ) -> tuple[int, Sequence[Any], Sequence[Any], Sequence[Any]]:
+    def take_apart(self, box: list[Any], values: list[Any]) -> tuple[int, Sequence[Any], Sequence[Any], Sequence[Any]]:
         """What the program returned: the number of its record, the written values, and the arrays of the rest.
 
         Args:

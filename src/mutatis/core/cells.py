@@ -30,6 +30,7 @@ dispatch has three parts, and `settle` says what becomes of it:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -87,14 +88,16 @@ class Lease:
 class Step(Protocol):
     """What of a step is needed to finish it."""
 
-    written: Sequence[Cell]
+    @property
+    def written(self) -> Sequence[Cell]:
+        """The cells that it writes."""
 
     @property
     def lands(self) -> bool:
         """Whether what it returned counts at once. It does not if the program may still fail and has deleted nothing."""
 
     def recall(self, values: list[Any], donating: bool) -> bool:
-        """Keep it from running, or from counting, if it has been launched on these values and has not run; whether that was so."""
+        """Keep it from running, or from counting, if it was launched on these values and has not run; whether that was so."""
 
     def results(self, box: list[Any], values: list[Any]) -> Sequence[Any]:
         """The values of the written cells, of what it returned and was launched on."""
@@ -159,16 +162,21 @@ def _expose(cell: Cell) -> Any:
     mine = _thread.lease
     settle(mine)
     with _mutex:
+        return _expose_value(cell)
+
+
+def _expose_value(cell: Cell) -> Any:
+    while True:
         _wait_while(lambda: None if (lease := _busy(cell)) is None or not lease.donating else lease)
-        lease = cell._lease
+        lease, value = cell._lease, cell._value
         _moves.count += 1
-        if lease is not None and lease.flight is not None:
+        if lease is None or lease.flight is None:
+            cell._lease = None
+            return value  # nothing has happened since the look at it
+        if not lease.donating:
             lease.shown.add(cell)
-            if lease.flight is not None:  # looked at again: if it has ended now, it may not have seen that
-                return cell._value
-            lease.shown.discard(cell)
-        cell._lease = None
-        return cell._value
+            if _busy(cell) is lease and cell._value is value:  # else it has ended, and may not have seen that
+                return value
 
 
 def store(cell: Cell, value: Any) -> None:
@@ -265,14 +273,12 @@ def _wait(busy: Callable[[], Lease | None]) -> None:
     # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
     while (lease := busy()) is not None:
         if not _released.wait(_MISSED):
-            _void(lease)  # if it is being prepared for so long, it may wait for something in JAX that we have interrupted
+            _void(lease)  # prepared for so long, it may wait for something in JAX that this thread has interrupted
 
 
 def my_lease() -> Lease:
     """A lease of this thread that is not busy."""
     lease = _thread.lease
-    if lease.flight is None:
-        return lease
     settle(lease)
     return lease if lease.flight is None else Lease()
 
@@ -368,11 +374,8 @@ def give_back(lease: Lease) -> None:
         with _mutex:
             _forget_shown(lease)
     if _moves.waiting:  # who begins to wait from now on sees that it is not busy
-        with _mutex:
-            try:
-                _released.notify_all()
-            except RuntimeError:  # what interrupted us there has given notice already
-                pass
+        with _mutex, contextlib.suppress(RuntimeError):  # what interrupted us there has given notice already
+            _released.notify_all()
 
 
 def _forget_shown(lease: Lease) -> None:

@@ -1,7 +1,7 @@
 """Frames: which transforms and transactions are open here. All ambient state of the engine is in this file.
 
-What is open belongs to a thread and, on it, to a context of `contextvars`, as each asyncio task has one. Contexts are copied: into
-tasks, and by `asyncio.to_thread` into other threads. So a frame counts where the copy is only while it is open, and on its thread:
+What is open belongs to a thread and, on it, to a context of `contextvars`, as each asyncio task has one. Contexts are copied:
+into tasks, and by `asyncio.to_thread` into other threads. So a frame counts in a copy only while it is open, and on its thread:
 
 - a task that was made inside a transaction is inside it until that ends, and outside from then on;
 - another thread is never inside.
@@ -54,12 +54,19 @@ def innermost() -> Any:
     return frame
 
 
-def up_to(frame: Frame) -> list[Any]:
-    """The frames that are open here, from the innermost one out to this one."""
-    found = [innermost()]
-    while found[-1] is not None and found[-1] is not frame:
-        found.append(found[-1].parent)
-    return [one for one in found if one is not None]
+def up_to(frame: Frame | None) -> list[Any]:
+    """The frames that are open here inside of this one, the innermost first."""
+    found: list[Any] = []
+    inner = innermost()
+    while inner is not None and inner is not frame:
+        found.append(inner)
+        inner = inner.parent
+    return found
+
+
+def reset(frame: Frame | None) -> None:
+    """Have this frame, further out, be the innermost one."""
+    _innermost.set(frame)
 
 
 def push(frame: Frame) -> None:

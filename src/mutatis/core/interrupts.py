@@ -3,21 +3,22 @@
 Python runs a signal handler between any two steps of the main thread. Three places need care:
 
 - *A compiled call.* It runs no Python code, so a handler runs before it or after it; `cells` tells what becomes of the step.
-- *The first call of a program.* JAX makes it in Python, and an exception between the run and the return would lose the results of
-  donated buffers: handlers are held back.
-- *A trace.* A handler is no part of the function that happens to be traced, so it runs as if in front of the outermost transform: it
-  finds committed values, not tracers, and models as they were before the trace changed them.
+- *The first call of a program.* JAX makes it in Python, and an exception between the run and the return would lose the results
+  of donated buffers: handlers are held back.
+- *A trace.* A handler is no part of the function that happens to be traced, so it runs as if in front of the outermost transform:
+  it finds committed values, not tracers, and models as they were before the trace changed them.
 """
 
 from __future__ import annotations
 
-import _signal  # `signal` makes an enum of each number: fifty times slower
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# In `_signal`, which is written in C: `signal` makes an enum of each number, fifty times slower.
 _NUMBERS = tuple(map(int, signal.valid_signals()))
 
 
@@ -47,7 +48,9 @@ class _Diverted:
 
     __slots__ = ("context", "handler")
 
-    def __init__(self, handler: Callable[..., Any], context: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, handler: Callable[..., Any], context: Callable[[], contextlib.AbstractContextManager[Any]]
+    ) -> None:
         self.handler = handler
         self.context = context
 

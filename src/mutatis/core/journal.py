@@ -84,7 +84,10 @@ class Journal:
     def put_aside(self) -> Iterator[None]:
         """Have everything as it was before, for a while."""
         entries = self.entries()
-        changed = [(obj, name, content(obj, name)) for obj, name, _ in {(id(o), n): (o, n, old) for o, n, old in entries}.values()]
+        changed = [
+            (obj, name, content(obj, name))
+            for obj, name, _ in {(id(o), n): (o, n, old) for o, n, old in entries}.values()
+        ]
         undo(entries)
         try:
             yield

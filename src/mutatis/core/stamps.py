@@ -5,9 +5,9 @@ a state, the trace holds its value, as a constant: for the next transaction it i
 a library add a value of its own to the keys of all traces. Ours, inside of our transforms, is a `Stamp`.
 
 All stamps of a thread are equal, so that traces which read no state are shared as ever. When a raw transform reads a state, the
-stamp under which it was entered is *retired*: it equals only itself from then on, and goes out of use. So the trace that is being
-made under it, and whatever else is filed there, is never found again. No program changes its meaning, and none that reads no state
-is traced again but for those that were filed under the same stamp.
+stamp under which it was entered is *retired*: it equals only itself from then on, and goes out of use. So the trace that is
+being made under it, and whatever else is filed there, is never found again. What reads no state is traced again only if it was
+filed under the same stamp.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def keep_constant(cell: Any) -> None:
 
 
 def thawed(cell: Any) -> None:
-    """Note that a cell may change again. If JAX has kept its value, everything is traced anew: which traces those are, nobody knows."""
+    """Note that a cell may change again. If JAX has kept its value, all is traced anew: nobody knows which traces those are."""
     if cell in _constants:
         _constants.discard(cell)
         _compat.set_stamp_of_all(next(_thawings))

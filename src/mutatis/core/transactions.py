@@ -58,7 +58,6 @@ class Transaction(frames.Frame):
     """
 
     __slots__ = (
-        "_diverted",
         "_lent",
         "_outside",
         "_stamp",
@@ -102,7 +101,6 @@ class Transaction(frames.Frame):
         self.journal = Journal() if journal is None else journal
         self._stamp: Any = None  # the one in force inside, if there is one
         self._outside: Any = None  # and outside
-        self._diverted: list[Any] = []  # the signal handlers that do not run inside
 
     def __enter__(self) -> Self:
         self.trace = _compat.current_trace()
@@ -112,16 +110,12 @@ class Transaction(frames.Frame):
         else:
             self._stamp = Stamp()
             self._outside = _compat.swap_stamp(self._stamp)
-            if self.parent is None or self.parent.trace is _compat.EVAL_TRACE:
-                self._diverted = divert(self._stepped_out)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
         frames.pop(self)
         if self.trace is not _compat.EVAL_TRACE:
             _compat.swap_stamp(latest(self._outside))
-            if self._diverted:
-                undivert(self._diverted)
         if kind is not None:
             self.journal.undo()
         else:
@@ -130,18 +124,6 @@ class Transaction(frames.Frame):
             if (record := frames.recorder()) is not None:
                 record(self)
         self.close()
-
-    @contextlib.contextmanager
-    def _stepped_out(self) -> Iterator[None]:
-        """Run a block as if in front of this transaction, which is the outermost one of a trace."""
-        inside = frames.up_to(self)
-        with contextlib.ExitStack() as stack:
-            for tx in inside:
-                stack.enter_context(tx.journal.put_aside())
-            stack.enter_context(frames.at_frame(self.parent))
-            stack.enter_context(stamped(None))
-            stack.enter_context(_compat.at_trace(_compat.EVAL_TRACE))
-            yield
 
     def close(self) -> None:
         """Let go of every tracer; what is wanted of it has been taken out before."""
@@ -255,6 +237,53 @@ class Transaction(frames.Frame):
         self.restarted.add(cell)
         if self.parent is not None:
             self.parent.restart(cell)
+
+
+class tracing:
+    """A block of ordinary code in which JAX traces: whatever happens in it, it leaves nothing open.
+
+    Signal handlers run as if in front of it: they find committed values, and models as they were.
+
+    Args:
+      journal: where the changes of structure are noted that the block makes.
+    """
+
+    __slots__ = ("_diverted", "_frame", "_journal", "_stamp")
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal
+        self._diverted: list[Any] | None = None
+
+    def __enter__(self) -> None:
+        if _compat.current_trace() is _compat.EVAL_TRACE:
+            self._frame = frames.innermost()
+            self._stamp = _compat.stamp()
+            self._diverted = divert(self._in_front)
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if self._diverted is None:
+            return
+        undivert(self._diverted)
+        if kind is not None:  # an interrupt may have kept from ending what began inside
+            _compat.restore_eager_trace()
+            for tx in frames.up_to(self._frame):
+                tx.close()
+            frames.reset(self._frame)
+            if _compat.stamp() is not self._stamp:
+                _compat.swap_stamp(latest(self._stamp) if type(self._stamp) is Stamp else _compat.NO_STAMP)
+
+    @contextlib.contextmanager
+    def _in_front(self) -> Iterator[None]:
+        journals = [tx.journal for tx in frames.up_to(self._frame)]
+        if self._journal is not None:
+            journals.append(self._journal)
+        with contextlib.ExitStack() as stack:
+            for journal in {id(journal): journal for journal in journals}.values():
+                stack.enter_context(journal.put_aside())
+            stack.enter_context(frames.at_frame(self._frame))
+            stack.enter_context(stamped(None))
+            stack.enter_context(_compat.at_trace(_compat.EVAL_TRACE))
+            yield
 
 
 def _fresh(value: Any) -> Any:

@@ -36,8 +36,8 @@ class _Marked:
 def freeze(node: Any, *filters: FilterLike) -> _Marked:
     """Make states readable only, for good or, as a context manager, for a while.
 
-    A frozen state still matches its kind, is left out by `grad` and optimizers, and may be a constant in raw JAX. In ordinary code a
-    solver of raw JAX goes into such a block: ``with mu.freeze(model): odeint(model.field, y, t)``.
+    A frozen state still matches its kind, is left out by `grad` and optimizers, and may be a constant in raw JAX. In ordinary
+    code a solver of raw JAX goes into such a block: ``with mu.freeze(model): odeint(model.field, y, t)``.
 
     Example:
       >>> import mutatis as mu
