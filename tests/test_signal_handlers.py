@@ -414,6 +414,7 @@ def test_at_random_moments(action: str, seconds: float, handle: Any, tmp_path: P
             busy.clear()
         signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-5, 2e-3))
 
+    getattr(subject, action)()
     handle(act)
     count = subject.count()
     signal.setitimer(signal.ITIMER_REAL, 0.001)
@@ -424,7 +425,7 @@ def test_at_random_moments(action: str, seconds: float, handle: Any, tmp_path: P
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     assert subject.count() == count + made + (handled[0] if action == "steps" else 0)
-    assert handled[0] > 3
+    assert handled[0] > 0
     subject.check_kept()
 
 

@@ -57,8 +57,14 @@ class Pair(mu.Module):
 
 
 ORDERS = ["01", "10", "0110", "010101", "001101", "1001011"]
+
+
+def jitted() -> Any:
+    return mu.jit(lambda pair, x: pair.step(x))
+
+
 STYLES: dict[str, Callable[[Pair], Callable[[Any], Any]]] = {
-    "argument": lambda pair: lambda x, f=mu.jit(lambda pair, x: pair.step(x)): f(pair, x),
+    "argument": lambda pair: functools.partial(jitted(), pair),
     "closure": lambda pair: mu.jit(lambda x: pair.step(x)),
     "method": lambda pair: mu.jit(pair.step),
     "eager loop": lambda pair: lambda x: mu.for_loop(lambda x: pair.step(x), x[None])[0],
