@@ -6,7 +6,7 @@ Each name says which internal it stands for and why there is no public way. Both
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax._src.sharding_impls import UNSPECIFIED
 __all__ = [
     "ARRAY",
     "EVAL_TRACE",
+    "NO_STAMP",
     "UNSPECIFIED",
     "Trace",
     "at_trace",
@@ -26,10 +27,14 @@ __all__ = [
     "has_host_callback",
     "hide_frames",
     "is_batched",
-    "is_staging",
     "raw_transform_name",
     "restore_eager_trace",
     "scan_inputs",
+    "set_stamp_of_all",
+    "settings",
+    "staging_trace",
+    "stamp",
+    "swap_stamp",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -67,9 +72,37 @@ def at_trace(trace: Any) -> Iterator[None]:
         yield
 
 
-def is_staging(trace: Any) -> bool:
-    """Whether the trace builds a program that JAX may reuse (jit, scan, while, cond, checkpoint)."""
-    return isinstance(trace, partial_eval.DynamicJaxprTrace)
+def staging_trace(trace: Any, ours: Any = None, local: Any = None) -> Any:
+    """The innermost trace, from `trace` out to `ours` or `local`, that builds a program which JAX may reuse; None without one.
+
+    Those are jit, scan, while, cond, checkpoint, as opposed to grad, vmap, jvp. `ours` and `local` themselves do not count.
+    """
+    while trace is not None and trace is not ours and trace is not local and trace is not EVAL_TRACE:
+        if isinstance(trace, partial_eval.DynamicJaxprTrace):
+            return trace
+        trace = getattr(trace, "parent_trace", None)
+    return None
+
+
+# `jax.make_user_context` is public, but it cannot be changed inside its own block.
+_stamps = jax.make_user_context()._obj
+NO_STAMP = _stamps.swap_local(None)  # what says that a thread has none of its own
+_stamps.set_local(NO_STAMP)
+
+
+def stamp() -> Any:
+    """This thread's part of the keys of JAX's traces that is ours."""
+    return _stamps.value
+
+
+def swap_stamp(value: Any) -> Any:
+    """Set it; what to set it to, to have it as it was."""
+    return _stamps.swap_local(value)
+
+
+def set_stamp_of_all(value: Any) -> None:
+    """Set it for all threads that have none of their own."""
+    _stamps.set_global(value)
 
 
 _RAW_NAMES = {
@@ -137,6 +170,11 @@ def jit_disabled() -> bool:
 def checks_results() -> bool:
     """Whether `jax_debug_nans` or `jax_debug_infs` is on: then a call may fail after it has run."""
     return bool(_config.debug_nans.value or _config.debug_infs.value)
+
+
+def settings() -> Hashable:
+    """JAX's settings, as far as they are part of the keys of its traces: this thread's and the global ones."""
+    return _config.trace_context()  # type: ignore[no-any-return]
 
 
 def hide_frames(folder: str) -> None:

@@ -48,22 +48,27 @@ class Layout:
 
 
 class Bindings:
-    """The bindings for given objects: the one in use first, then others over the same cells, whose flags may come back."""
+    """The bindings for given objects: the one in use first, then others over the same cells.
 
-    __slots__ = ("__weakref__", "_all", "first")
+    Those are for flags of the objects, or settings of JAX, that may come back.
+    """
+
+    __slots__ = ("__weakref__", "_all", "first", "several")
 
     def __init__(self) -> None:
         self._all: list[Binding] = []
         self.first: Binding
+        self.several = False  # whether they are for several settings
 
     def put_first(self, binding: Binding) -> None:
         """Use this one from now on."""
         others = [other for other in self._all if other is not binding and other.is_over(binding.cells)]
         self.first, self._all = binding, [binding, *others][:_REMEMBERED]
+        self.several = any(other.settings != binding.settings for other in others)
 
-    def find(self) -> Binding | None:
-        """One that holds, which is then in use."""
-        binding = next((binding for binding in self._all if binding.holds()), None)
+    def find(self, settings: Hashable) -> Binding | None:
+        """One that holds under these settings, which is then in use."""
+        binding = next((one for one in self._all if one.settings == settings and one.holds()), None)
         if binding is not None:
             self.put_first(binding)
         return binding
@@ -92,12 +97,14 @@ class Binding:
         "plan",
         "program",
         "references",
+        "settings",
         "specs",
         "structural",
     )
 
-    def __init__(self, label: str, layout: Layout, extras: list[Variable]) -> None:
+    def __init__(self, label: str, settings: Hashable, layout: Layout, extras: list[Variable]) -> None:
         self.label = label
+        self.settings = settings  # those of JAX that its program is traced under
         self.layout = layout
         self.extras = extras  # states that only tracing found
         self.epoch = structure.epoch  # from before the walk: what changes meanwhile is looked at again

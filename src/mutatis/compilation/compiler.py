@@ -1,7 +1,9 @@
 """Compiling: how a stateful function is called at the cost of threading by hand.
 
 Three things are kept, each for longer than the one before it: a **binding** for given objects (`binding`), a **program** for
-a structure, found by a key without identities (`program`), and in it a **record** for each trace (`record`).
+a structure, found by a key without identities (`program`), and in it a **record** for each trace (`record`). Binding and program
+are for given settings of JAX, too (x64, precision, meshes, whatever JAX would trace again for): under others a function may write
+other states, and its values are not to go to the cells of these.
 
 The first call for new shapes traces through an undonated twin (`jax.jit(pure).trace`). JAX's trace cache is shared by every
 `jax.jit` of one function object, so the call that follows, with exactly the written buffers donated, traces nothing again.
@@ -34,6 +36,7 @@ from mutatis.compilation.tracer import FoundStates, StaleBinding, trace
 from mutatis.core import access, frames, naming, transactions
 from mutatis.core.committed import notify
 from mutatis.core.nodes import is_node
+from mutatis.core.stamps import stamped
 from mutatis.core.statics import Identity, Static
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
@@ -98,10 +101,15 @@ class Compiler:
           functions: the functions whose captures count, if not `function`.
         """
         if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
-            return self._call(self._inline, function, args, kwargs, functions)
+            with stamped(None):  # the program takes all states as arguments
+                return self._call(self._inline, function, args, kwargs, functions)
         flat, key = self._key(args, kwargs, functions)
         found = self._known(key)
-        if found is not None and (binding := found.first).holds():
+        if (
+            found is not None
+            and (binding := found.first).holds()
+            and not (found.several and binding.settings != _compat.settings())
+        ):
             plan = binding.plan
             if plan is not None and plan.first is None and plan.treedef is not None and not _compat.jit_disabled():
                 try:
@@ -119,21 +127,24 @@ class Compiler:
         before = tracing.run
         tracing.run = refuse_to_trace
         try:
-            number, made, leaves = launch(binding, plan, flat)
+            number, made, leaves = launch(plan, flat)
         except BaseException:
             _compat.restore_eager_trace()
             raise
         finally:
             tracing.run = before
         return (
-            plan.treedef.unflatten(leaves) if number == plan.number else rebuild_result(binding, number, made, leaves)
+            plan.treedef.unflatten(leaves)
+            if number == plan.number
+            else rebuild_result(binding, plan.program, number, made, leaves)
         )
 
     def lower(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, int, Any]:
         """Lower the program of a call without calling it: the program, the number of its record, and what JAX lowered."""
-        return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
+        with stamped(None):
+            return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
 
     def call_compiled(
         self, program: Program, number: int, compiled: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,15 +172,15 @@ class Compiler:
         found = self._known(key)
         if found is None:
             binding = self._bind(call, key, [])
-        elif not (binding := found.first).holds():
-            binding = found.find() or self._bind(call, key, binding.extras)
+        elif (binding := found.first).settings != call.settings or not binding.holds():
+            binding = found.find(call.settings) or self._bind(call, key, binding.extras)
         before = tracing.run
         tracing.run = functools.partial(trace, call)
         try:
             while True:
                 call.bind(binding)
                 try:
-                    if _compat.jit_disabled() or frames.here.recorder is not None:
+                    if _compat.jit_disabled() or frames.recorder() is not None:
                         return self._run(call)
                     result = act(call, flat)
                     if call.traced:
@@ -281,7 +292,7 @@ class Compiler:
         """Walk over the objects of a call and find the program for their structure, unless it is given."""
         layout = self._layout(call.args, call.kwargs)
         label = f"{self.name}({self._title(call)})"
-        binding = Binding(label, layout, extras)
+        binding = Binding(label, call.settings, layout, extras)
         with structure_lock:
             captures = search(*call.functions, ignored=self.ignored)
             nodes = call.nodes(layout)
@@ -298,9 +309,11 @@ class Compiler:
             contexts.structure(),
         )
         if program is None:
-            program = self.programs.get((binding.structural, tuple(captures.token)))
+            program = self.programs.get((call.settings, binding.structural, tuple(captures.token)))
         if program is None:
-            program = Program(self.options, self._title(call), len(scope.cells), layout.positions, placements)
+            program = Program(
+                self.options, self._title(call), call.settings, len(scope.cells), layout.positions, placements
+            )
         self._remember(binding.structural, captures, program)
         binding.program = program
         self._keep(binding, key, nodes, call.functions)
@@ -314,7 +327,7 @@ class Compiler:
         """Keep a program under the key of a structure and of what the function captured."""
         if not captures.ephemeral:
             with structure_lock:
-                self.programs[structural, tuple(captures.token)] = program
+                self.programs[program.settings, structural, tuple(captures.token)] = program
 
     def _forget(self, program: Program) -> None:
         """Drop a program whose trace failed: JAX keeps such a trace as one that fails."""
@@ -399,12 +412,12 @@ class Compiler:
         logged = types is None
         types = _types(binding.cells) if types is None else types
         started = time.perf_counter()
-        with structure_lock:  # before JAX's own lock on the trace, always
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
             traced = program.undonated.trace(*types, *flat)
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
-        binding.plan = DispatchPlan(binding.cells, program.variant_for(record), number, record)
+        binding.plan = DispatchPlan(program, binding.cells, program.variant_for(record), number, record)
         if logged and binding.plan.first is not None:
             call.seconds = [time.perf_counter() - started]
             call.compilation = self.log.begin(binding.label, facts_of(call))
@@ -417,18 +430,21 @@ class Compiler:
 
     def _run_compiled(self, program: Program, number: int, compiled: Any, call: PendingCall, flat: list[Any]) -> Any:
         binding = call.binding
-        if binding.program is not program or transactions.current() is not None:
-            what = "to be called by itself" if binding.program is program else "for arguments of another structure"
+        # It may be called under other settings.
+        key = (program.settings, binding.structural, tuple(binding.captures.token))
+        known = program in (binding.program, self.programs.get(key))
+        if not known or transactions.current() is not None:
+            what = "to be called by itself" if known else "for arguments of another structure"
             raise StructureError(
                 f"`{binding.label}` was compiled {what}",
                 where=naming.where(),
                 cure="Call what `mu.jit` returned: it compiles when it needs to. Or lower it for these arguments.",
             )
         record = program.records[number]
-        plan = DispatchPlan(binding.cells, program.variant_for(record), number, record)
+        plan = DispatchPlan(program, binding.cells, program.variant_for(record), number, record)
         plan.first = None
         with structure_lock if plan.restructures else contextlib.nullcontext():
-            result = rebuild_result(binding, *launch(binding, plan, flat, compiled))
+            result = rebuild_result(binding, program, *launch(plan, flat, compiled))
         notify(plan.observed)
         return result
 
@@ -440,10 +456,11 @@ class Compiler:
             return self._restructure(call, flat)
         call.fast = True
         try:
-            outcome = launch(binding, plan, flat, seconds=call.seconds)
+            outcome = launch(plan, flat, seconds=call.seconds)
         except NeedsTraceError:
-            outcome = launch(binding, self._prepare(call, flat), flat, seconds=call.seconds)
-        result = rebuild_result(binding, *outcome)
+            plan = self._prepare(call, flat)
+            outcome = launch(plan, flat, seconds=call.seconds)
+        result = rebuild_result(binding, plan.program, *outcome)
         if len(call.seconds) == 2:  # else another thread compiled it meanwhile
             self.log.end(call.compilation, *call.seconds)
         notify(plan.observed)
@@ -460,7 +477,7 @@ class Compiler:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = call.binding, call.program
         values = [access.load(cell) for cell in binding.cells]
-        with structure_lock:  # before JAX's own lock on the trace, always
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
             ((number, (new, made, leaves)),) = program.undonated(*values, *flat).items()
         record = program.records[number]
         before = [values[index] for index in record.written]

@@ -29,6 +29,7 @@ class PendingCall:
         "outer",
         "program",
         "seconds",
+        "settings",
         "stale",
         "traced",
         "walked",
@@ -55,6 +56,7 @@ class PendingCall:
         self.compilation: Any = None  # the entry of the log, if it compiles
         self.seconds: list[float] = []  # what tracing and compiling took
         self.outer = _compat.current_trace()
+        self.settings = _compat.settings()
         self.binding: Binding
         self.program: Program
 

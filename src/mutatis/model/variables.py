@@ -24,6 +24,7 @@ from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.naming import caller
 from mutatis.core.nodes import Node
+from mutatis.core.stamps import thawed
 from mutatis.core.structure import structure
 from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, StateTypeError
 from mutatis.model.values import as_value, brief, from_bytes, to_bytes
@@ -583,3 +584,5 @@ def set_mark(variable: Variable, name: str, mark: Any) -> None:
         structure.changed()
         setattr(variable, name, mark)
         structure.changed()
+        if name == "_frozen" and mark is None:
+            thawed(variable)

@@ -96,11 +96,14 @@ class CallSite:
         self.end: RunResult
         self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
         self.journal = Journal(self.scope.containers)  # of all runs
+        self._tracing = transactions.tracing(self.journal)
 
     def __enter__(self) -> Self:
+        self._tracing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        self._tracing.__exit__(kind, _value, _trace)
         if kind is not None:
             self.journal.undo()
             return

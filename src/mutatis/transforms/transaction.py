@@ -100,7 +100,7 @@ class EagerTransaction:
 
     def _commit(self) -> None:
         tx = self._tx
-        if transactions.current() is not tx:
+        if transactions.current() is not tx or tx.open_parent() is not tx.parent:
             self._abandon()
             raise TransactionError(
                 "a transaction ended before another one that began in it, or after the one that it began in",
