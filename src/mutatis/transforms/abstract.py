@@ -73,7 +73,7 @@ def make_jaxpr(
     static_argnums: int | Sequence[int] = ...,
     axis_env: Sequence[tuple[Any, int]] | None = ...,
     return_shape: Literal[False] = ...,
-) -> Transformed[..., jax.extend.core.ClosedJaxpr]: ...
+) -> Transformed[..., Any]: ...
 @overload
 def make_jaxpr(
     f: Callable[..., R],
@@ -81,7 +81,7 @@ def make_jaxpr(
     axis_env: Sequence[tuple[Any, int]] | None = ...,
     *,
     return_shape: Literal[True],
-) -> Transformed[..., tuple[jax.extend.core.ClosedJaxpr, R]]: ...
+) -> Transformed[..., tuple[Any, R]]: ...
 def make_jaxpr(
     f: Callable[..., Any],
     static_argnums: int | Sequence[int] = (),
