@@ -92,6 +92,10 @@ class StaticAttributeError(MutatisError, TypeError):
     """A static attribute holds something that cannot be static, or changes inside a compiled transform."""
 
 
+class StaticArgumentError(MutatisError, ValueError):
+    """A static argument of a transform cannot be hashed."""
+
+
 class OptionError(MutatisError, ValueError):
     """An option of a transform is none of those there are."""
 

@@ -115,6 +115,8 @@ class Log:
         for_it = [entry for entry in (*self.entries, latest) if [*entry.changes] == [path]]
         if len(for_it) < _MANY or path in self._warned:
             return
+        if latest.changes[path][1].startswith(("function ", "class ")):
+            return  # there are only so many of them
         self._warned.add(path)
         seen = list(dict.fromkeys(text for entry in for_it for text in entry.changes[path]))
         shapes = all(re.fullmatch(r"\w+\[[\d,]*\].*", text) for text in seen)

@@ -119,7 +119,7 @@ def _record(
     for container, _ in tx.journal.changed_containers():
         number = known.known(container)
         if number is not None:
-            changes.append((number, None, encoder.encode_contents(container)))
+            changes.append((number, None, encoder.encode_contents(container, loose=number in known.outside)))
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
     encoder.encode_references()
 
