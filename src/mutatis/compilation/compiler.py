@@ -185,8 +185,12 @@ class Compiler:
             while True:
                 call.bind(binding)
                 try:
-                    if _compat.jit_disabled() or frames.here.recorder is not None:
+                    if _compat.jit_disabled():
                         return self._run(call)
+                    if frames.here.recorder is not None:
+                        result = self._run(call)
+                        self._note_traced(binding)
+                        return result
                     result = act(call, flat)
                     if call.traced:
                         self._bind_again(call, key, call.binding)
@@ -357,15 +361,22 @@ class Compiler:
 
     def _bind_again(self, call: PendingCall, key: tuple[Hashable, ...], old: Binding) -> None:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
-        noted = [traced.note(place, now) for place, now in old.captures.guards.changed()]
-        if noted:
-            self._traced.extend(place for place in noted if place is not None)
-            if call.walked is not None and not old.captures.ephemeral:
-                captures = survey(call.searched(old.layout), scope=call.walked)[0]
-                self._remember(old.structural, self._token(call, captures), old.program)
+        if self._note_traced(old) and call.walked is not None and not old.captures.ephemeral:
+            if self.shared:  # a function with places of its own runs, and changes those
+                with structure_lock:
+                    self.programs.pop((old.structural, old.token), None)
+            captures = survey(call.searched(old.layout), scope=call.walked)[0]
+            self._remember(old.structural, self._token(call, captures), old.program)
         if old.epoch == structure.epoch and old.containers.unchanged():
             new = self._bind(call, key, old.extras, old.program)
             new.plan = old.plan
+
+    def _note_traced(self, binding: Binding) -> bool:
+        """Note what has changed about what a function named since it began to run on tracers; whether anything has."""
+        changes = binding.captures.guards.changed()
+        noted = [traced.note(place, now) for place, now in changes]
+        self._traced.extend(place for place in noted if place is not None)
+        return bool(changes)
 
     @staticmethod
     def _static_parts(call: PendingCall, layout: Layout) -> Hashable:

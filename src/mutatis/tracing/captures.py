@@ -444,8 +444,11 @@ class Captures:
             self.token.append(static_key(keys))
             self._names.update(dict.fromkeys(_names_among(keys)))
         else:
-            for key in keys:
-                self.visit(f"a key of {name}", key)
+            for key in keys:  # dicts find them by hash: they do not change
+                if is_node(key) or isinstance(key, tuple):
+                    self.visit(f"a key of {name}", key)
+                else:
+                    self.token.append(static_key(key) if type(key) in _ATOMS else Identity(key))
         for key, value in zip(keys, values, strict=True):
             self.visit(f"{name}[{key!r:.50}]", value)
 
