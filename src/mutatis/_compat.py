@@ -6,6 +6,8 @@ Each name says which internal it stands for and why there is no public way. Both
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "Trace",
     "at_trace",
     "current_trace",
+    "dtypes_in",
     "has_host_callback",
     "hide_frames",
     "is_batched",
@@ -30,6 +33,7 @@ __all__ = [
     "raw_transform_name",
     "restore_eager_trace",
     "scan_inputs",
+    "settle_settings",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -105,17 +109,38 @@ def type_of(value: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
 
 def has_host_callback(jaxpr: Any) -> bool:
     """Whether a program calls back into Python code of the user's (a debug print does not count)."""
+    return any(equation.primitive.name in _CALLBACKS for equation in _equations(jaxpr))
+
+
+def dtypes_in(jaxpr: Any) -> set[Any]:
+    """The dtypes of all values in a program."""
+    variables = [*jaxpr.invars, *jaxpr.constvars, *jaxpr.outvars]
+    for equation in _equations(jaxpr):
+        variables += [*equation.invars, *equation.outvars]
+    return {variable.aval.dtype for variable in variables if hasattr(variable.aval, "dtype")}
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a program, and of those in it."""
     pending = [jaxpr]
     seen = {id(jaxpr)}
     while pending:
         for equation in pending.pop().eqns:
-            if equation.primitive.name in _CALLBACKS:
-                return True
+            yield equation
             for inner in core.jaxprs_in_params(equation.params):
                 if id(inner) not in seen:  # most are there several times
                     seen.add(id(inner))
                     pending.append(inner)
-    return False
+
+
+@functools.cache
+def settle_settings() -> None:
+    """Have the settings of Pallas be part of JAX's trace keys from now on.
+
+    They become so when Pallas is imported, and Orbax imports it: all that was traced before is traced again then.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("jax._src.pallas.core")
 
 
 def scan_inputs(params: Any) -> tuple[int, int]:

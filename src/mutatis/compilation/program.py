@@ -69,6 +69,7 @@ class Program:
     def __init__(
         self, options: Options, label: str, count: int, positions: tuple[Any, ...], placements: list[Any]
     ) -> None:
+        _compat.settle_settings()
         self.options = options
         self.label = label
         self.count = count
