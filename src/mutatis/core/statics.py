@@ -187,7 +187,7 @@ def array_key(array: Any) -> Hashable:
         return ("array", array.dtype, array.shape, array.tobytes())
     if array.size > _SMALL or array.is_deleted() or not array.is_fully_addressable:
         return Identity(array)
-    kind = (array.aval, array.weak_type, array.sharding, array.committed)
+    kind = (array.aval, array.sharding, array.committed)
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         with jax.ensure_compile_time_eval():
             return ("key", *kind, np.asarray(jax.random.key_data(array)).tobytes())

@@ -434,8 +434,8 @@ class Captures:
                 self.visit(f"{name}.{fields[index]}" if index < len(fields) else f"{name}[{index}]", item)
         if kind not in (list, tuple, dict, set, frozenset) and (hasattr(value, "__dict__") or not is_library_class(kind)):
             self._object(name, value)
-            if isinstance(value, dict) and (factory := getattr(value, "default_factory", None)) is not None:
-                self.visit(f"{name}.default_factory", factory)
+        if isinstance(value, dict) and (factory := getattr(value, "default_factory", None)) is not None:
+            self.visit(f"{name}.default_factory", factory)
         if not holds:
             self._count_as_one(start, traced.class_of(value, None, items))
 
