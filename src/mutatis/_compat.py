@@ -34,6 +34,7 @@ __all__ = [
     "restore_eager_trace",
     "scan_inputs",
     "settle_settings",
+    "trace_settings",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -131,6 +132,14 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                 if id(inner) not in seen:  # most are there several times
                     seen.add(id(inner))
                     pending.append(inner)
+
+
+def trace_settings() -> int:
+    """A number for the settings that are part of JAX's trace keys, the same for the same ones."""
+    return _settings_seen.setdefault(hash(_config.trace_context()), len(_settings_seen) + 1)
+
+
+_settings_seen: dict[int, int] = {}
 
 
 @functools.cache

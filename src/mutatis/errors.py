@@ -92,6 +92,10 @@ class StaticAttributeError(MutatisError, TypeError):
     """A static attribute holds something that cannot be static, or changes inside a compiled transform."""
 
 
+class CompilationError(MutatisError, RuntimeError):
+    """A function would have been compiled more often than `expect` allows."""
+
+
 class StaticArgumentError(MutatisError, ValueError):
     """A static argument of a transform cannot be hashed."""
 

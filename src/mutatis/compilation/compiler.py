@@ -31,8 +31,9 @@ from mutatis.compilation.pending import PendingCall
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import NeedsTraceError, Program, refuse_to_trace, tracing
 from mutatis.compilation.record import replay
-from mutatis.compilation.tracer import FoundStates, StaleBinding, trace
+from mutatis.compilation.tracer import FoundStates, StaleBinding, StartsLate, trace
 from mutatis.core import access, frames, naming, transactions
+from mutatis.core.cells import UNSET
 from mutatis.core.committed import notify
 from mutatis.core.nodes import is_node
 from mutatis.core.statics import Identity, Static, WeakIdentity
@@ -174,6 +175,7 @@ class Compiler:
         if functions is None:
             functions = (function,)
         call = PendingCall(function, functions, args, kwargs, key, users)
+        call.may_start = act == self._dispatch
         found = self._known(key)
         if found is None:
             binding = self._bind(call, key, [])
@@ -200,6 +202,11 @@ class Compiler:
                     binding.invalidate()
                     self._count_stale(call)
                     binding = self._bind(call, key, binding.extras)
+                except StartsLate as late:
+                    self._forget(call.program)
+                    binding.invalidate()
+                    self._start(call, late.cells)
+                    binding = self._bind(call, key, binding.extras)
                 except FoundStates as found:
                     self._warn(found.cells, binding)
                     binding.invalidate()
@@ -207,9 +214,25 @@ class Compiler:
         except BaseException:
             if call.outer is _compat.EVAL_TRACE:
                 _compat.restore_eager_trace()
+            access.write_many(call.started, [UNSET] * len(call.started))
             raise
         finally:
             tracing.run = before
+
+    @staticmethod
+    def _start(call: PendingCall, cells: list[Variable]) -> None:
+        """Give states with `init` their first value: as inputs they are, or the next call would compile once more.
+
+        Not if that reads or draws from other states: then it matters when it happens.
+        """
+        call.may_start = False
+        with Transaction("init") as tx:
+            for cell in cells:
+                cell.get()
+            values = [tx.values[cell] for cell in cells]
+        if {*tx.seen, *tx.written} <= {*cells} and not tx.born:
+            call.started = cells
+            access.write_many(cells, values)
 
     @staticmethod
     def _count_stale(call: PendingCall) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from mutatis import _compat
 from mutatis.compilation.binding import Binding, Layout, survey
 from mutatis.compilation.program import Program
+from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import argument_names, named_nodes
 from mutatis.tracing.scope import Scope
 
@@ -25,10 +26,12 @@ class PendingCall:
         "functions",
         "key",
         "kwargs",
+        "may_start",
         "outer",
         "program",
         "seconds",
         "stale",
+        "started",
         "traced",
         "users",
         "walked",
@@ -49,6 +52,8 @@ class PendingCall:
         self.functions = functions  # those whose captures count
         self.args = args
         self.kwargs = kwargs
+        self.may_start = False  # whether states with `init` may be given their first value before the call is traced
+        self.started: list[Variable] = []  # those that were
         self.fast = False  # whether the call holds a lease and should not trace
         self.stale = 0  # how often its trace found something changed
         self.traced = False  # whether the function was run
