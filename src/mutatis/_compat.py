@@ -6,6 +6,8 @@ Each name says which internal it stands for and why there is no public way. Both
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = [
     "Trace",
     "at_trace",
     "current_trace",
+    "dtypes_in",
     "has_host_callback",
     "hide_frames",
     "is_batched",
@@ -32,9 +35,11 @@ __all__ = [
     "scan_inputs",
     "set_stamp_of_all",
     "settings",
+    "settle_settings",
     "staging_trace",
     "stamp",
     "swap_stamp",
+    "trace_settings",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -138,17 +143,46 @@ def type_of(value: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
 
 def has_host_callback(jaxpr: Any) -> bool:
     """Whether a program calls back into Python code of the user's (a debug print does not count)."""
+    return any(equation.primitive.name in _CALLBACKS for equation in _equations(jaxpr))
+
+
+def dtypes_in(jaxpr: Any) -> set[Any]:
+    """The dtypes of all values in a program."""
+    variables = [*jaxpr.invars, *jaxpr.constvars, *jaxpr.outvars]
+    for equation in _equations(jaxpr):
+        variables += [*equation.invars, *equation.outvars]
+    return {variable.aval.dtype for variable in variables if hasattr(variable.aval, "dtype")}
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a program, and of those in it."""
     pending = [jaxpr]
     seen = {id(jaxpr)}
     while pending:
         for equation in pending.pop().eqns:
-            if equation.primitive.name in _CALLBACKS:
-                return True
+            yield equation
             for inner in core.jaxprs_in_params(equation.params):
                 if id(inner) not in seen:  # most are there several times
                     seen.add(id(inner))
                     pending.append(inner)
-    return False
+
+
+def trace_settings() -> int:
+    """A number for the settings that are part of JAX's trace keys, the same for the same ones."""
+    return _settings_seen.setdefault(settings(), len(_settings_seen) + 1)
+
+
+_settings_seen: dict[Hashable, int] = {}
+
+
+@functools.cache
+def settle_settings() -> None:
+    """Have the settings of Pallas be part of JAX's trace keys from now on.
+
+    They become so when Pallas is imported, and Orbax imports it: all that was traced before is traced again then.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("jax._src.pallas.core")
 
 
 def scan_inputs(params: Any) -> tuple[int, int]:

@@ -147,6 +147,10 @@ class ArgumentError(MutatisError, ValueError, TypeError):
     """
 
 
+class CompilationError(MutatisError, RuntimeError):
+    """A function would have been compiled more often than `expect` allows."""
+
+
 class TransactionError(MutatisError, RuntimeError):
     """A transaction was entered, rolled back or ended when it was not its turn."""
 

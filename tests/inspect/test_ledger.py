@@ -265,7 +265,7 @@ def test_numbers_flags_and_text_are_what_they_are() -> None:
     assert count == 0
 
 
-def test_states_that_no_name_leads_to() -> None:
+def test_states_that_a_class_attribute_leads_to() -> None:
     class Holder(mu.Module):
         registry: ClassVar[dict[str, Any]] = {}
 
@@ -281,7 +281,7 @@ def test_states_that_no_name_leads_to() -> None:
             cell.value += 1
 
     found = ledger(hit)()
-    assert found["Holder.hits"].updates == 1
+    assert found["Holder.registry.holder.hits"].updates == 1
     assert len(found.entries) == 2 and all(entry.read for entry in found.entries)
     assert holder.hits == 0
 

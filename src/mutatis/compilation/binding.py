@@ -20,7 +20,7 @@ from mutatis.model import contexts
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, unflatten
-from mutatis.tracing.captures import Captures
+from mutatis.tracing.captures import Captures, search
 from mutatis.tracing.scope import Scope
 
 
@@ -100,6 +100,7 @@ class Binding:
         "settings",
         "specs",
         "structural",
+        "token",
     )
 
     def __init__(self, label: str, settings: Hashable, layout: Layout, extras: list[Variable]) -> None:
@@ -115,14 +116,10 @@ class Binding:
         self.containers: ContainerSnapshot
         self.program: Program
         self.structural: Hashable  # the key of the program, but for what the function captured
+        self.token: tuple[Hashable, ...]  # what it captured
         self.objects: list[Any] = []
         self.references: list[Any] = []
         self.plan: DispatchPlan | None = None  # how to call; None before the first call
-
-    def make_scope(self, nodes: list[tuple[str, Any]], captures: Captures) -> Scope:
-        """Walk over arguments and captures."""
-        extras = [("captured", cell) for cell in self.extras]
-        return Scope([*nodes, *captures.roots, *extras], watch=True)
 
     def keep_walk(self, scope: Scope, captures: Captures) -> None:
         """Keep of a walk what the calls need."""
@@ -156,3 +153,30 @@ class Binding:
             and self.captures.unchanged()
             and self.ambient == contexts.cells()
         )
+
+
+def survey(
+    functions: Sequence[Any],
+    nodes: Sequence[tuple[str, Any]] = (),
+    extras: Sequence[Variable] = (),
+    scope: Scope | None = None,
+) -> tuple[Captures, Scope]:
+    """Find all that a call depends on: what its functions name, and what arguments and names lead to.
+
+    The methods of the models that are found count as named too, and may lead to further ones.
+
+    Args:
+      functions: what is searched.
+      nodes: those among the arguments, with their names.
+      extras: states that only tracing found.
+      scope: the walk over all this, if it was made before.
+    """
+    captures = search(*functions)
+    found = scope
+    while True:
+        if found is None:
+            found = Scope([*nodes, *captures.roots, *(("captured", cell) for cell in extras)], watch=True)
+        if not captures.look_into_modules(found.encoder):
+            captures.complete()
+            return captures, found
+        found = scope

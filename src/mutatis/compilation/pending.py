@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mutatis import _compat
-from mutatis.compilation.binding import Binding, Layout
+from mutatis.compilation.binding import Binding, Layout, survey
 from mutatis.compilation.program import Program
+from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import argument_names, named_nodes
-from mutatis.tracing.captures import search
 from mutatis.tracing.scope import Scope
 
 
@@ -26,12 +26,15 @@ class PendingCall:
         "functions",
         "key",
         "kwargs",
+        "may_start",
         "outer",
         "program",
         "seconds",
         "settings",
         "stale",
+        "started",
         "traced",
+        "users",
         "walked",
     )
 
@@ -42,12 +45,16 @@ class PendingCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         key: tuple[Hashable, ...],
+        users: tuple[Any, ...] = (),
     ) -> None:
         self.function = function
+        self.users = users  # the functions as the user gave them, if the program may be shared
         self.key = key  # of its objects
         self.functions = functions  # those whose captures count
         self.args = args
         self.kwargs = kwargs
+        self.may_start = False  # whether states with `init` may be given their first value before the call is traced
+        self.started: list[Variable] = []  # those that were
         self.fast = False  # whether the call holds a lease and should not trace
         self.stale = 0  # how often its trace found something changed
         self.traced = False  # whether the function was run
@@ -75,6 +82,11 @@ class PendingCall:
         args, kwargs = self.binding.layout.rebuild(self.args, self.kwargs, leaves)
         return self.function(*args, **kwargs)
 
+    def searched(self, layout: Layout) -> list[Any]:
+        """The functions that are searched: those that count, and those among the static arguments."""
+        statics = [self.args[p] if isinstance(p, int) else self.kwargs[p] for p in sorted(layout.statics, key=str)]
+        return [*self.functions, *(value for value in statics if callable(value) and not isinstance(value, type))]
+
     def nodes(self, layout: Layout) -> list[tuple[str, Any]]:
         """The nodes among the arguments, with the names they go by."""
         named = self.functions[0] if len(self.functions) == 1 else self.function
@@ -87,8 +99,8 @@ class PendingCall:
         """A walk over everything that the call can reach, in the order of the binding's cells."""
         if self.found is not None and self.binding.holds():
             return self.found
-        captures = search(*self.functions, ignored=self.binding.captures.ignored)
-        return self.binding.make_scope(self.nodes(self.binding.layout), captures)
+        layout = self.binding.layout
+        return survey(self.searched(layout), self.nodes(layout), self.binding.extras)[1]
 
     def bound_to(self, scope: Scope) -> bool:
         """Whether a walk finds what the program was chosen for: another thread may have changed it."""

@@ -111,7 +111,8 @@ class CallSite:
             for container, _ in self.journal.changed_containers():
                 number = self.scope.encoder.known(container)
                 path = () if number is None else self.scope.encoder.object_paths[number]
-                Encoder().encode(container, path)  # what was put in is no array, and so no tracer
+                loose = number in self.scope.encoder.outside
+                Encoder(loose=loose).encode(container, path)  # what was put in is no tracer
         except StructureError:
             self.journal.undo()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,23 @@ class Jitted(Transformed[P, R_co]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         return self._compiler(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
+
+    def expect(self, *, compilations: int) -> contextlib.AbstractContextManager[None]:
+        """Allow so many compilations inside a ``with`` block; one more is an error that says what differed.
+
+        Args:
+          compilations: how many there may be.
+
+        Raises:
+          CompilationError: in the block, by the call that would compile once more; it changes no state.
+
+        Example:
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> step = mu.jit(lambda x: x + 1)
+          >>> with step.expect(compilations=1):
+          ...     _ = step(jnp.ones(3)), step(jnp.zeros(3))
+        """
+        return self._compiler.log.plan(compilations)
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered[R_co]:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.

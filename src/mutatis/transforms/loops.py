@@ -12,6 +12,7 @@ from typing import Any, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from mutatis import _compat
@@ -332,14 +333,29 @@ def _length(where: str, length: int | None, leaves: list[Any], stacks: dict[Vari
 
 
 def _promote(carry: FlatTree, staged: Staged) -> bool:
-    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does."""
-    changed = False
+    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does.
+
+    Returns:
+      Whether the body has to be staged again for it. Each loop around this one would double the number of times.
+    """
+    again = False
     for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
         weak = jax.typeof(leaf).weak_type if hasattr(jax.typeof(leaf), "weak_type") else False
         if weak and leaf.shape == out.shape and (leaf.dtype != out.dtype or not getattr(out, "weak_type", False)):
+            again = again or leaf.dtype != out.dtype or _weakness_matters(leaf.dtype, staged)
             carry.leaves[index] = jax.lax.convert_element_type(leaf, out.dtype)
-            changed = True
-    return changed
+    return again
+
+
+def _weakness_matters(dtype: Any, staged: Staged) -> bool:
+    """Whether a body may do something else for a value of this dtype than for one that is weakly typed.
+
+    It does where the value meets another dtype of its sort; and what it makes of a weak one may come out as weak.
+    """
+    sort = np.floating if jnp.issubdtype(dtype, np.floating) else np.integer
+    others = {other for other in staged.code.dtypes() if jnp.issubdtype(other, sort) and other != dtype}
+    weak = [out for out in staged.leaves if getattr(out, "weak_type", False) and jnp.issubdtype(out.dtype, sort)]
+    return bool(others or weak or not jnp.issubdtype(dtype, sort))
 
 
 def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
