@@ -21,7 +21,6 @@ pytest.importorskip("equinox")
 
 import equinox as eqx
 
-from mutatis.core.naming import show_path
 from mutatis.interop.equinox import FromEquinox, ToEquinox
 from tests.nets import Layers
 

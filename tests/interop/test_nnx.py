@@ -21,7 +21,6 @@ pytest.importorskip("flax")
 
 from flax import nnx
 
-from mutatis.core.naming import show_path
 from mutatis.interop.nnx import FromNnx, ToNnx
 from tests.nets import Layers
 
