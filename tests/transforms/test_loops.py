@@ -542,10 +542,10 @@ def same_states(a: mu.Module, b: mu.Module) -> None:
     ("options", "compiled", "sizes"),
     [
         ({}, False, (1, 3, 8)),
-        ({}, True, (2, 6, 7, 100)),
-        ({"reverse": True}, False, (3,)),
-        ({"reverse": True}, True, (1, 2, 100)),
-        ({"unroll": 2}, True, (3,)),
+        pytest.param({}, True, (2, 6, 7, 100), marks=pytest.mark.once),
+        pytest.param({"reverse": True}, False, (3,), marks=pytest.mark.once),
+        pytest.param({"reverse": True}, True, (1, 2, 100), marks=pytest.mark.once),
+        pytest.param({"unroll": 2}, True, (3,), marks=pytest.mark.once),
         ({"reverse": True, "unroll": True}, True, (5,)),
     ],
     ids=str,
@@ -607,7 +607,10 @@ def test_blocks_without_xs(length: int, every: int) -> None:
     same_states(model, plain)
 
 
-@pytest.mark.parametrize(("outer", "inner"), [(2, None), (None, 2), (2, 3), (1, 1), (100, 2)])
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [(2, 3), *(pytest.param(*pair, marks=pytest.mark.once) for pair in [(2, None), (None, 2), (1, 1), (100, 2)])],
+)
 def test_blocks_in_blocks(outer: Any, inner: Any) -> None:
     def loss(m: Noisy, outer: Any, inner: Any) -> Any:
         def rows(c: Any, xs: Any) -> Any:
@@ -691,6 +694,7 @@ def test_blocks_of_a_stack_of_keys_as_results() -> None:
     np.testing.assert_array_equal(jax.random.key_data(ys), jax.random.key_data(keys))
 
 
+@pytest.mark.once
 def test_blocks_under_other_transforms() -> None:
     every = 3
 
