@@ -41,7 +41,7 @@ test-leaks: $(READY)
 	MUTATIS_TEST_LEAKS=1 $(PYTEST) $(ARGS)
 
 docs: $(READY)
-	$(PYTEST) tests/test_docs.py $(ARGS)
+	$(PYTEST) tests/whole/test_docs.py $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check $(ARGS) .
@@ -53,7 +53,7 @@ format: $(READY)
 
 types: $(READY)
 	$(RUN) -m mypy $(ARGS)
-	$(RUN) -m pytest -q tests/typing
+	$(RUN) -m pytest -q tests/whole/test_typing.py
 
 bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)
