@@ -54,7 +54,7 @@ format: $(READY)
 
 types: $(READY)
 	$(RUN) -m mypy $(ARGS)
-	$(RUN) -m pytest -q tests/typing
+	$(RUN) -m pytest -q tests/whole/test_typing.py
 
 bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
+from typing import Any, TypeAlias, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,26 @@ from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
 
+Unroll: TypeAlias = int | bool
 C = TypeVar("C")
 X = TypeVar("X")
 Y = TypeVar("Y")
 Xs = TypeVarTuple("Xs")
 
 
-class ScanOptions(TypedDict, total=False):
-    """What `scan` can be told, for type checkers."""
+class LoopOptions(TypedDict, total=False):
+    """What `for_loop` can be told, for type checkers."""
 
     length: int | None
     reverse: bool
-    unroll: int | bool
+    unroll: Unroll
+
+
+class ScanOptions(TypedDict, total=False):
+    """What `scan` can be told, for type checkers."""
+
+    reverse: bool
+    unroll: Unroll
     _split_transpose: bool
     states: Any
     checkpoint_every: int | None
@@ -49,15 +57,24 @@ def scan(
     f: Callable[[jax.Array, jax.Array], tuple[jax.Array, Y]],
     init: ArrayLike,
     xs: ArrayLike,
+    length: int | None = ...,
     **options: Unpack[ScanOptions],
 ) -> tuple[jax.Array, Y]: ...
 @overload
 def scan(
-    f: Callable[[jax.Array, X], tuple[jax.Array, Y]], init: ArrayLike, xs: X = ..., **options: Unpack[ScanOptions]
+    f: Callable[[jax.Array, X], tuple[jax.Array, Y]],
+    init: ArrayLike,
+    xs: X = ...,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
 ) -> tuple[jax.Array, Y]: ...
 @overload
 def scan(
-    f: Callable[[C, jax.Array], tuple[C, Y]], init: C, xs: ArrayLike, **options: Unpack[ScanOptions]
+    f: Callable[[C, jax.Array], tuple[C, Y]],
+    init: C,
+    xs: ArrayLike,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
 ) -> tuple[C, Y]: ...
 @overload
 def scan(
@@ -65,12 +82,7 @@ def scan(
     init: C,
     xs: X = ...,
     length: int | None = ...,
-    reverse: bool = ...,
-    unroll: int | bool = ...,
-    _split_transpose: bool = ...,
-    *,
-    states: Any = ...,
-    checkpoint_every: int | None = ...,
+    **options: Unpack[ScanOptions],
 ) -> tuple[C, Y]: ...
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
@@ -78,7 +90,7 @@ def scan(
     xs: Any = None,
     length: int | None = None,
     reverse: bool = False,
-    unroll: int | bool = 1,
+    unroll: Unroll = 1,
     _split_transpose: bool = False,
     *,
     states: Any = None,
@@ -137,25 +149,11 @@ def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
 
 
 @overload
-def for_loop(
-    f: Callable[[jax.Array], Y],
-    xs: ArrayLike,
-    /,
-    *,
-    length: int | None = ...,
-    reverse: bool = ...,
-    unroll: int | bool = ...,
-) -> Y: ...
+def for_loop(f: Callable[[jax.Array], Y], xs: ArrayLike, /, **options: Unpack[LoopOptions]) -> Y: ...
 @overload
-def for_loop(
-    f: Callable[[*Xs], Y],
-    *xs: *Xs,
-    length: int | None = ...,
-    reverse: bool = ...,
-    unroll: int | bool = ...,
-) -> Y: ...
+def for_loop(f: Callable[[*Xs], Y], *xs: *Xs, **options: Unpack[LoopOptions]) -> Y: ...
 def for_loop(  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
-    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: int | bool = 1
+    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: Unroll = 1
 ) -> Any:
     """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
 
@@ -191,7 +189,7 @@ def _scan(
     *,
     length: int | None,
     reverse: bool,
-    unroll: int | bool,
+    unroll: Unroll,
     states: Any,
     _split_transpose: bool = False,
     checkpoint_every: int | None = None,
@@ -470,7 +468,7 @@ def fori_loop(
     body_fun: Callable[[jax.Array, jax.Array], jax.Array],
     init_val: ArrayLike,
     *,
-    unroll: int | bool | None = ...,
+    unroll: Unroll | None = ...,
 ) -> jax.Array: ...
 @overload
 def fori_loop(
@@ -479,10 +477,10 @@ def fori_loop(
     body_fun: Callable[[jax.Array, C], C],
     init_val: C,
     *,
-    unroll: int | bool | None = ...,
+    unroll: Unroll | None = ...,
 ) -> C: ...
 def fori_loop(
-    lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None
+    lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: Unroll | None = None
 ) -> Any:
     """Loop from `lower` to `upper`; as `jax.lax.fori_loop`, with states.
 

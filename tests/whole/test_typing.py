@@ -1,7 +1,7 @@
 """What type checkers make of a user's program: mypy --strict and pyright, with JAX's own types.
 
-`program.py` says it all: `assert_type` for what an expression is, and `# E` at the end of each line that has to be an error.
-A checker that stops complaining fails the test, as one that starts to. The program also runs: what checks is true.
+`tests/typing/program.py` says it all: `assert_type` for what an expression is, and `# E` at the end of each line that has to be
+an error. A checker that stops complaining fails the test, as one that starts to. The program also runs: what checks is true.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
+HERE = ROOT / "tests" / "typing"
 PROGRAM = HERE / "program.py"
 
 
