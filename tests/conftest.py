@@ -42,7 +42,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import jax
 import jax.monitoring
-import plain_words
+
+from tests import plain_words
 
 # Compiling makes the time of an example uneven; CI finds the same examples each time.
 hypothesis.settings.register_profile(

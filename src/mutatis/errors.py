@@ -70,21 +70,22 @@ class MutatisError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuilt from its fields, not by its constructor, which a subclass may have changed."""
         cls = next(cls for cls in type(self).__mro__ if _portable(cls) is cls)
-        return _rebuild, (cls, _each(self.args, _portable), _each(self.__dict__, _portable))
+        return _rebuild, (cls, _each(self.__dict__, _portable), _each(self.args, _portable))
 
     def __copy__(self: _E) -> _E:
-        return _rebuild(type(self), self.args, self.__dict__)
+        return _rebuild(type(self), self.__dict__, self.args)
 
     def __deepcopy__(self: _E, memo: dict[int, Any]) -> _E:
-        memo[id(self)] = new = _rebuild(type(self), self.args, {})
+        memo[id(self)] = new = _rebuild(type(self), {}, self.args)
         new.__dict__.update(_each(self.__dict__, lambda value: _copied(value, memo)))
         return new
 
 
-def _rebuild(cls: type[_E], args: Any, fields: Any) -> _E:
-    error = cls.__new__(cls, *args)
-    super(MutatisError, error).__init__(*args)  # that of the built-in
+def _rebuild(cls: type[_E], fields: Any, args: Any = None) -> _E:
+    error = cls.__new__(cls)
     error.__dict__.update(fields)
+    args = (error._text(),) if args is None else args  # which earlier versions did not write
+    super(MutatisError, error).__init__(*args)  # that of the built-in
     return error
 
 

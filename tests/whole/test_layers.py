@@ -23,7 +23,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # The folders (and files that stand beside them), lowest floor first. A place knows those on lower floors. Inside a folder
 # everybody may know everybody, as long as there is no cycle.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_compat", "_homes"),
+    ("errors", "_compat", "_homes", "_packages"),
     ("core",),
     ("model",),
     ("tracing",),
@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 # Neighbours on one floor that know each other: (importer, imported).
-NEIGHBOURS = {("functional", "interventions"), ("functional", "random")}
+NEIGHBOURS = {("_packages", "errors"), ("functional", "interventions"), ("functional", "random")}
 
 # A folder of pages, of which none knows another, but for those that are made of others.
 PAGES = "transforms"

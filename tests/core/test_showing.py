@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain_words
 import pytest
 
 import mutatis as mu
@@ -18,6 +17,7 @@ from mutatis import errors
 from mutatis.core.avals import show_type
 from mutatis.core.naming import show_name
 from mutatis.core.showing import show_class, show_structure, show_value
+from tests import plain_words
 
 
 class Net(mu.Module):
@@ -72,7 +72,7 @@ SHOWN: list[tuple[Any, str]] = [
     (Net, "the class Net"),
     (Plain(), "a Plain"),
     (Broken(), "a Broken"),
-    (Holder(Plain()), "Holder(<test_messages.Plain object>)"),
+    (Holder(Plain()), f"Holder(<{__name__}.Plain object>)"),
     (functools.partial(max, 1), "functools.partial(<built-in function max>, 1)"),
     (jax.tree.structure({"a": (1, 2)}), "{'a': (*, *)}"),
     (mu.State({("w",): jnp.zeros(3)}), "State({ w: Variable float32[3], })"),
