@@ -110,8 +110,7 @@ class _Plan:
             expected=f"{self._allowed} compilation{'' if self._allowed == 1 else 's'}",
             got=f"{self._begun}",
             differences=causes or ["nothing is known to differ: it is the first compilation, or another function"],
-            cure="Keep that the same, pass it as an array, or plan for it: "
-            f"`step.expect(compilations={self._begun})`.",
+            cure=f"Keep that the same, pass it as an array, or plan for it: `step.expect(compilations={self._begun})`.",
         )
 
 

@@ -105,7 +105,9 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         if tx.found:
             raise FoundStates(list(tx.found))
         if call.may_start:
-            late = [cell for cell in scope.cells if cell in tx.written and cell._value is UNSET and cell._init is not None]
+            late = [
+                cell for cell in scope.cells if cell in tx.written and cell._value is UNSET and cell._init is not None
+            ]
             if late:
                 raise StartsLate(late)
         return {program.add(record): record.take_arrays()}

@@ -75,9 +75,11 @@ _CONSTANT = (
 _MAKING = ("__new__", "__init__", "__post_init__")
 _COMPARING = ("__eq__", "__ne__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__")
 _PRINTING = ("__repr__", "__str__", "__format__")
-_NEVER = frozenset({*_MAKING, *_COMPARING, *_PRINTING, "__del__", "__init_subclass__", "__class_getitem__", "__setattr__",
-    "__delattr__", "__set_name__", "__getnewargs__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__", "__annotate__",
-    "__annotate_func__", "__replace__"})  # fmt: skip
+_NEVER = frozenset({
+    *_MAKING, *_COMPARING, *_PRINTING, "__del__", "__init_subclass__", "__class_getitem__", "__setattr__", "__delattr__",
+    "__set_name__", "__getnewargs__", "__setstate__", "__getstate__", "__reduce__", "__reduce_ex__", "__annotate__",
+    "__annotate_func__", "__replace__",
+})  # fmt: skip
 
 
 class _Entry:
@@ -153,17 +155,18 @@ class Captures:
     def look_into_modules(self, encoder: Encoder) -> bool:
         """Look into the classes of modules that a walk found, and into their functions; whether that led to further nodes."""
         self._settle()
-        before = len(self.roots)
+        before, named = len(self.roots), dict(self.named)
         for kind in dict.fromkeys(type(obj) for obj in encoder.objects if isinstance(obj, Module)):
             if id(kind) not in self._holders:
                 self._holders.add(id(kind))
                 self._class(kind.__name__, kind)
         for _, static in encoder.statics():
             value = static.value
-            if isinstance(value, types.FunctionType | functools.partial | types.MethodType):
-                if id(value) not in self._holders:
-                    self._holders.add(id(value))
-                    self.visit(getattr(value, "__name__", "static"), value)
+            named = isinstance(value, types.FunctionType | functools.partial | types.MethodType)
+            if named and id(value) not in self._holders:
+                self._holders.add(id(value))
+                self.visit(getattr(value, "__name__", "static"), value)
+        self.named = named  # explanations say by which path of the model they came to these
         self._settle()
         return len(self.roots) > before
 
@@ -330,7 +333,7 @@ class Captures:
         self.opaque = True
         self.token.append(Identity(value))
 
-    def _part(self, *parts: Hashable) -> None:
+    def _part(self, *parts: Any) -> None:
         self.token.append(parts)
 
     # -- functions -------------------------------------------------------------------------------------------
@@ -432,7 +435,9 @@ class Captures:
             fields = getattr(kind, "_fields", ())
             for index, item in enumerate(items):
                 self.visit(f"{name}.{fields[index]}" if index < len(fields) else f"{name}[{index}]", item)
-        if kind not in (list, tuple, dict, set, frozenset) and (hasattr(value, "__dict__") or not is_library_class(kind)):
+        if kind not in (list, tuple, dict, set, frozenset) and (
+            hasattr(value, "__dict__") or not is_library_class(kind)
+        ):
             self._object(name, value)
         if isinstance(value, dict) and (factory := getattr(value, "default_factory", None)) is not None:
             self.visit(f"{name}.default_factory", factory)
@@ -617,7 +622,7 @@ def _is_library_data(module: types.ModuleType, value: Any) -> bool:
 def _is_value(value: Any) -> bool:
     """Whether an object of a library says itself what it is equal to: then it does not change."""
     kind = type(value)
-    if not is_library_class(kind) or kind.__hash__ in (None, object.__hash__):
+    if not is_library_class(kind) or getattr(kind, "__hash__", None) in (None, object.__hash__):
         return False
     try:
         hash(value)
@@ -633,7 +638,9 @@ def _is_library_object(kind: type) -> bool:
 
 def _is_made_by_library(kind: type) -> bool:
     """Whether code of a library works on the attributes, which names are not known then."""
-    return any(is_library_class(base) and base not in _HARMLESS and base.__module__ not in _ABSTRACT for base in kind.__mro__)
+    return any(
+        is_library_class(base) and base not in _HARMLESS and base.__module__ not in _ABSTRACT for base in kind.__mro__
+    )
 
 
 _HARMLESS = (object, types.SimpleNamespace, list, tuple, dict, set, frozenset, deque, int, float, complex, str, bytes)

@@ -88,7 +88,8 @@ def names_of(code: types.CodeType) -> Names:
         whole=whole
         or not (_WHOLE.isdisjoint(names) and _WHOLE_ATTRIBUTES.isdisjoint(attributes))
         or any(one.whole for one in inner),
-        hidden=not (_HIDDEN.isdisjoint(names) and "import_module" not in attributes) or any(one.hidden for one in inner),
+        hidden=not (_HIDDEN.isdisjoint(names) and "import_module" not in attributes)
+        or any(one.hidden for one in inner),
         compares=compares or "hash" in names or any(one.compares for one in inner),
         prints=not _PRINTS.isdisjoint(names)
         or any(name.startswith("FORMAT") for name in operations)
