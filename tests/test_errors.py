@@ -183,6 +183,29 @@ def no_axis_cured(net: Net, _: Path) -> None:
     mu.vmap(make)(keys)
 
 
+def list_as_static(net: Net, _: Path) -> None:
+    mu.jit(lambda x, sizes: x, static_argnums=1)(1.0, [2, 3])
+
+
+def list_as_static_cured(net: Net, _: Path) -> None:
+    x = [2, 3]
+    mu.jit(lambda x, sizes: x, static_argnums=1)(1.0, tuple(x))
+
+
+def unplanned(net: Net, _: Path) -> None:
+    step = mu.jit(lambda x: x)
+    with step.expect(compilations=1):
+        step(jnp.ones(2))
+        step(jnp.ones(3))
+
+
+def unplanned_cured(net: Net, _: Path) -> None:
+    step = mu.jit(lambda x: x)
+    with step.expect(compilations=2):
+        step(jnp.ones(2))
+        step(jnp.ones(3))
+
+
 def bad_option(net: Net, _: Path) -> None:
     mu.jit(Block.__init__, donate="sometimes")
 
@@ -352,6 +375,31 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         no_axis_cured,
         ValueError,
         "model.scale",
+    ),
+    errors.CompilationError: Row(
+        unplanned,
+        """
+        `jit(unplanned.lambda)` is compiled once more than planned
+          expected: 1 compilation
+          got:      2
+          x: float32[2] -> float32[3]
+        Keep that the same, pass it as an array, or plan for it: `step.expect(compilations=2)`.
+        """,
+        unplanned_cured,
+        RuntimeError,
+        None,
+    ),
+    errors.StaticArgumentError: Row(
+        list_as_static,
+        """
+        static argument 1 is not hashable inside `jit`
+          expected: a hashable value: a number, string, tuple, function or frozen dataclass
+          got:      list: [2, 3]
+        Pass it as an ordinary argument, or a hashable value in its place: `tuple(x)` for a list.
+        """,
+        list_as_static_cured,
+        ValueError,
+        None,
     ),
     errors.OptionError: Row(
         bad_option,
