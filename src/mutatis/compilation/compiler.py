@@ -379,7 +379,7 @@ class Compiler:
 
     def _forget(self, program: Program) -> None:
         """Drop a program whose trace failed: JAX keeps such a trace as one that fails."""
-        with structure_lock:  # no loop in it: an interrupt there may leave it locked, from CPython 3.12 on
+        with structure_lock:  # and no loop in it: see `core.interrupts`
             self.programs = dict(filter(lambda item: item[1] is not program, self.programs.items()))
 
     def _bind_again(self, call: PendingCall, key: tuple[Hashable, ...], old: Binding) -> None:

@@ -127,7 +127,7 @@ def _copy(values: list[Any]) -> Any:
 
 
 def _copy_exposed(values: list[Any], plan: DispatchPlan, exposed: list[int]) -> None:
-    # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
+    # A function of its own, as `core.interrupts` says of loops under a lock.
     places = [p for i in exposed if (p := plan.donating_at[i]) is not None]
     for place, value in zip(places, _copy([values[p] for p in places]), strict=True):
         values[place] = value

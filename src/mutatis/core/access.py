@@ -24,7 +24,7 @@ from typing import Any
 from mutatis import _compat
 from mutatis.core import avals, cells, naming
 from mutatis.core.cells import UNSET, Cell, Deferred
-from mutatis.core.committed import load_committed, notify, store_committed
+from mutatis.core.committed import load_committed, notify, observers, store_committed
 from mutatis.core.frames import here
 from mutatis.core.structure import structure
 from mutatis.core.transactions import Transaction
@@ -115,7 +115,8 @@ def write(cell: Cell, value: Any) -> None:
         tx.write(cell, value, trace)
         return
     store_committed(cell, value, trace)
-    notify((cell,))
+    if observers:
+        notify((cell,))
 
 
 def write_many(states: Sequence[Cell], values: Sequence[Any]) -> None:

@@ -134,7 +134,7 @@ def _wait_while(busy: Callable[[], bool]) -> None:
 
 
 def _wait(busy: Callable[[], bool]) -> None:
-    # A function: from CPython 3.12 on an interrupt in a loop directly inside `try` may skip its `finally`.
+    # A function of its own, as `interrupts` says of loops under a lock.
     while busy():
         _released.wait(_MISSED)
 
@@ -187,7 +187,7 @@ class Group:
             lease.donating = donating
 
     def _take(self, lease: Lease, exposed: list[int]) -> None:
-        # A function: from CPython 3.12 on an interrupt in a loop directly inside `with _mutex` may leave it locked.
+        # A function of its own, as `interrupts` says of loops under a lock.
         owners = [cell._lease for cell in self.written]
         others = [cell._lease for cell in self.read]
         if owners.count(lease) < len(owners) or others.count(lease) + others.count(None) < len(others):
@@ -227,6 +227,6 @@ def expose(cells: Sequence[Cell]) -> None:
 
 
 def _expose_all(cells: Sequence[Cell]) -> None:
-    # A function, as `_take` is.
+    # A function of its own, as `_take` is.
     for cell in cells:
         cell._lease = None

@@ -2,6 +2,11 @@
 
 JAX's compiled call runs no Python code, so a handler that raises (Ctrl-C) runs before it or after it. The first call of a program
 is made in Python, and an exception between the run and the return would lose the results of donated buffers.
+
+**Loops under a lock.** CPython looks for signals where a loop jumps back. From 3.12 on it forgets, for some of these jumps,
+that a `try` or `with` is around them: an interrupt there skips the `finally`, or leaves the lock locked. So no loop stands
+directly inside a `try` or `with` that has to hold; it is a function of its own, which is called there. (A test reads the
+bytecode for it.)
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class GraphDef:
         self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
 
     def untyped(self) -> GraphDef:
-        """The same for values of any type."""
+        """This definition without the types of values: `merge` then takes values of any type."""
         return GraphDef(self.spec, self.tail, self.paths, self.cells, (UNSET,) * len(self.paths))
 
     def __eq__(self, other: object) -> bool:
@@ -55,6 +55,11 @@ class GraphDef:
         if self._hash is None:
             self._hash = hash((self.spec, self.tail))
         return self._hash
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self._hash = None  # it may come from another process, whose hashes are others
 
     def __repr__(self) -> str:
         kind = self.spec[1].__name__ if self.spec[0] == "m" else "tree"

@@ -303,7 +303,7 @@ def for_each_class(hook: Callable[[type[Module]], None], *, later: bool = False)
 
 
 def _flip_modes(modules: list[Module], mode: str) -> list[Module]:
-    # A function: from CPython 3.12 on an interrupt in a loop directly inside `with` may leave the lock locked.
+    # A function of its own, as `core.interrupts` says of loops under a lock.
     mark, difference = structure.begin(), 0
     others = [module for module in modules if ("_mode" in module.__dict__) != (mode == "eval")]
     for module in others:

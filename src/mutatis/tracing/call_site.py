@@ -1,17 +1,17 @@
-"""Lifting: a stateful function made pure for one call, and its effects brought back.
+"""Call sites: a stateful function made pure for one call of a transform, and its effects brought back.
 
 Every transform is a page on top of this:
 
-    with Site("vmap", f, args, kwargs) as site:        # what can be reached: arguments and captures
+    with CallSite("vmap", f, args, kwargs) as site:    # what can be reached: arguments and captures
         def pure(values, leaves):                      # what JAX sees: arrays in, arrays out
             site.end, leaves, values = site.run(dict(zip(cells, values)), leaves)
             return leaves, values
         leaves, values = jax.vmap(pure, ...)(...)
         return site.commit(site.end, values, leaves)   # the states are written; the user's result
 
-A **Site** is the outer side of a transaction: it sets the nodes among the arguments apart from the leaves (the function
-gets its own objects back, `self is self`), knows every cell that can be reached and its path, and remembers the
-containers, so that an exception leaves all as it was. `Site.run` is the inner side: it opens a `Transaction` over
+A **call site** is the outer side of a transaction: it sets the nodes among the arguments apart from the leaves (the function
+gets its own objects back, `self is self`), knows every cell that can be reached and its path, and keeps a
+journal of structure, so that an exception leaves all as it was. `CallSite.run` is the inner side: it opens a `Transaction` over
 JAX's tracers, runs the function on the real objects and takes out what was written.
 """
 
@@ -149,7 +149,7 @@ class CallSite:
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
     def describe(self, cell: Variable) -> str:
-        """``state `model.w` (Param)``, less the word state, by the name that the call knows the cell by."""
+        """A cell as messages name it, after the word state: by the path that this call knows it by."""
         path = self.scope.locate(cell)
         return f"`{path}` ({type(cell).__name__})" if path else naming.describe(cell)
 

@@ -305,7 +305,7 @@ class Form:
         return arguments if self._of is None else (of, arguments)
 
     def to_inputs(self, given: Any) -> tuple[list[Any], list[list[Any]]]:
-        """The other way round."""
+        """The inputs that a tangent, in the form that the user sees, stands for: the inverse of `of_inputs`."""
         if self._of is None:
             return self.join([], given)
         pair = given if self._arguments else (given, ())
@@ -336,7 +336,7 @@ class Form:
         return jax.tree.unflatten(self._out, leaves)
 
     def to_outputs(self, given: Any) -> list[Any]:
-        """The other way round."""
+        """The leaves of a cotangent in the structure of what is differentiated: the inverse of `of_outputs`."""
         leaves: list[Any]
         leaves, treedef = jax.tree.flatten(given)
         if treedef != self._out:
