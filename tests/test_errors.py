@@ -187,6 +187,20 @@ def wrong_argument(net: Net, _: Path) -> None:
     mu.nn.Dropout(2, rngs=mu.Rngs(0))
 
 
+def unplanned(net: Net, _: Path) -> None:
+    step = mu.jit(lambda x: x)
+    with step.expect(compilations=1):
+        step(jnp.ones(2))
+        step(jnp.ones(3))
+
+
+def unplanned_cured(net: Net, _: Path) -> None:
+    step = mu.jit(lambda x: x)
+    with step.expect(compilations=2):
+        step(jnp.ones(2))
+        step(jnp.ones(3))
+
+
 def wrong_argument_cured(net: Net, _: Path) -> None:
     rngs = mu.Rngs(0)
     eval("nn.Dropout(0.5, rngs=rngs)", {"nn": mu.nn, "rngs": rngs})(jnp.ones(3))
@@ -366,6 +380,19 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         no_axis_cured,
         ValueError,
         "model.scale",
+    ),
+    errors.CompilationError: Row(
+        unplanned,
+        """
+        `jit(lambda in unplanned)` is compiled once more than planned
+          expected: 1 compilation
+          got:      2
+          x: float32[2] -> float32[3]
+        Keep that the same, pass it as an array, or plan for it: `step.expect(compilations=2)`.
+        """,
+        unplanned_cured,
+        RuntimeError,
+        None,
     ),
     errors.ArgumentError: Row(
         wrong_argument,

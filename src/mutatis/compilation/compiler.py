@@ -90,7 +90,7 @@ class Compiler:
         self.name = name
         self.options = options
         self.shared = shared
-        self.programs: dict[Hashable, Program] = {}
+        self.programs: dict[tuple[Hashable, tuple[Hashable, ...]], Program] = {}
         # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
         self.bindings: dict[Hashable, weakref.ref[Bindings]] = {}
         self._captured: dict[Hashable, Bindings] = {}  # those for captures only

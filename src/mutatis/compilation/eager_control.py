@@ -92,8 +92,10 @@ def _code_of(function: Any) -> Hashable:
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
-    call = getattr(type(function), "__call__", None)
-    return getattr(function, "__code__", None) or getattr(call, "__code__", None) or Identity(type(function))
+    for candidate in (function, inspect.getattr_static(type(function), "__call__", None)):
+        if (code := getattr(candidate, "__code__", None)) is not None:
+            return code  # type: ignore[no-any-return]
+    return Identity(type(function))
 
 
 @functools.lru_cache(maxsize=4096)

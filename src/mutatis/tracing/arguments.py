@@ -16,6 +16,16 @@ from mutatis.core.nodes import is_node
 from mutatis.errors import ArgumentError
 
 
+def as_numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The positions that an option says: one, several, or none."""
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+
+
+def as_names(given: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The names that an option says: one, several, or none."""
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
 def static_positions(count: int, names: Iterable[str], argnums: Collection[int], argnames: Collection[str]) -> set[Any]:
     """Which arguments of a call are static: numbers from 0, and keywords.
 
@@ -27,6 +37,12 @@ def static_positions(count: int, names: Iterable[str], argnums: Collection[int],
     """
     numbers = {number + count if number < 0 else number for number in argnums}
     return {number for number in numbers if 0 <= number < count} | {name for name in names if name in argnames}
+
+
+def check_static_arguments(args: Sequence[Any], kwargs: dict[str, Any], positions: Iterable[Any], where: str) -> None:
+    """Raise if a static argument of a call cannot be hashed, as `check_hashable` says."""
+    for position in positions:
+        check_hashable(args[position] if isinstance(position, int) else kwargs[position], position, where)
 
 
 def check_hashable(value: Any, position: Any, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Code: what the code of a Python function names, and whether it, or a class, is the user's or a library's.
+"""Code: what the code of a Python function names, and whether it is the user's or a library's.
 
 Names are read off the bytecode: the globals and attributes that are loaded, strings that may be names of attributes
 (``getattr(config, "lr")``), and whether names are computed while it runs, so that nobody can say which it uses.
@@ -10,10 +10,8 @@ import dataclasses
 import dis
 import functools
 import os
-import sys
 import sysconfig
 import types
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -142,33 +140,3 @@ def contents(cell: types.CellType, empty: Any = None) -> Any:
 def is_library_file(filename: str) -> bool:
     """Whether a file belongs to Python, to an installed package, or to Mutatis."""
     return filename.startswith((*_LIBRARIES, _OURS)) or "/site-packages/" in filename
-
-
-def is_library_class(kind: type) -> bool:
-    """Whether a class is of Python, of an installed package, or of Mutatis."""
-    known = _classes.get(kind)
-    if known is None:
-        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-        inside = kind.__module__.partition(".")[0] in _STANDARD if file is None else is_library_file(file)
-        known = _classes[kind] = inside
-    return known
-
-
-def shows_its_state(kind: type) -> bool:
-    """Whether all that an object of a class holds is in its attributes: it has no base that is written in C."""
-    known = _visible.get(kind)
-    if known is None:
-        known = _visible[kind] = all(base is object or _is_python(base) for base in kind.__mro__)
-    return known
-
-
-def _is_python(kind: type) -> bool:
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    made = bool(kind.__flags__ & _HEAP) and not kind.__flags__ & _IMMUTABLE
-    return made and not (is_library_class(kind) and not file.endswith(".py"))
-
-
-_STANDARD = sys.stdlib_module_names | {"builtins"}
-_HEAP, _IMMUTABLE = 1 << 9, 1 << 8  # of a class: made at run time; C code made it for good
-_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-_visible: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()

@@ -163,10 +163,8 @@ def items_of(container: Any) -> list[Any]:
         return [*dict.keys(container), *dict.values(container)]
     if isinstance(container, types.MappingProxyType):
         return [*container.keys(), *container.values()]
-    for kind in (list, tuple, set, frozenset, deque):
-        if isinstance(container, kind):
-            return [*kind.__iter__(container)]  # type: ignore[attr-defined]
-    raise AssertionError(f"not a container: {type(container).__name__}")
+    kind: Any = next(kind for kind in (list, tuple, set, frozenset, deque) if isinstance(container, kind))
+    return [*kind.__iter__(container)]
 
 
 def is_held_node(held: Any) -> bool:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mutatis.core import access
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, as_numbers, check_static_arguments, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
@@ -106,9 +106,9 @@ def make_jaxpr(
     """
 
     def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        statics = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-        numbers = {n % len(args) for n in statics} if args else set()
-        packed = FlatTree(({n: arg for n, arg in enumerate(args) if n not in numbers}, kwargs))
+        statics = static_positions(len(args), (), as_numbers(static_argnums), ())
+        check_static_arguments(args, kwargs, statics, "make_jaxpr")
+        packed = FlatTree(({n: arg for n, arg in enumerate(args) if n not in statics}, kwargs))
         with CallSite("make_jaxpr", function, args, kwargs) as site:
             cells = site.scope.cells
 

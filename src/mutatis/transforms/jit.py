@@ -16,7 +16,7 @@ from mutatis.compilation.options import Options
 from mutatis.compilation.program import Program
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
-from mutatis.tracing.arguments import function_name
+from mutatis.tracing.arguments import as_names, as_numbers, function_name
 from mutatis.tracing.transformed import Transformed
 
 P = ParamSpec("P")
@@ -228,21 +228,13 @@ def _both(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Positions and names of arguments; where only one was said, the signature tells the other, as in `jax.jit`."""
     if numbers is not None and names is not None:
-        return _numbers(numbers), _names(names)
+        return as_numbers(numbers), as_names(names)
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return _numbers(numbers), _names(names)
+        return as_numbers(numbers), as_names(names)
     either = [p.name if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None for p in parameters]
     if numbers is not None:
-        inside = [n for n in _numbers(numbers) if -len(either) <= n < len(either)]
-        return _numbers(numbers), tuple(name for n in inside if (name := either[n]) is not None)
-    return tuple(either.index(name) for name in _names(names) if name in either), _names(names)
-
-
-def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
-
-
-def _names(given: str | Iterable[str] | None) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+        inside = [n for n in as_numbers(numbers) if -len(either) <= n < len(either)]
+        return as_numbers(numbers), tuple(name for n in inside if (name := either[n]) is not None)
+    return tuple(either.index(name) for name in as_names(names) if name in either), as_names(names)

@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, check_static_arguments, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
@@ -86,15 +86,11 @@ def _remat(
     static_argnums: Any,
     static_argnames: Any,
 ) -> Any:
-    numbers = (
-        {n % len(args) for n in ((static_argnums,) if isinstance(static_argnums, int) else static_argnums)}
-        if args
-        else set()
-    )
-    names = {static_argnames} if isinstance(static_argnames, str) else set(static_argnames)
+    statics = static_positions(len(args), kwargs, as_numbers(static_argnums), as_names(static_argnames))
+    check_static_arguments(args, kwargs, statics, "remat")
     dynamic = (
-        {n: arg for n, arg in enumerate(args) if n not in numbers},
-        {name: arg for name, arg in kwargs.items() if name not in names},
+        {n: arg for n, arg in enumerate(args) if n not in statics},
+        {name: arg for name, arg in kwargs.items() if name not in statics},
     )
     packed = FlatTree(dynamic)
     with CallSite("remat", function, args, kwargs) as site:

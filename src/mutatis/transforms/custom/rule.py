@@ -29,7 +29,7 @@ from mutatis.core.showing import show_structure, show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, StructureError, TraceLevelError
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree, function_name
+from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, function_name, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Code, Staged, check_kept, refuse_structure, stage
 from mutatis.tracing.transformed import Transformed
@@ -44,8 +44,7 @@ class CustomRule(Transformed[P, R_co]):
     def __init__(
         self, function: Callable[..., Any], nondiff_argnums: int | Sequence[int], nondiff_argnames: str | Sequence[str]
     ) -> None:
-        numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
-        names = (nondiff_argnames,) if isinstance(nondiff_argnames, str) else tuple(nondiff_argnames)
+        numbers, names = as_numbers(nondiff_argnums), as_names(nondiff_argnames)
         # JAX checks that there are such arguments.
         jax.jit(function, static_argnums=numbers or None, static_argnames=names or None)
         super().__init__(function, functools.partial(_remake, type(self), numbers, names))
@@ -124,7 +123,7 @@ class _Call:
         self.owner = owner
         self.site = site
         self.args = args
-        fixed = {n % len(args) for n in numbers} | _places_of(function, names)
+        fixed = static_positions(len(args), (), numbers, ()) | _places_of(function, names)
         self.fixed = [args[n] for n in sorted(fixed)]
         self.places = [n for n in range(len(args)) if n not in fixed]
         self.packed = FlatTree([args[n] for n in self.places])

@@ -272,6 +272,30 @@ def set_deep(value: Any, n: int) -> None:
     value["a"][0]["b"][0] = n
 
 
+def set_k(value: Any, n: int) -> None:
+    value.k = n
+
+
+def set_first(value: Any, n: int) -> None:
+    value[0].k = n
+
+
+def set_second(value: Any, n: int) -> None:
+    value[1].k = n
+
+
+def put_seventh(value: Any, n: int) -> None:
+    value[7] = n
+
+
+def arrays(n: int) -> Any:
+    return [jnp.float32(n), {"a": jnp.ones(2) * n}]
+
+
+def refill_arrays(value: Any, n: int) -> None:
+    value[:] = arrays(n)
+
+
 def refill_set(value: Any, n: int) -> None:
     value.clear()
     value.add(n)
@@ -305,7 +329,7 @@ SORTS: dict[str, Sort] = {
     "builtin method": Sort(lambda n: {"k": n}.get, lambda v: v("k")),
     "method wrapper": Sort(lambda n: n.__add__, lambda v: v(1)),
     "str method": Sort(lambda n: ("x" * n).count, lambda v: v("x")),
-    "class": Sort(make_class, lambda v: v.k, lambda v, n: setattr(v, "k", n)),
+    "class": Sort(make_class, lambda v: v.k, set_k),
     "instance of a local class": Sort(lambda n: make_class(n)(), lambda v: v.f() + v.k),
     "a class that is called": Sort(lambda n: [Data, Frozen, Both, Slotted][n - 1], lambda v: len(v(3).__class__.__name__)),
     "jnp function": Sort(lambda n: OF_JAX[n - 1], lambda v: v(jnp.float32(0.5))),
@@ -319,44 +343,44 @@ SORTS: dict[str, Sort] = {
     "partial": Sort(lambda n: functools.partial(operator.mul, n), lambda v: v(3.0)),
     "partial keywords": Sort(lambda n: functools.partial(lambda x, *, k: x * k, k=n), lambda v: v(3.0)),
     "getter": Sort(lambda n: operator.itemgetter(n), lambda v: v([9, 8, 7, 6, 5])),
-    "attribute getter": Sort(lambda n: (operator.attrgetter("k"), Plain(n)), lambda v: v[0](v[1]), lambda v, n: setattr(v[1], "k", n)),
-    "a name and an object": Sort(lambda n: ("k", Plain(n)), lambda v: getattr(v[1], v[0]), lambda v, n: setattr(v[1], "k", n)),
+    "attribute getter": Sort(lambda n: (operator.attrgetter("k"), Plain(n)), lambda v: v[0](v[1]), set_second),
+    "a name and an object": Sort(lambda n: ("k", Plain(n)), lambda v: getattr(v[1], v[0]), set_second),
     "function": Sort(closure, lambda v: v(1.0)),
     "nested function": Sort(nested_closure, lambda v: v(2.0), lambda v, n: set_item(v.box, 0, n)),
-    "function attribute": Sort(with_attribute, lambda v: v.k * v(1.0), lambda v, n: setattr(v, "k", n)),
+    "function attribute": Sort(with_attribute, lambda v: v.k * v(1.0), set_k),
     "mutable default": Sort(with_default, lambda v: v(2.0), lambda v, n: set_item(v.__defaults__[0], "k", n)),
     "lambda": Sort(lambda n: [lambda x: x, lambda x: x + 1, lambda x: x * 5, lambda x: -x][n - 1], lambda v: v(2.0)),
     "bound method": Sort(lambda n: Plain(n).method, lambda v: v(2.0), lambda v, n: setattr(v.__self__, "k", n)),
-    "method of a child": Sort(lambda n: Child(n), lambda v: v.method(2.0), lambda v, n: setattr(v, "k", n)),
-    "callable object": Sort(Plain, lambda v: v(2.0), lambda v, n: setattr(v, "k", n)),
-    "attribute": Sort(Plain, lambda v: v.k, lambda v, n: setattr(v, "k", n)),
-    "property": Sort(Plain, lambda v: v.doubled, lambda v, n: setattr(v, "k", n)),
+    "method of a child": Sort(lambda n: Child(n), lambda v: v.method(2.0), set_k),
+    "callable object": Sort(Plain, lambda v: v(2.0), set_k),
+    "attribute": Sort(Plain, lambda v: v.k, set_k),
+    "property": Sort(Plain, lambda v: v.doubled, set_k),
     "cached property": Sort(Plain, lambda v: v.cached),
-    "getattr": Sort(Plain, lambda v: getattr(v, "k"), lambda v, n: setattr(v, "k", n)),  # noqa: B009
-    "computed name": Sort(Plain, computed, lambda v, n: setattr(v, "k", n)),
-    "vars": Sort(Plain, lambda v: vars(v)["k"], lambda v, n: setattr(v, "k", n)),
-    "__dict__": Sort(Plain, lambda v: v.__dict__["k"], lambda v, n: setattr(v, "k", n)),
-    "float()": Sort(Plain, lambda v: float(v), lambda v, n: setattr(v, "k", n)),
-    "len()": Sort(Plain, lambda v: len(v), lambda v, n: setattr(v, "k", n)),
-    "[]": Sort(Plain, lambda v: v[2], lambda v, n: setattr(v, "k", n)),
-    "in": Sort(Plain, lambda v: sum(i * (i in v) for i in range(5)), lambda v, n: setattr(v, "k", n)),
-    "repr": Sort(Plain, lambda v: len(f"{v}"), lambda v, n: setattr(v, "k", n)),
-    "==": Sort(Plain, lambda v: sum(i * (v == Plain(i)) for i in range(5)), lambda v, n: setattr(v, "k", n)),
+    "getattr": Sort(Plain, lambda v: getattr(v, "k"), set_k),  # noqa: B009
+    "computed name": Sort(Plain, computed, set_k),
+    "vars": Sort(Plain, lambda v: vars(v)["k"], set_k),
+    "__dict__": Sort(Plain, lambda v: v.__dict__["k"], set_k),
+    "float()": Sort(Plain, lambda v: float(v), set_k),
+    "len()": Sort(Plain, lambda v: len(v), set_k),
+    "[]": Sort(Plain, lambda v: v[2], set_k),
+    "in": Sort(Plain, lambda v: sum(i * (i in v) for i in range(5)), set_k),
+    "repr": Sort(Plain, lambda v: len(f"{v}"), set_k),
+    "==": Sort(Plain, lambda v: sum(i * (v == Plain(i)) for i in range(5)), set_k),
     "shadowed default": Sort(lambda n: Plain(n), lambda v: v.default, lambda v, n: setattr(v, "default", n)),
-    "hasattr": Sort(lambda n: types.SimpleNamespace(), lambda v: v.k if hasattr(v, "k") else 0.25, lambda v, n: setattr(v, "k", n)),
-    "slots": Sort(Slotted, lambda v: v.k, lambda v, n: setattr(v, "k", n)),
+    "hasattr": Sort(lambda n: types.SimpleNamespace(), lambda v: v.k if hasattr(v, "k") else 0.25, set_k),
+    "slots": Sort(Slotted, lambda v: v.k, set_k),
     "__getattr__": Sort(Dynamic, lambda v: v.k, lambda v, n: set_item(v._data, "k", n)),
     "descriptor": Sort(WithDescriptor, lambda v: v.k, lambda v, n: setattr(v, "hidden", n)),
-    "dataclass": Sort(Data, lambda v: v.k, lambda v, n: setattr(v, "k", n)),
-    "dataclass as a whole": Sort(Data, lambda v: dataclasses.asdict(v)["k"], lambda v, n: setattr(v, "k", n)),
-    "dataclass replaced": Sort(Data, lambda v: dataclasses.replace(v, rest=()).k, lambda v, n: setattr(v, "k", n)),
+    "dataclass": Sort(Data, lambda v: v.k, set_k),
+    "dataclass as a whole": Sort(Data, lambda v: dataclasses.asdict(v)["k"], set_k),
+    "dataclass replaced": Sort(Data, lambda v: dataclasses.replace(v, rest=()).k, set_k),
     "frozen dataclass": Sort(lambda n: Frozen([1, True, 1.0, 2][n - 1]), lambda v: len(type(v.k).__name__) + v.k),
-    "slots dataclass": Sort(Both, lambda v: v.k, lambda v, n: setattr(v, "k", n)),
-    "match": Sort(Data, lambda v: match(v), lambda v, n: setattr(v, "k", n)),
-    "namespace": Sort(lambda n: types.SimpleNamespace(k=n), lambda v: v.k, lambda v, n: setattr(v, "k", n)),
-    "parsed arguments": Sort(lambda n: argparse.Namespace(k=n), lambda v: v.k, lambda v, n: setattr(v, "k", n)),
+    "slots dataclass": Sort(Both, lambda v: v.k, set_k),
+    "match": Sort(Data, lambda v: match(v), set_k),
+    "namespace": Sort(lambda n: types.SimpleNamespace(k=n), lambda v: v.k, set_k),
+    "parsed arguments": Sort(lambda n: argparse.Namespace(k=n), lambda v: v.k, set_k),
     "pytree": Sort(lambda n: Tree(n, 2), lambda v: sum(jax.tree.leaves(v)), lambda v, n: setattr(v, "a", n)),
-    "module": Sort(make_module, lambda v: v.k, lambda v, n: setattr(v, "k", n)),
+    "module": Sort(make_module, lambda v: v.k, set_k),
     "library module": Sort(lambda n: [math, np, jnp, jax.numpy][n - 1], lambda v: float(v.pi) + len(v.__name__)),
     "list": Sort(lambda n: [n, 2], lambda v: v[0], lambda v, n: set_item(v, 0, n)),
     "tuple": Sort(lambda n: (n, 2), lambda v: v[0]),
@@ -385,14 +409,14 @@ SORTS: dict[str, Sort] = {
     "NumPy scalar": Sort(lambda n: np.float32(n), float),
     "NumPy array": Sort(lambda n: np.full(3, n, np.float32), lambda v: v[0], lambda v, n: set_item(v, 0, n)),
     "400 NumPy numbers": Sort(lambda n: np.full(400, n, np.float32), lambda v: v[7], lambda v, n: set_item(v, 7, n)),
-    "large NumPy array": Sort(lambda n: np.full(20_000, n, np.float32), lambda v: v[7], lambda v, n: set_item(v, 7, n), baked=True),
+    "large NumPy array": Sort(lambda n: np.full(20_000, n, np.float32), lambda v: v[7], put_seventh, baked=True),
     "NumPy array of objects": Sort(lambda n: np.array([n, None]), lambda v: v[0], lambda v, n: set_item(v, 0, n), baked=True),
     "NumPy dtypes": Sort(lambda n: np.ones(2, [np.float32, np.int32, np.int8, np.uint8][n - 1]), lambda v: v.dtype.num),
     "JAX array": Sort(lambda n: jnp.full(3, float(n)), lambda v: v[0]),
     "large JAX array": Sort(lambda n: jnp.full(300, float(n)), lambda v: v[0]),
-    "JAX arrays": Sort(lambda n: [jnp.float32(n), {"a": jnp.ones(2) * n}], lambda v: v[0] + v[1]["a"][0], lambda v, n: v.__setitem__(slice(None), [jnp.float32(n), {"a": jnp.ones(2) * n}])),
+    "JAX arrays": Sort(arrays, lambda v: v[0] + v[1]["a"][0], refill_arrays),
     "random key": Sort(jax.random.key, lambda v: jax.random.uniform(v)),
-    "weak reference": Sort(lambda n: (keep := Plain(n), weakref.ref(keep)), lambda v: v[1]().k, lambda v, n: setattr(v[0], "k", n)),
+    "weak reference": Sort(lambda n: (keep := Plain(n), weakref.ref(keep)), lambda v: v[1]().k, set_first),
     "cell": Sort(lambda n: types.CellType(n), lambda v: v.cell_contents, lambda v, n: setattr(v, "cell_contents", n)),
     "fraction": Sort(lambda n: fractions.Fraction(n, 7), float),
     "decimal": Sort(lambda n: decimal.Decimal(["1", "1.0", "1.00", "2"][n - 1]), lambda v: len(str(v))),
