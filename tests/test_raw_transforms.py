@@ -19,7 +19,7 @@ from jax.experimental.ode import odeint
 from jax.scipy.sparse.linalg import bicgstab, cg
 
 import mutatis as mu
-from mutatis import errors
+from mutatis import _compat, errors
 from mutatis.core import stamps
 
 
@@ -509,4 +509,7 @@ def test_no_stamp_is_left_behind() -> None:
         mu.grad(lambda net: (f(3.0), {}["missing"]))(net)
     with pytest.raises(ZeroDivisionError), mu.freeze(net):
         _ = 1 / 0
-    assert stamps.in_ordinary_code()
+    mu.update(net, {"b": 2.0})
+    with mu.transaction():
+        net.w = 3.0
+    assert _compat.swap_stamp(_compat.NO_STAMP) is _compat.NO_STAMP

@@ -114,7 +114,7 @@ class Transaction(frames.Frame):
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
         frames.pop(self)
-        if self.trace is not _compat.EVAL_TRACE:
+        if self.trace is not None and self.trace is not _compat.EVAL_TRACE:  # and it has not ended before, by `commit`
             _compat.swap_stamp(latest(self._outside))
         if kind is not None:
             self.journal.undo()
