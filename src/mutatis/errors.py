@@ -92,6 +92,13 @@ class StaticAttributeError(MutatisError, TypeError):
     """A static attribute holds something that cannot be static, or changes inside a compiled transform."""
 
 
+class ArgumentError(MutatisError, ValueError, TypeError):
+    """An argument of a call is not one that it takes: another type, or a value or option that does not exist.
+
+    It is a `ValueError` and a `TypeError`, so code that expects either for a wrong argument catches it.
+    """
+
+
 class OptionError(MutatisError, ValueError):
     """An option of a transform is none of those there are."""
 

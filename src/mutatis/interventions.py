@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mutatis.core import naming
 from mutatis.core.avals import show_type
+from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.model.contexts import Context
@@ -197,6 +198,11 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
     return Transformed(f, functools.partial(capture, *filters, of=of), call)
 
 
+@takes(
+    "mu.sow(model, 'activation', x)",
+    _="A name says where the value is kept, and no collection: `mu.sow(model, 'activation', x)`; its kind is `kind=`: "
+    "`mu.sow(model, 'total', x, kind=mu.Variable)`.",
+)
 def sow(
     module: Module,
     name: str,
@@ -282,20 +288,20 @@ def perturb(module: Module, name: str, value: Any) -> Any:
     return jax.tree.map(jnp.add, value, zeros)
 
 
-def _held(module: Any, name: str) -> Any:
+def _held(module: Any, name: Any) -> Any:
     """What the attribute of a module holds, or None.
 
     Raises:
       StructureError: it is no module.
     """
-    if isinstance(module, Module):
+    if isinstance(module, Module) and isinstance(name, str):
         return module.__dict__.get(name)
     raise StructureError(
-        f"{type(module).__name__} cannot hold state `{name}`",
-        path=name,
-        expected="a Module",
+        f"{type(module).__name__} cannot hold state `{name if isinstance(name, str) else type(name).__name__}`",
+        path=name if isinstance(name, str) else None,
+        expected="a Module, and then a name",
         got=f"{module!r:.60}",
-        cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`.",
+        cure="Name the module that the value belongs to, and then where: `mu.sow(self, 'activation', x)`.",
     )
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from mutatis import _compat
 from mutatis.compilation.binding import Binding, Bindings, Layout
+from mutatis.compilation.blame import explain
 from mutatis.compilation.dispatch import launch, rebuild_result
 from mutatis.compilation.log import Log, facts_of
 from mutatis.compilation.options import Options
@@ -88,6 +89,7 @@ class Compiler:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         functions: tuple[Any, ...] | None = None,
+        operands: tuple[str, ...] = (),
     ) -> Any:
         """Call a function through its program.
 
@@ -96,9 +98,10 @@ class Compiler:
           args: its positional arguments.
           kwargs: its keyword arguments.
           functions: the functions whose captures count, if not `function`.
+          operands: if the second argument is the operands of a loop or branch, their names for messages.
         """
         if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
-            return self._call(self._inline, function, args, kwargs, functions)
+            return self._call(self._inline, function, args, kwargs, functions, operands)
         flat, key = self._key(args, kwargs, functions)
         found = self._known(key)
         if found is not None and (binding := found.first).holds():
@@ -108,7 +111,12 @@ class Compiler:
                     return self._call_again(binding, plan, flat)
                 except NeedsTraceError:
                     pass
-        return self._call(self._dispatch, function, args, kwargs, functions)
+                except Exception as error:
+                    call = PendingCall(function, functions or (function,), args, kwargs, key, operands)
+                    call.bind(binding)
+                    explain(error, call, flat)
+                    raise
+        return self._call(self._dispatch, function, args, kwargs, functions, operands)
 
     def _call_again(self, binding: Binding, plan: DispatchPlan, flat: list[Any]) -> Any:
         """The call that most calls are: nothing to find out, and nothing to do but to run and to store.
@@ -152,12 +160,13 @@ class Compiler:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         functions: tuple[Any, ...] | None = None,
+        operands: tuple[str, ...] = (),
     ) -> Any:
         """Find the binding of a call, and do something with it."""
         flat, key = self._key(args, kwargs, functions)
         if functions is None:
             functions = (function,)
-        call = PendingCall(function, functions, args, kwargs, key)
+        call = PendingCall(function, functions, args, kwargs, key, operands)
         found = self._known(key)
         if found is None:
             binding = self._bind(call, key, [])
@@ -184,9 +193,11 @@ class Compiler:
                     self._warn(found.cells, binding)
                     binding.invalidate()
                     binding = self._bind(call, key, [*binding.extras, *found.cells])
-        except BaseException:
+        except BaseException as error:
             if call.outer is _compat.EVAL_TRACE:
                 _compat.restore_eager_trace()
+            if isinstance(error, Exception):
+                explain(error, call, flat)
             raise
         finally:
             tracing.run = before

@@ -20,7 +20,7 @@ from mutatis.core.transactions import Transaction
 from mutatis.model.graph import Encoder, Spec, cell_spec
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, check_result
 from mutatis.tracing.scope import Scope
 
 
@@ -93,7 +93,9 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
         out = call.run(flat[program.count :])
         tx.note_changes_in_place()
-        record = _record(program, scope, tx, FlatTree(out), flat)
+        result = FlatTree(out)
+        check_result(result, call.label)
+        record = _record(program, scope, tx, result, flat)
         tx.journal.undo()
         if tx.found:
             raise FoundStates(list(tx.found))

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from mutatis.core import access, naming, transactions
+from mutatis.core.calls import takes
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import ABSENT, Removed, put_back
 from mutatis.core.nodes import Node, is_node
@@ -216,6 +217,7 @@ class Module(Node):
         if mode != self.mode:
             self._set_structure("_mode", "eval" if mode == "eval" else ABSENT)
 
+    @takes("model.train()", _="Its opposite is `model.eval()`.")
     def train(self: M) -> M:
         """Set the mode of this module and all its submodules to ``"train"``."""
         return self._set_modes("train")

@@ -23,7 +23,7 @@ from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.naming import caller
 from mutatis.core.nodes import Node
 from mutatis.core.structure import structure
-from mutatis.errors import DeferredStateError, FrozenStateError, StateTypeError
+from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, StateTypeError
 from mutatis.model.values import as_value, brief, from_bytes, to_bytes
 
 V = TypeVar("V", bound="Variable")
@@ -459,7 +459,23 @@ def spelled(kind: type) -> str:
 
 def initial(variable: Variable) -> Any:
     """The value that a state with `init` starts with."""
-    return variable._init() if callable(variable._init) else variable._init
+    if not callable(variable._init):
+        return variable._init
+    try:
+        return variable._init()
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # from inside
+        raise ArgumentError(
+            f"state {naming.describe(variable)} cannot start: its `init` takes arguments",
+            path=naming.path_of(variable),
+            where=naming.where(),
+            expected="a value, or a function of no arguments",
+            got=str(error),
+            made_at=variable.made_at,
+            cure="Give them: `mu.Param(init(rngs.params(), (2, 3)))`; or later, "
+            "`mu.Param(init=lambda: init(rngs.params(), (2, 3)))`.",
+        ) from None
 
 
 def check_same_type(variable: Variable, new: Any, what: str) -> None:

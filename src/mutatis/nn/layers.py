@@ -18,6 +18,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
+from mutatis.core.calls import kind_of
 from mutatis.core.cells import Deferred
 from mutatis.errors import RandomStreamError, StructureError
 from mutatis.model.kinds import Param
@@ -38,10 +39,19 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
             path="params",
             expected="Rngs",
-            got=type(rngs).__name__,
-            cure=f"`nn.{layer}(..., rngs=mu.Rngs(0))`",
+            got=kind_of(rngs),
+            cure=_rngs_of(rngs),
         )
     return rngs.stream("params").draw()
+
+
+def _rngs_of(given: Any) -> str:
+    """What to give as `rngs`, for what was given."""
+    if isinstance(given, int):
+        return f"A seed starts streams: `rngs=mu.Rngs({given})`."
+    if isinstance(given, jax.Array):
+        return "A key starts streams: `rngs = mu.Rngs(key)`, and then `rngs=rngs`."
+    return "Make streams once, `rngs = mu.Rngs(0)`, and give them to every layer: `rngs=rngs`."
 
 
 def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike) -> Param:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from mutatis.core.nodes import is_node
+from mutatis.errors import ArgumentError
 
 
 class FlatTree:
@@ -85,6 +86,43 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
         else:
             names.append(parameter.name)
     return [*names, *kwargs]
+
+
+def leaf_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
+    """What the leaves of the arguments go by in messages, in the order of a `FlatTree` of both: ``batch['x']``."""
+    kwargs = dict(sorted(kwargs.items()))
+    values = [*args, *kwargs.values()]
+    return [
+        name + place
+        for name, value in zip(argument_names(function, args, kwargs), values, strict=True)
+        for place in leaf_places(value)
+    ]
+
+
+def leaf_places(value: Any) -> list[str]:
+    """Where the leaves of a value are in it, as Python writes it: ``['x'][0]``."""
+    entries = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_node)[0]
+    return [jax.tree_util.keystr(path) for path, item in entries if not is_node(item)]
+
+
+def check_result(result: FlatTree, label: str) -> None:
+    """Raise if a function returned something that JAX has no arrays for.
+
+    Raises:
+      ArgumentError: it did; the message says where in the result.
+    """
+    for index, leaf in enumerate(result.leaves):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            place = leaf_places(result.unflatten(result.leaves))[index]
+            raise ArgumentError(
+                f"the function of `{label}` returned a {type(leaf).__name__}, which JAX has no arrays for",
+                where=label,
+                expected="arrays, numbers, modules, or pytrees of these",
+                got=f"{leaf!r:.40}" + (f" at {place}" if place else ""),
+                cure="Return arrays. What does not depend on them is an attribute of a module, or known outside.",
+            ) from None
 
 
 def function_name(function: Any) -> str:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import jax
 
 from mutatis.core import access, naming
-from mutatis.errors import AxisError
+from mutatis.core.calls import kind_of
+from mutatis.errors import ArgumentError, AxisError
 from mutatis.model.filters import Filter, FilterLike, Path, as_filter
 from mutatis.model.variables import Variable, spelled
 from mutatis.model.walks import variables
@@ -45,6 +46,13 @@ class ByFilter:
     _pair: ClassVar[str]
 
     def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
+        if not isinstance(entries, Mapping):
+            raise ArgumentError(
+                f"`{type(self).__name__}` is made of a dictionary: for each filter {self._what}",
+                expected=self._expected,
+                got=kind_of(entries),
+                cure=f"`{self._example}`",
+            )
         self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())
         for _, entry in self._entries:
             if not self._fits(entry):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from mutatis import _compat
+from mutatis.core.calls import check_function, without_own_frames
 from mutatis.core.naming import PACKAGE
 from mutatis.core.nodes import is_node
 from mutatis.model.wrapped import Wrapped, borrows
@@ -34,6 +35,8 @@ class Transformed(Wrapped):
         remake: Callable[..., Any],
         call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
+        name = getattr(remake, "func", remake).__name__
+        check_function(function, name, "f", f"Give the function itself, and call what comes back: `mu.{name}(f)`.")
         self.__wrapped__ = function
         self.set_recipe(remake)
         self._call = call
@@ -52,7 +55,10 @@ class Transformed(Wrapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self._call is not None
-        return self._call(self.__wrapped__, args, kwargs)
+        try:
+            return self._call(self.__wrapped__, args, kwargs)
+        except Exception as error:
+            raise without_own_frames(error)  # noqa: B904  # it is the same error
 
     def __get__(self, obj: Any, owner: type | None = None) -> Any:
         return self if obj is None else types.MethodType(self, obj)

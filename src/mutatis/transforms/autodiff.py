@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 
+from mutatis.core.calls import takes
 from mutatis.model.filters import FilterLike
 from mutatis.model.kinds import Param
 from mutatis.tracing.differentiation import UNSAID, Differentiation
 from mutatis.tracing.transformed import Transformed
 
 
+@takes("mu.value_and_grad(f)(x)", _="Call what comes back with the arguments: `mu.value_and_grad(f)(x)`.")
 def value_and_grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,
@@ -54,6 +56,7 @@ def value_and_grad(
     return _transform(value_and_grad, f, options, lambda value, gradient: (value, gradient))
 
 
+@takes("mu.grad(f)(x)", _="Call what comes back with the arguments: `mu.grad(f)(x)`.")
 def grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,

@@ -16,17 +16,19 @@ import numpy as np
 
 from mutatis import _compat
 from mutatis.core import naming
+from mutatis.core.calls import takes
 from mutatis.core.nodes import is_node
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, spelled
-from mutatis.tracing.arguments import broadcast
+from mutatis.tracing.arguments import broadcast, leaf_names
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
 from mutatis.tracing.transformed import Transformed
 
 
+@takes("mu.vmap(f)(xs)", _="Call what comes back with the arguments: `mu.vmap(f)(xs)`.")
 def vmap(
     f: Callable[..., Any] | None = None,
     in_axes: Any = 0,
@@ -190,7 +192,16 @@ def _argument_axes(
             got=f"{in_axes!r:.60}",
             cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
         )
-    entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
+    try:
+        entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
+    except ValueError as error:
+        raise AxisError(
+            "`in_axes` does not have the structure of the arguments",
+            where=site.label,
+            expected="an axis for each argument: an int, None, `mu.StateAxes`, or a tree of them like the argument",
+            got=f"{in_axes!r:.80}",
+            cure="Choose axes of a module by filter: `mu.vmap(f, in_axes=(mu.StateAxes({mu.Param: None, ...: 0}), 0))`.",
+        ) from error
     leaves = [axis for axis, item in entries if not is_node(item)]
     nodes = [(item, axis) for axis, item in entries if is_node(item)]
     return leaves, nodes
@@ -214,9 +225,10 @@ def _count(
       AxisError: nothing is mapped, or states disagree about the number.
     """
     sizes: dict[int, str] = {} if axis_size is None else {axis_size: "axis_size"}
-    for axis, leaf in zip(leaf_axes, site.packed.leaves, strict=True):
+    names = leaf_names(site.function, site.args, site.kwargs)
+    for axis, leaf, name in zip(leaf_axes, site.packed.leaves, names, strict=True):
         if axis is not None and jnp.ndim(leaf):
-            sizes.setdefault(jnp.shape(leaf)[axis], "an argument")
+            sizes.setdefault(jnp.shape(leaf)[axis], name)
     for (cell, axis), value in zip(split.items(), values, strict=True):
         for leaf in jax.tree.leaves(value):
             sizes.setdefault(leaf.shape[axis], f"state {site.scope.locate(cell)}")

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.errors import StructureError
+from mutatis.core.calls import check_function, kind_of, takes
+from mutatis.errors import ArgumentError, StructureError
+from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
@@ -21,6 +24,14 @@ from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
 _NONE = object()
 
 
+_COND = (
+    "Give what to test, and both branches; one that does nothing is a function, too: "
+    "`mu.cond(pred, true_fun, lambda *_: None, *operands)`."
+)
+_SWITCH = "Give the number, and a list of functions: `mu.switch(index, [f, g], *operands)`."
+
+
+@takes("mu.cond(pred, true_fun, false_fun, *operands)", _=_COND)
 def cond(
     pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, operand: Any = _NONE
 ) -> Any:
@@ -46,13 +57,25 @@ def cond(
       >>> int(n)
       1
     """
+    _check_choice("cond", pred, _COND)
+    check_function(true_fun, "cond", "true_fun", _COND)
+    check_function(false_fun, "cond", "false_fun", _COND)
     if operand is not _NONE:
         operands = (operand,)
     if runs_eagerly():
-        return compiled("cond", _choose_compiled, (false_fun, true_fun), {"name": "cond"}, pred, operands)
+        return compiled(
+            "cond",
+            _choose_compiled,
+            (false_fun, true_fun),
+            {"name": "cond"},
+            pred,
+            operands,
+            names=("pred", "operands"),
+        )
     return _choose("cond", pred, (false_fun, true_fun), operands)
 
 
+@takes("mu.switch(index, [f, g], *operands)", _=_SWITCH)
 def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, operand: Any = _NONE) -> Any:
     """Run one of several functions; as `jax.lax.switch`, with states. The index is clamped.
 
@@ -63,14 +86,31 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
       >>> int(n)
       3
     """
-    if not branches:
-        raise StructureError(
-            "`switch` has no branches", expected="at least one function", cure="Give a list of functions."
+    _check_choice("switch", index, _SWITCH)
+    if not isinstance(branches, Sequence):
+        raise ArgumentError(
+            "`mu.switch` takes its functions as a list",
+            path="branches",
+            expected="a list of functions",
+            got=kind_of(branches),
+            cure=_SWITCH,
         )
+    for branch in branches:
+        check_function(branch, "switch", "branches", _SWITCH)
+    if not branches:
+        raise StructureError("`mu.switch` has no branches", expected="at least one function", cure=_SWITCH)
     if operand is not _NONE:
         operands = (operand,)
     if runs_eagerly():
-        return compiled("switch", _choose_compiled, tuple(branches), {"name": "switch"}, index, operands)
+        return compiled(
+            "switch",
+            _choose_compiled,
+            tuple(branches),
+            {"name": "switch"},
+            index,
+            operands,
+            names=("index", "operands"),
+        )
     return _choose("switch", index, tuple(branches), operands)
 
 
@@ -81,6 +121,16 @@ def _choose_compiled(functions: Sequence[Any], options: dict[str, Any], operands
 
 def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
     with CallSite(name, functions[-1], operands, functions=functions[:-1]) as site:
+        index = index.get() if isinstance(index, Variable) else index
+        if jnp.shape(index):
+            raise ArgumentError(
+                f"`mu.{name}` takes one branch, and was given several values to choose it by",
+                where=site.label,
+                expected="a scalar",
+                got=f"shape {jnp.shape(index)}",
+                cure="Choose by one, `jnp.any(index)`; or choose for each element, `jnp.where(index, x, y)`, or lane: "
+                "`mu.vmap(lambda i: mu.cond(i, lambda: 1, lambda: 0))(index)`.",
+            )
         packed = FlatTree(operands)
         cells = site.scope.cells
         branches: list[Staged] = []
@@ -115,6 +165,19 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         for cell, value in zip(written, new, strict=True):
             access.write(cell, value)
         return branches[0].end.unflatten(leaves)
+
+
+def _check_choice(name: str, index: Any, cure: str) -> None:
+    """Refuse a function, or anything else that is called, in the place of what chooses a branch."""
+    if callable(index):
+        parameter = "pred" if name == "cond" else "index"
+        raise ArgumentError(
+            f"`mu.{name}` was given what is called, and not tested, as its `{parameter}`",
+            path=parameter,
+            expected="a boolean scalar" if name == "cond" else "an integer scalar",
+            got=kind_of(index),
+            cure=cure,
+        )
 
 
 def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], Any]:

@@ -13,6 +13,7 @@ from mutatis import _compat
 from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.compilation.program import Program
+from mutatis.core.calls import takes, without_own_frames
 from mutatis.errors import OptionError
 from mutatis.tracing.arguments import function_name
 from mutatis.tracing.transformed import Transformed
@@ -26,7 +27,10 @@ class Jitted(Transformed):
         self._compiler = Compiler("jit", _options(function, options))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._compiler(self.__wrapped__, args, kwargs)
+        try:
+            return self._compiler(self.__wrapped__, args, kwargs)
+        except Exception as error:
+            raise without_own_frames(error)  # noqa: B904  # it is the same error
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
@@ -92,6 +96,7 @@ class Compiled:
         return getattr(self._compiled, name)
 
 
+@takes("mu.jit(f)", _="Call what comes back with the arguments: `mu.jit(f)(x)`.")
 def jit(
     f: Callable[..., Any] | None = None,
     /,
@@ -144,7 +149,7 @@ def jit(
 
 
 _OF_ARGUMENTS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
-_DEFAULTS = dict(jit.__kwdefaults__ or {})
+_DEFAULTS = dict(inspect.unwrap(jit).__kwdefaults__ or {})
 
 
 def _options(function: Any, options: dict[str, Any]) -> Options:

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.errors import OptionError, StateTypeError, StructureError
+from mutatis.core.avals import show_type
+from mutatis.core.calls import check_function, takes
+from mutatis.errors import ArgumentError, OptionError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
 from mutatis.tracing.arguments import FlatTree
@@ -24,7 +26,18 @@ from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
 
+_OTHER_AXES = (
+    "What the body writes is carried, modules among `xs` are sliced along axis 0, and other axes are said of states: "
+    "`mu.scan(f, init, xs, states=mu.StateAxes({mu.Param: 0, ...: mu.Carry}))`."
+)
+_SCAN = "It runs at once, as `jax.lax.scan` does, and is no decorator: `carry, ys = mu.scan(f, init, xs)`."
+_FOR = "It runs at once and is no decorator: `ys = mu.for_loop(f, xs)`, or `mu.for_loop(lambda: f(x), length=10)`."
+_NOTHING_ELSE = "States are carried anyway; where there is nothing else to carry, give None: "
+_WHILE = f"{_NOTHING_ELSE}`mu.while_loop(cond_fun, body_fun, None)`."
+_FORI = f"{_NOTHING_ELSE}`mu.fori_loop(0, 10, body_fun, None)`."
 
+
+@takes("mu.scan(f, init, xs)", in_axes=_OTHER_AXES, out_axes=_OTHER_AXES, _=_SCAN)
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
@@ -64,6 +77,7 @@ def scan(
       >>> mu.scan(body, None, jnp.arange(4.0))[1], float(total)
       (Array([0., 1., 3., 6.], dtype=float32), 6.0)
     """
+    check_function(f, "scan", "f", _SCAN)
     options: dict[str, Any] = {
         "length": length,
         "reverse": reverse,
@@ -80,7 +94,7 @@ def scan(
             cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
         )
     if runs_eagerly() and states is None:
-        return compiled("scan", _scan_compiled, (f,), options, init, xs)  # type: ignore[no-any-return]
+        return compiled("scan", _scan_compiled, (f,), options, init, xs, names=("init", "xs"))  # type: ignore[no-any-return]
     return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
 
 
@@ -89,6 +103,7 @@ def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
     return _scan("scan", f, f, *operands, states=None, **options)
 
 
+@takes("mu.for_loop(f, xs)", _=_FOR)
 def for_loop(
     f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: int | bool = 1
 ) -> Any:
@@ -106,9 +121,19 @@ def for_loop(
       >>> mu.for_loop(add, jnp.arange(4.0))
       Array([0., 1., 3., 6.], dtype=float32)
     """
+    check_function(f, "for_loop", "f", _FOR)
+    if any(type(x) in (int, range) for x in xs):
+        raise ArgumentError(
+            "`mu.for_loop` was given a number of iterations in the place of what it loops over",
+            where="for_loop",
+            expected="arrays with a leading axis",
+            got=", ".join(f"{x!r:.40}" for x in xs),
+            cure="Say how often, `mu.for_loop(lambda: f(x), length=10)`, or loop over the numbers: "
+            "`mu.for_loop(f, jnp.arange(10))`.",
+        )
     options = {"length": length, "reverse": reverse, "unroll": unroll}
     if runs_eagerly():
-        return compiled("for_loop", _for_compiled, (f,), options, xs)
+        return compiled("for_loop", _for_compiled, (f,), options, xs, names=("xs",))
     return _for_compiled((f,), options, (xs,))
 
 
@@ -300,6 +325,7 @@ def _show(tree: Any) -> str:
     )
 
 
+@takes("mu.while_loop(cond_fun, body_fun, init_val)", _=_WHILE)
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
     """Loop while a condition holds; as `jax.lax.while_loop`, with states.
 
@@ -318,8 +344,10 @@ def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], i
       >>> int(n)
       12
     """
+    check_function(cond_fun, "while_loop", "cond_fun", _WHILE)
+    check_function(body_fun, "while_loop", "body_fun", _WHILE)
     if runs_eagerly():
-        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val)
+        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val, names=("init_val",))
     return _while("while_loop", cond_fun, body_fun, init_val)
 
 
@@ -371,16 +399,17 @@ def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
                 where=site.label,
                 cure="A condition is evaluated once more than the body: write the state in the body.",
             )
-    if len(test.leaves) != 1:
+    if len(test.leaves) != 1 or test.leaves[0].shape or test.leaves[0].dtype != bool:
         raise StructureError(
             f"the condition of `{site.label}` must return one boolean",
             where=site.label,
             expected="a boolean scalar",
-            got=f"{len(test.leaves)} values",
-            cure="Return one comparison, e.g. `lambda x: x < 10`.",
+            got=", ".join(map(show_type, test.leaves)) or "no value",
+            cure="The condition comes first, and returns one comparison: `mu.while_loop(lambda x: x < 10, body_fun, init_val)`.",
         )
 
 
+@takes("mu.fori_loop(0, 10, body_fun, init_val)", _=_FORI)
 def fori_loop(
     lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None
 ) -> Any:
@@ -395,11 +424,14 @@ def fori_loop(
       >>> int(mu.fori_loop(0, 5, body, 0)), int(total)
       (5, 10)
     """
+    check_function(body_fun, "fori_loop", "body_fun", _FORI)
     fixed = all(isinstance(bound, int) for bound in (lower, upper))
     options = {"unroll": unroll, "bounds": (int(lower), int(upper)) if fixed else None}
     operands = (init_val,) if fixed else (init_val, lower, upper)
     if runs_eagerly():
-        return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands)
+        return compiled(
+            "fori_loop", _fori_compiled, (body_fun,), options, *operands, names=("init_val", "lower", "upper")
+        )
     return _fori_compiled((body_fun,), options, operands)
 
 

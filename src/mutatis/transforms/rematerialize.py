@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 
+from mutatis.core.calls import takes
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
 
+@takes("mu.remat(f)(x)", _="Call what comes back with the arguments: `mu.remat(f)(x)`.")
 def remat(
     f: Callable[..., Any] | None = None,
     *,
