@@ -244,8 +244,7 @@ def _check_gradients(grads: Any, values: State) -> State:
         raise OptimizerError(
             "the gradients do not fit the parameters of the optimizer",
             differences=problems,
-            cure="Differentiate the model that the optimizer was made with, by the same `wrt`: "
-            "`grads = mu.grad(loss_fn)(model, x)`.",
+            cure="Differentiate the model that the optimizer was made with, by the same `wrt`.",
         )
     return State(flat, values.kinds())
 

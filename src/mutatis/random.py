@@ -153,7 +153,8 @@ def _streams_of(seed: Any, name: str) -> str:
     if isinstance(seed, dict):
         return f"Name the streams: `mu.Rngs({', '.join(f'{key}=0' for key in seed)})`."
     if isinstance(seed, str):
-        return f"Name the stream: `mu.Rngs({seed}=0)`." if seed.isidentifier() else f"`mu.Rngs({name}=0)`"
+        name = seed if name == "default" and seed.isidentifier() else name
+        return f"Name the stream, and give it a seed: `mu.Rngs({name}=0)`."
     if isinstance(seed, Rngs):
         return "Streams of their own, from a draw of each: `rngs.fork()`."
     return f"`mu.Rngs({name}=0)`"

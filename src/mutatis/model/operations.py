@@ -15,7 +15,7 @@ from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
 from mutatis.core.transactions import Transaction
-from mutatis.errors import ArgumentError, FilterError, StateTypeError, StructureError
+from mutatis.errors import FilterError, StateTypeError, StructureError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.graph import make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
@@ -265,13 +265,12 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = 
       batch_shape: axes that are put in front of each initial value.
     """
     batch_shape = (batch_shape,) if isinstance(batch_shape, int) else batch_shape
-    if any(type(part) is int for given in filters for part in (given if isinstance(given, tuple) else [given])):
-        raise ArgumentError(
-            "`mu.reset` was given a shape in the place of a filter",
-            path="batch_shape",
+    if any(isinstance(given, tuple) and given and all(type(n) is int for n in given) for given in filters):
+        raise FilterError(
+            f"{filters!r:.60} is not a filter",
             expected="filters, and then `batch_shape=`",
-            got=", ".join(f"{given!r:.40}" for given in filters),
-            cure="`mu.reset(model, batch_shape=(4,))`",
+            got="a number or a shape",
+            cure="A shape goes by its name: `mu.reset(model, batch_shape=(4,))`.",
         )
     for cell in variables(node, *filters).values():
         if cell.init is None:

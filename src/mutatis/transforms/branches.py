@@ -98,7 +98,7 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
     for branch in branches:
         check_function(branch, "switch", "branches", _SWITCH)
     if not branches:
-        raise StructureError("`mu.switch` has no branches", expected="at least one function", cure=_SWITCH)
+        raise StructureError("`switch` has no branches", expected="at least one function", cure=_SWITCH)
     if operand is not _NONE:
         operands = (operand,)
     if runs_eagerly():

@@ -429,9 +429,8 @@ def fori_loop(
     options = {"unroll": unroll, "bounds": (int(lower), int(upper)) if fixed else None}
     operands = (init_val,) if fixed else (init_val, lower, upper)
     if runs_eagerly():
-        return compiled(
-            "fori_loop", _fori_compiled, (body_fun,), options, *operands, names=("init_val", "lower", "upper")
-        )
+        names = ("init_val", "lower", "upper")[: len(operands)]
+        return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands, names=names)
     return _fori_compiled((body_fun,), options, operands)
 
 
