@@ -200,8 +200,8 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
 
 @takes(
     "mu.sow(model, 'activation', x)",
-    _="A name says where the value is kept, and no collection: `mu.sow(model, 'activation', x)`; its kind is `kind=`: "
-    "`mu.sow(model, 'total', x, kind=mu.Variable)`.",
+    _="A name says where the value is kept, and no collection: `mu.sow(model, 'activation', x)`. Its kind says "
+    "of what sort it is: `mu.sow(model, 'total', x, kind=mu.Variable)`.",
 )
 def sow(
     module: Module,

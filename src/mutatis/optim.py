@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mutatis.core import naming
 from mutatis.core.avals import show_type
-from mutatis.core.calls import kind_of, takes
+from mutatis.core.calls import show_kind, takes
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
 from mutatis.errors import ArgumentError, DeferredStateError, OptimizerError
@@ -186,7 +186,7 @@ def _check_are_gradients(given: Any) -> None:
       OptimizerError: it is a model, a loss, or a loss and gradients.
     """
     if is_node(given):
-        got = kind_of(given)
+        got = show_kind(given)
         cure = "Differentiate it first: `optimizer.update(mu.grad(loss_fn)(model, x))`; with a model, that comes first."
     elif (
         isinstance(given, tuple) and len(given) == 2 and not isinstance(given[0], State) and isinstance(given[1], State)
@@ -233,7 +233,7 @@ def _check_gradients(grads: Any, values: State) -> State:
     flat = dict(_gradients_by_path(grads, ()))
     problems = [f"missing:    {show_path(path)}" for path in values if path not in flat]
     problems += [
-        f"unexpected: {show_path(path) or f'a bare {kind_of(value)}'}"
+        f"unexpected: {show_path(path) or f'a bare {show_kind(value)}'}"
         for path, value in flat.items()
         if path not in values.flat()
     ]

@@ -22,7 +22,7 @@ from mutatis.checkpoint.manifest import (
     structure_of,
 )
 from mutatis.core import access, naming
-from mutatis.core.calls import kind_of
+from mutatis.core.calls import show_kind
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
 from mutatis.errors import ArgumentError, CheckpointError, DeferredStateError
@@ -87,7 +87,7 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
             f"states cannot be {what}: the path is none",
             path="path",
             expected="a string or `pathlib.Path`, and then the model",
-            got=kind_of(path),
+            got=show_kind(path),
             cure="`mu.checkpoint.save('run', model)`, then `mu.checkpoint.restore('run', model)`.",
         )
     if _compat.current_trace() is not _compat.EVAL_TRACE:

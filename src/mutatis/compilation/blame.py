@@ -104,12 +104,12 @@ def _refuse_argument(error: Exception, call: PendingCall, flat: list[Any], found
     kind = re.search(r"of type <class '(?:builtins\.)?([^']*)'>", str(error))
     what = kind[1] if kind else type(flat[number]).__name__
     if call.operands:
-        cure = (
-            "Loop over arrays, and let the function itself name what stays the same: `mu.for_loop(f, jnp.asarray(xs))`."
-        )
+        cure = "Give arrays, `jnp.asarray(xs)`, and let the function itself name what stays the same."
+    elif name.isidentifier():
+        cure = f'What decides how to compile is static: `mu.jit(f, static_argnames="{name}")`.'
     else:
-        root = re.match(r"\w+", name)
-        cure = f'What decides how to compile is static: `mu.jit(f, static_argnames="{root[0] if root else name}")`.'
+        cure = "Give what decides how to compile by itself, and say that it is static: "
+        cure += '`mu.jit(f, static_argnames="mode")`.'
     raise ArgumentError(
         f"argument `{name}` is a {what}, which JAX has no arrays for",
         path=name,

@@ -94,7 +94,7 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         out = call.run(flat[program.count :])
         tx.note_changes_in_place()
         result = FlatTree(out)
-        check_result(result, call.label)
+        check_result(result, result.leaves, call.label)
         record = _record(program, scope, tx, result, flat)
         tx.journal.undo()
         if tx.found:
@@ -121,7 +121,7 @@ def _record(
     for container, _ in tx.journal.changed_containers():
         number = known.known(container)
         if number is not None:
-            changes.append((number, None, encoder.encode_contents(container)))
+            changes.append((number, None, encoder.encode_contents(container, known.object_paths[number])))
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
     encoder.encode_references()
 

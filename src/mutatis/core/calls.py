@@ -87,12 +87,12 @@ def check_function(function: Any, name: str, parameter: str, cure: str) -> None:
             f"`mu.{name}` was given what cannot be called as its `{parameter}`",
             path=parameter,
             expected="a function, bound method, partial or Module with `__call__`",
-            got=kind_of(function) + (" without `__call__`" if is_node(function) else ""),
+            got=show_kind(function) + (" without `__call__`" if is_node(function) else ""),
             cure=cure,
         )
 
 
-def kind_of(value: Any) -> str:
+def show_kind(value: Any) -> str:
     """What a value is, for messages: the name of its type, which of arrays users know by another name."""
     return "jax.Array" if isinstance(value, jax.Array) else type(value).__name__
 

@@ -10,6 +10,7 @@ import abc
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
+from mutatis.core.nodes import is_node
 from mutatis.errors import FilterError
 from mutatis.model.variables import Variable
 
@@ -206,7 +207,7 @@ def as_filter(filter: FilterLike) -> Filter:
         return WithTag(filter)
     if isinstance(filter, list | tuple):
         return AnyOf(*filter)
-    if callable(filter):
+    if callable(filter) and not is_node(filter):
         return Satisfies(filter)
     raise FilterError(
         f"{filter!r:.60} is not a filter",

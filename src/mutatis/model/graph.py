@@ -186,9 +186,9 @@ class Encoder:
         self.specs.append(cell_spec(cell, self._static))
         return ("v", number, self.specs[-1])
 
-    def encode_contents(self, container: Any) -> Spec:
-        """The specifications of what a list or dict holds, whether it was met before or not."""
-        return self._entries(container, ()) if isinstance(container, dict) else self._items(container, ())
+    def encode_contents(self, container: Any, path: Path = ()) -> Spec:
+        """The specifications of what a list or dict at a path holds, whether it was met before or not."""
+        return self._entries(container, path) if isinstance(container, dict) else self._items(container, path)
 
     def _items(self, items: Sequence[Any], path: Path) -> Spec:
         return tuple(self.encode(item, (*path, index)) for index, item in enumerate(items))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mutatis.core import access, transactions
-from mutatis.core.calls import kind_of
+from mutatis.core.calls import show_kind
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import Journal, put_back
 from mutatis.core.naming import show_path
@@ -85,7 +85,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
             "`mu.replace` was given what is no function of the old module as its `fn`",
             path="fn",
             expected="a function that gives what stands in a module's place",
-            got=kind_of(given),
+            got=show_kind(given),
             cure="`mu.replace(model, where, lambda old: new)`",
         )
     every = modules(node)

@@ -135,7 +135,7 @@ def _instead_of(node: Any) -> str:
     if isinstance(node, type) and issubclass(node, Variable):
         return f"The model comes first, and then filters: `mu.state(model, {spelled(node)})`."
     if isinstance(node, type) and issubclass(node, Module):
-        return f"Make one: `model = {node.__name__}(...)`."
+        return "Make one first, and give that: `mu.state(model)`."
     if isinstance(node, Mapping):  # a State, which is no dict
         return "Give the model itself, and then values for it: `mu.update(model, state)`."
     return "Write a model as `class Net(mu.Module)`; for a plain dict of arrays use `mu.State.from_flat`."

@@ -18,7 +18,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
-from mutatis.core.calls import kind_of
+from mutatis.core.calls import show_kind
 from mutatis.core.cells import Deferred
 from mutatis.errors import RandomStreamError, StructureError
 from mutatis.model.kinds import Param
@@ -39,7 +39,7 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
             path="params",
             expected="Rngs",
-            got=kind_of(rngs),
+            got=show_kind(rngs),
             cure=_rngs_of(rngs),
         )
     return rngs.stream("params").draw()

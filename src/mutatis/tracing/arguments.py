@@ -76,15 +76,11 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         parameters = []
-    names: list[str] = []
-    for index in range(len(args)):
-        parameter = parameters[min(index, len(parameters) - 1)] if parameters else None
-        if parameter is None:
-            names.append(f"args[{index}]")
-        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL or index >= len(parameters):
-            names.append(f"{parameter.name}[{index}]")
-        else:
-            names.append(parameter.name)
+    kinds = inspect.Parameter
+    positional = [p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), "args")
+    names = positional[: len(args)]
+    names += [f"{rest}[{index}]" for index in range(len(args) - len(names))]
     return [*names, *kwargs]
 
 
@@ -105,17 +101,22 @@ def leaf_places(value: Any) -> list[str]:
     return [jax.tree_util.keystr(path) for path, item in entries if not is_node(item)]
 
 
-def check_result(result: FlatTree, label: str) -> None:
+def check_result(result: Any, leaves: Sequence[Any], label: str) -> None:
     """Raise if a function returned something that JAX has no arrays for.
+
+    Args:
+      result: the structure of what it returned: what can be unflattened.
+      leaves: the leaves.
+      label: the call, for the message.
 
     Raises:
       ArgumentError: it did; the message says where in the result.
     """
-    for index, leaf in enumerate(result.leaves):
+    for index, leaf in enumerate(leaves):
         try:
             jax.typeof(leaf)
         except TypeError:
-            place = leaf_places(result.unflatten(result.leaves))[index]
+            place = leaf_places(result.unflatten(leaves))[index]
             raise ArgumentError(
                 f"the function of `{label}` returned a {type(leaf).__name__}, which JAX has no arrays for",
                 where=label,

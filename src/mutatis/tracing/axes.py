@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 
 from mutatis.core import access, naming
-from mutatis.core.calls import kind_of
+from mutatis.core.calls import show_kind
 from mutatis.errors import ArgumentError, AxisError
 from mutatis.model.filters import Filter, FilterLike, Path, as_filter
 from mutatis.model.variables import Variable, spelled
@@ -50,7 +50,7 @@ class ByFilter:
             raise ArgumentError(
                 f"`{type(self).__name__}` is made of a dictionary: for each filter {self._what}",
                 expected=self._expected,
-                got=kind_of(entries),
+                got=show_kind(entries),
                 cure=f"`{self._example}`",
             )
         self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())

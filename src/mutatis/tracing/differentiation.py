@@ -204,7 +204,7 @@ class Differentiation(CallSite):
                 where=self.label,
                 expected="an int, or several: `argnums=0`, `argnums=(0, 1)`",
                 got=f"{argnums!r:.60}",
-                cure=f"States are chosen by `wrt`, a keyword: `mu.{name}(f, wrt=mu.Param)`.",
+                cure=f"States are chosen by another keyword: `mu.{name}(f, wrt=mu.Param)`.",
             )
         if of is not None and argnums is UNSAID:
             wanted = ()

@@ -18,6 +18,7 @@ from mutatis.core.transactions import Transaction
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.model.kinds import Intermediate
 from mutatis.model.variables import Variable, spelled
+from mutatis.tracing.arguments import check_result
 from mutatis.tracing.call_site import CallSite, RunResult
 
 
@@ -94,6 +95,7 @@ def stage(
         def pure(values: list[Any], leaves: Any, inputs: list[Variable] = inputs, ends: list[RunResult] = ends) -> Any:
             end, out, written = site.run(dict(zip(inputs, values, strict=True)), call=lambda: call(leaves), make=make)
             ends.append(end)
+            check_result(end, out, site.label)
             return out, written
 
         values = [types[cell] if cell in types else access.load(cell) for cell in inputs]

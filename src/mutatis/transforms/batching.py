@@ -21,7 +21,7 @@ from mutatis.core.nodes import is_node
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, spelled
-from mutatis.tracing.arguments import broadcast, leaf_names
+from mutatis.tracing.arguments import broadcast, check_result, leaf_names
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
@@ -117,6 +117,7 @@ def vectorize(
 
             overlay = dict(zip(split, values, strict=True))
             site.end, out, written = site.run(overlay, leaves, make=make)
+            check_result(site.end, out, site.label)
             result = site.end.unflatten(out, [None] * len(site.end.nodes))
             return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace if writes else None)
 
@@ -216,6 +217,27 @@ def _plain_axes(out_axes: Any) -> Any:
     return jax.tree.map(lambda axis: 0 if isinstance(axis, StateAxes) else axis, out_axes, is_leaf=_is_axis)
 
 
+def _check_argument_axis(site: CallSite, name: str, leaf: Any, axis: Any) -> None:
+    """Refuse what is no axis of an argument."""
+    if not isinstance(axis, int):
+        problem, expected = (
+            "is asked for along what is not an axis of an array",
+            "an int or None; of a Module, `mu.StateAxes` too",
+        )
+    elif not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
+        problem, expected = f"has no axis {axis}", "None for what all lanes share"
+    else:
+        return
+    raise AxisError(
+        f"argument `{name}` {problem}",
+        path=name,
+        where=site.label,
+        expected=expected,
+        got=f"axis {axis!r:.60} of an argument of shape {jnp.shape(leaf)}",
+        cure="Give each argument its own: `mu.vmap(f, in_axes=(None, 0))`.",
+    )
+
+
 def _count(
     site: CallSite, leaf_axes: Sequence[Any], split: dict[Variable, int], values: Sequence[Any], axis_size: int | None
 ) -> int:
@@ -227,7 +249,8 @@ def _count(
     sizes: dict[int, str] = {} if axis_size is None else {axis_size: "axis_size"}
     names = leaf_names(site.function, site.args, site.kwargs)
     for axis, leaf, name in zip(leaf_axes, site.packed.leaves, names, strict=True):
-        if axis is not None and jnp.ndim(leaf):
+        if axis is not None:
+            _check_argument_axis(site, name, leaf, axis)
             sizes.setdefault(jnp.shape(leaf)[axis], name)
     for (cell, axis), value in zip(split.items(), values, strict=True):
         for leaf in jax.tree.leaves(value):
@@ -238,5 +261,6 @@ def _count(
         "`vmap` is given axes of different sizes" if sizes else "`vmap` has nothing to map over",
         where=site.label,
         got=", ".join(f"{name}: {size}" for size, name in sizes.items()) or None,
-        cure="All mapped axes have one size; share the others with None, or say `axis_size=`.",
+        cure="All mapped axes have one size; None shares an argument: `mu.vmap(f, in_axes=(0, None))`. With nothing to map, "
+        "say how many lanes there are: `mu.vmap(f, in_axes=None, axis_size=8)`.",
     )

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.core.calls import check_function, kind_of, takes
-from mutatis.errors import ArgumentError, StructureError
+from mutatis.core.avals import show_type
+from mutatis.core.calls import check_function, show_kind, takes
+from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, leaf_places
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
 
@@ -25,8 +26,8 @@ _NONE = object()
 
 
 _COND = (
-    "Give what to test, and both branches; one that does nothing is a function, too: "
-    "`mu.cond(pred, true_fun, lambda *_: None, *operands)`."
+    "Give what to test, and two functions, also for doing nothing (`lambda *_: None`): "
+    "`mu.cond(pred, true_fun, false_fun, *operands)`."
 )
 _SWITCH = "Give the number, and a list of functions: `mu.switch(index, [f, g], *operands)`."
 
@@ -92,7 +93,7 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
             "`mu.switch` takes its functions as a list",
             path="branches",
             expected="a list of functions",
-            got=kind_of(branches),
+            got=show_kind(branches),
             cure=_SWITCH,
         )
     for branch in branches:
@@ -158,10 +159,14 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             return branch
 
         inputs = ([values[cell] for cell in written], packed.leaves)
-        if name == "cond":
-            new, leaves = jax.lax.cond(index, pure(branches[1]), pure(branches[0]), *inputs)
-        else:
-            new, leaves = jax.lax.switch(index, [pure(staged) for staged in branches], *inputs)
+        try:
+            if name == "cond":
+                new, leaves = jax.lax.cond(index, pure(branches[1]), pure(branches[0]), *inputs)
+            else:
+                new, leaves = jax.lax.switch(index, [pure(staged) for staged in branches], *inputs)
+        except TypeError as error:
+            _refuse_types(site, branches, error)
+            raise
         for cell, value in zip(written, new, strict=True):
             access.write(cell, value)
         return branches[0].end.unflatten(leaves)
@@ -175,13 +180,33 @@ def _check_choice(name: str, index: Any, cure: str) -> None:
             f"`mu.{name}` was given what is called, and not tested, as its `{parameter}`",
             path=parameter,
             expected="a boolean scalar" if name == "cond" else "an integer scalar",
-            got=kind_of(index),
+            got=show_kind(index),
             cure=cure,
         )
 
 
 def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], Any]:
     return lambda leaves: function(*packed.unflatten(leaves))
+
+
+def _refuse_types(site: CallSite, branches: Sequence[Staged], error: TypeError) -> None:
+    """Say which results of the branches have different types, if that is what JAX refused.
+
+    Raises:
+      StateTypeError: some have.
+    """
+    places = leaf_places(branches[0].end.unflatten(branches[0].leaves))
+    for place, *kinds in zip(places, *(staged.leaves for staged in branches), strict=True):
+        shown = [show_type(kind) for kind in kinds]
+        if len(set(shown)) > 1:
+            other = next(number for number, text in enumerate(shown) if text != shown[0])
+            raise StateTypeError(
+                f"the branches of `{site.label}` return different types" + (f" at {place}" if place else ""),
+                where=site.label,
+                expected=f"what branch 0 returns: {shown[0]}",
+                got=f"branch {other}: {shown[other]}",
+                cure="Return arrays of one type from every branch: `jnp.asarray(x, jnp.float32)`.",
+            ) from error
 
 
 def _check_results(site: CallSite, branches: Sequence[Staged]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mutatis.core.calls import kind_of
+from mutatis.core.calls import show_kind
 from mutatis.core.naming import show_path
 from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.contexts import ContextValue
@@ -54,7 +54,7 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
                 path="state",
                 where="functionalize",
                 expected="the state, and then the arguments of the function",
-                got=f"{kind_of(state)} in the place of the state",
+                got=f"{show_kind(state)} in the place of the state",
                 cure="`out, state = pure(state, x)`",
             )
         cells = variables(node)

@@ -17,11 +17,11 @@ from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
 from mutatis.core.avals import show_type
-from mutatis.core.calls import check_function, takes
+from mutatis.core.calls import check_function, show_kind, takes
 from mutatis.errors import ArgumentError, OptionError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
@@ -171,10 +171,10 @@ def _scan(
             result = call(carry.unflatten(leaves[0]), slices.unflatten(leaves[1]))
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise StructureError(
-                    f"the body of `{site.label}` returned {type(result).__name__}",
+                    f"the body of `{site.label}` returned {show_kind(result)}",
                     where=site.label,
                     expected="a pair: (carry, y)",
-                    got=type(result).__name__,
+                    got=show_kind(result),
                     cure="Return `carry, y`, either of which may be None; or use `mu.for_loop`.",
                 )
             return result
@@ -364,7 +364,7 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
         while _promote(carry, body):
             body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
-        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
+        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: _held(cond_fun(carry.unflatten(leaves))))
         _refuse_condition_writes(site, test)
         refuse_structure(site, body.end, f"the body of `{name}`")
         _check_carry(site, carry, body)
@@ -388,6 +388,11 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         for cell, value in zip(written, last, strict=True):
             access.write(cell, value)
         return body.end.unflatten(leaves)[0]
+
+
+def _held(condition: Any) -> Any:
+    """What a condition is, which may be a state."""
+    return condition.get() if isinstance(condition, Variable) else condition
 
 
 def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
@@ -425,6 +430,16 @@ def fori_loop(
       (5, 10)
     """
     check_function(body_fun, "fori_loop", "body_fun", _FORI)
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if jnp.shape(bound) or not jnp.issubdtype(jnp.result_type(bound), jnp.integer):
+            raise ArgumentError(
+                f"`mu.fori_loop` was given what is no integer as its `{name}`",
+                path=name,
+                where="fori_loop",
+                expected="an integer scalar",
+                got=show_type(jnp.asarray(bound)),
+                cure="`mu.fori_loop(0, 10, body_fun, init_val)`; of an array, its length: `len(xs)`.",
+            )
     fixed = all(isinstance(bound, int) for bound in (lower, upper))
     options = {"unroll": unroll, "bounds": (int(lower), int(upper)) if fixed else None}
     operands = (init_val,) if fixed else (init_val, lower, upper)
@@ -442,6 +457,8 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
         def body(loop: Any) -> Any:
             i, end, value = loop
             return i + 1, end, body_fun(i, value)
+
+        body.__qualname__ = function_name(body_fun)  # for messages
 
         lower, upper = jnp.asarray(lower), jnp.asarray(upper)
         start = (lower.astype(jnp.result_type(lower, upper)), upper.astype(jnp.result_type(lower, upper)), init_val)
