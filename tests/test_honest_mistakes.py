@@ -67,8 +67,8 @@ def world() -> dict[str, Any]:
         "dataclasses": dataclasses,
         "Net": Net,
         "Cell": Cell,
-        "Bare": Bare,
         "loss_fn": loss_fn,
+        "Bare": type("Bare", (mu.Module,), {"__annotations__": {"size": int}}),  # declares a field, as in Linen
         "model": model,
         "self": model,
         "x": x,
