@@ -92,6 +92,11 @@ def check_function(function: Any, name: str, parameter: str, cure: str) -> None:
         )
 
 
+def check_transformed(function: Any, name: str) -> None:
+    """`check_function` for what a transform that gives a function is applied to."""
+    check_function(function, name, "f", f"Give the function itself, and call what comes back: `mu.{name}(f)`.")
+
+
 def show_kind(value: Any) -> str:
     """What a value is, for messages: the name of its type, which of arrays users know by another name."""
     return "jax.Array" if isinstance(value, jax.Array) else type(value).__name__

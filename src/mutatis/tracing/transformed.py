@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mutatis import _compat
-from mutatis.core.calls import check_function, without_own_frames
+from mutatis.core.calls import check_transformed, without_own_frames
 from mutatis.core.naming import PACKAGE
 from mutatis.core.nodes import is_node
 from mutatis.model.wrapped import Wrapped, borrows
@@ -35,8 +35,8 @@ class Transformed(Wrapped):
         remake: Callable[..., Any],
         call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
-        name = getattr(remake, "func", remake).__name__
-        check_function(function, name, "f", f"Give the function itself, and call what comes back: `mu.{name}(f)`.")
+        if not is_node(function):  # a Module that is not called is a part of a model all the same
+            check_transformed(function, getattr(remake, "func", remake).__name__)
         self.__wrapped__ = function
         self.set_recipe(remake)
         self._call = call

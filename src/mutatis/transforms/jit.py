@@ -13,7 +13,7 @@ from mutatis import _compat
 from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.compilation.program import Program
-from mutatis.core.calls import takes, without_own_frames
+from mutatis.core.calls import check_transformed, takes, without_own_frames
 from mutatis.errors import OptionError
 from mutatis.tracing.arguments import function_name
 from mutatis.tracing.transformed import Transformed
@@ -23,6 +23,7 @@ class Jitted(Transformed):
     """A function compiled by `mu.jit`."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        check_transformed(function, "jit")
         super().__init__(function, functools.partial(jit, **options))
         self._compiler = Compiler("jit", _options(function, options))
 
