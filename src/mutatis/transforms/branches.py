@@ -123,7 +123,7 @@ def _choose_compiled(functions: Sequence[Any], options: dict[str, Any], operands
 def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
     with CallSite(name, functions[-1], operands, functions=functions[:-1]) as site:
         index = index.get() if isinstance(index, Variable) else index
-        if jnp.shape(index):
+        if index is not None and jnp.shape(index):
             raise ArgumentError(
                 f"`mu.{name}` takes one branch, and was given several values to choose it by",
                 where=site.label,
