@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mutatis.core import access, naming
-from mutatis.core.calls import show_kind
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.journal import ABSENT
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, StructureError
 from mutatis.interventions import capture
@@ -63,7 +63,7 @@ def init(
       ``{collection: nested dictionary by path}``, with arrays at the leaves; without random streams.
 
     Raises:
-      StructureError: `ctor` makes no Module.
+      ArgumentError: `ctor` makes no Module.
       DeferredStateError: states wait for an input.
 
     Example:
@@ -158,7 +158,7 @@ def apply(
             "`functional.apply` was given what is no dictionary of states as its `variables`",
             path="variables",
             expected="a model, what `init` gave for it, and then the inputs",
-            got=show_kind(variables),
+            got=show_class(variables),
             cure="`mu.functional.apply(model, variables, x)`",
         )
     captures = capture_intermediates is not False
@@ -264,15 +264,15 @@ def _started(
             "`ctor` is a model already, and not what makes one",
             path="ctor",
             expected="a class, or a function of random streams",
-            got=show_kind(ctor),
+            got=show_class(ctor),
             cure="`mu.functional.init(lambda rngs: Net(rngs=rngs), key, x)`",
         )
     module = ctor(_as_rngs(rngs))
     if not isinstance(module, Module):
-        raise StructureError(
-            f"`ctor` gave a {type(module).__name__}",
+        raise ArgumentError(
+            "`ctor` did not make a Module",
             expected="a Module",
-            got=f"{module!r:.60}",
+            got=show_value(module),
             cure="`init(lambda rngs: Net(rngs=rngs), key, x)`",
         )
     if not (inputs or kwargs or method is not None):

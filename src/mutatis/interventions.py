@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +18,20 @@ from mutatis.core import naming
 from mutatis.core.avals import show_type
 from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
-from mutatis.errors import StateTypeError, StructureError
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import Intermediate, Perturbation
 from mutatis.model.modules import Module, for_each_class
 from mutatis.model.state import State
 from mutatis.model.surgery import Places, modules
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Variable, unsubscripted
 from mutatis.tracing.transformed import Transformed
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _stack = Context("intercept", None)  # the innermost Interceptor
 
@@ -131,7 +134,7 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       of: the node in which `where` finds paths; without it they are empty.
 
     Raises:
-      StructureError: `fn` is no function.
+      ArgumentError: `fn` is no function.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -142,10 +145,10 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       Array([0., 0., 0.], dtype=float32)
     """
     if not callable(fn):
-        raise StructureError(
+        raise ArgumentError(
             "`intercept` needs a function to hand the calls to",
             expected="a function of (module, call, *args, **kwargs)",
-            got=f"{fn!r:.60}",
+            got=show_value(fn),
             cure="`mu.intercept(nn.Linear, lambda module, call, x: call(x))`",
         )
     for_each_class(_make_interceptable)  # those that were given another `__call__` since
@@ -153,7 +156,7 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
         yield
 
 
-def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
+def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transformed[P, tuple[R, State]]:
     """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
 
     `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
@@ -178,10 +181,10 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
     """
     node = f if of is None else of
     if not isinstance(node, Module) and of is None:
-        raise StructureError(
+        raise ArgumentError(
             "`capture` of a function needs the model that is looked into",
             expected="a callable Module, or `of=model`",
-            got=f"{f!r:.60}",
+            got=show_value(f),
             cure="`mu.capture(model, nn.Linear)(x)`, or `mu.capture(f, nn.Linear, of=model)(x)`.",
         )
     selects = as_filter(filters if filters else ...)
@@ -208,7 +211,7 @@ def sow(
     name: str,
     value: T,
     *,
-    kind: type[Variable] = Intermediate,
+    kind: type[Variable[Any]] = Intermediate,
     reduce: Callable[[Any, T], Any] | None = None,
 ) -> None:
     """Keep a value from inside a computation as a state of a module.
@@ -235,6 +238,7 @@ def sow(
       >>> [float(value) for value in mu.pop(net, mu.Intermediate)["activation"]]
       [1.0, 2.0]
     """
+    kind = unsubscripted(kind)
     held = _held(module, name)
     if held is None:
         setattr(module, name, kind((value,)) if reduce is None else kind(value, reduced=True))
@@ -244,7 +248,7 @@ def sow(
         raise _occupied(module, name, held, kind)
 
 
-def perturb(module: Module, name: str, value: Any) -> Any:
+def perturb(module: Module, name: str, value: T) -> T:
     """Add a state of zeros to a value, so that gradients with respect to the value can be taken.
 
     The state is made at the first call; ``mu.grad(loss, wrt=mu.Perturbation)(model)`` then gives the gradients.
@@ -285,23 +289,26 @@ def perturb(module: Module, name: str, value: Any) -> Any:
             made_at=held.made_at,
             cure="Take it out, `mu.pop(model, mu.Perturbation)`, and call the model once: it is made anew.",
         )
-    return jax.tree.map(jnp.add, value, zeros)
+    perturbed: T = jax.tree.map(jnp.add, value, zeros)
+    return perturbed
 
 
 def _held(module: Any, name: Any) -> Any:
     """What the attribute of a module holds, or None.
 
     Raises:
-      StructureError: it is no module.
+      ArgumentError: it is no module.
     """
     if isinstance(module, Module) and isinstance(name, str):
         return module.__dict__.get(name)
-    raise StructureError(
-        f"{type(module).__name__} cannot hold state `{name if isinstance(name, str) else type(name).__name__}`",
-        path=name if isinstance(name, str) else None,
+    named = isinstance(name, str)
+    raise ArgumentError(
+        f"{show_value(module)} cannot hold state {f'`{name}`' if named else show_value(name)}",
+        path=name if named else None,
         expected="a Module, and then a name",
-        got=f"{module!r:.60}",
-        cure="Name the module that the value belongs to, and then where: `mu.sow(self, 'activation', x)`.",
+        got=f"{show_class(module)}, {show_class(name)}",
+        cure="Name the module that the value belongs to, and then where: `mu.sow(self, 'activation', x)`, "
+        "`mu.perturb(self, 'hidden', x)`.",
     )
 
 

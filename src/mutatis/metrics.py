@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.core.calls import takes
-from mutatis.errors import StructureError
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError
 from mutatis.model.kinds import MetricState
 from mutatis.model.modules import Module
 from mutatis.model.operations import reset
@@ -64,15 +65,15 @@ class Average(Metric):
         """Take in a batch of values.
 
         Args:
-          mask: which of them count; broadcast to their shape. All, if it is left out.
-          **values: the values, an array or number, under the metric's `argname`; other keywords are not for it.
+          mask: which of them count: booleans that broadcast to their shape. All, if it is left out.
+          **values: the values, an array of any shape, under the metric's `argname`; other keywords are not for it.
 
         Raises:
-          StructureError: there are no values of that name.
+          ArgumentError: there are no values of that name.
         """
         if self.argname not in values:
-            raise StructureError(
-                f"a metric that takes `{self.argname}` was updated without",
+            raise ArgumentError(
+                f"a metric that takes `{self.argname}` was updated without it",
                 path=self.argname,
                 expected=f"{self.argname}=...",
                 got=", ".join(f"{name}=..." for name in values) or "no values",
@@ -114,16 +115,16 @@ class Accuracy(Average):
         Args:
           logits: an array of shape (..., classes), or (...) with a threshold.
           labels: the right classes: integers of shape (...).
-          mask: which predictions count; all, if it is left out.
+          mask: which predictions count: booleans that broadcast to shape (...); all, if it is left out.
 
         Raises:
-          StructureError: the shapes do not fit.
+          ArgumentError: the shapes do not fit.
         """
         logits, labels = jnp.asarray(logits), jnp.asarray(labels)
         guesses = jnp.argmax(logits, -1) if self.threshold is None else logits >= self.threshold
         truth = labels if self.threshold is None else labels > 0
         if guesses.shape != truth.shape:
-            raise StructureError(
+            raise ArgumentError(
                 "the logits do not fit the labels of `Accuracy`",
                 path="logits",
                 expected=f"labels of shape {guesses.shape}",
@@ -140,7 +141,7 @@ class MultiMetric(Metric):
       **metrics: the metrics; each becomes an attribute of its name.
 
     Raises:
-      StructureError: a name is taken, or names something that is not a metric.
+      ArgumentError: a name is taken, or names something that is not a metric.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -153,11 +154,11 @@ class MultiMetric(Metric):
     def __init__(self, **metrics: Any) -> None:
         for name, metric in metrics.items():
             if not isinstance(metric, Metric) or hasattr(MultiMetric, name):
-                raise StructureError(
+                raise ArgumentError(
                     f"`{name}` cannot be an attribute of `MultiMetric`",
                     path=name,
                     expected="a metric, under a name that is not one of its methods",
-                    got=f"{name}={type(metric).__name__}",
+                    got=f"{name}={show_class(metric)}",
                     cure="`mu.metrics.MultiMetric(loss=mu.metrics.Average('loss'))`",
                 )
             setattr(self, name, metric)

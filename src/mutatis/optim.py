@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import jax
 import jax.numpy as jnp
 
 from mutatis.core import naming
 from mutatis.core.avals import show_type
-from mutatis.core.calls import show_kind, takes
+from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, DeferredStateError, OptimizerError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import OptState, Param
@@ -63,7 +64,11 @@ class Optimizer(Module):
         names, leaves, _ = _named_leaves(tx.init(self._values(self._params())))
         self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
 
-    def update(self, *args: Any, **extra: Any) -> None:
+    @overload
+    def update(self, grads: Any, /, **extra: Any) -> None: ...
+    @overload
+    def update(self, model: Any, grads: Any, /, **extra: Any) -> None: ...
+    def update(self, *args: Any, **extra: Any) -> None:  # type: ignore[misc]  # mypy does not see that it takes both
         """Apply gradients: ``update(grads)`` or ``update(model, grads)``.
 
         Args:
@@ -77,7 +82,7 @@ class Optimizer(Module):
         import optax
 
         if len(args) not in (1, 2):
-            raise OptimizerError(
+            raise ArgumentError(
                 "`update` takes gradients, or a model and gradients",
                 expected="optimizer.update(grads), or optimizer.update(model, grads)",
                 got=f"{len(args)} arguments",
@@ -171,10 +176,10 @@ def _check_transformation(model: Any, tx: Any) -> None:
     else:
         cure = "`mu.Optimizer(model, optax.adam(1e-3))`"
     raise ArgumentError(
-        "`mu.Optimizer` was given what is no optax transformation as its `tx`",
+        f"{show_value(tx)} is not an optax transformation",
         path="tx",
-        expected="an object with `init` and `update`, such as `optax.adam(1e-3)`",
-        got=f"{tx!r:.60}",
+        expected="an object with the methods `init` and `update`, such as `optax.adam(1e-3)`",
+        got=show_class(tx),
         cure=cure,
     )
 
@@ -183,10 +188,10 @@ def _check_are_gradients(given: Any) -> None:
     """Refuse what people give in the place of gradients.
 
     Raises:
-      OptimizerError: it is a model, a loss, or a loss and gradients.
+      ArgumentError: it is a model, or a loss and gradients.
     """
     if is_node(given):
-        got = show_kind(given)
+        got = show_class(given)
         cure = "Differentiate it first: `optimizer.update(mu.grad(loss_fn)(model, x))`; with a model, that comes first."
     elif (
         isinstance(given, tuple) and len(given) == 2 and not isinstance(given[0], State) and isinstance(given[1], State)
@@ -195,9 +200,7 @@ def _check_are_gradients(given: Any) -> None:
         cure = "Take it apart: `loss, grads = mu.value_and_grad(loss_fn)(model, x)`, then `optimizer.update(grads)`."
     else:
         return
-    raise OptimizerError(
-        "`update` was given what are no gradients", expected="what `mu.grad` gives", got=got, cure=cure
-    )
+    raise ArgumentError("`update` was given what are no gradients", expected="what `mu.grad` gives", got=got, cure=cure)
 
 
 def _named_leaves(state: Any) -> tuple[list[str], list[Any], Any]:
@@ -233,7 +236,7 @@ def _check_gradients(grads: Any, values: State) -> State:
     flat = dict(_gradients_by_path(grads, ()))
     problems = [f"missing:    {show_path(path)}" for path in values if path not in flat]
     problems += [
-        f"unexpected: {show_path(path) or f'a bare {show_kind(value)}'}"
+        f"unexpected: {show_path(path) or f'one value for all, {show_value(value)}'}"
         for path, value in flat.items()
         if path not in values.flat()
     ]

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mutatis.core import access, naming
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import RandomStreamError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.kinds import RngState, stream_value
@@ -140,10 +141,10 @@ def as_key(seed: Any, name: str = "default") -> jax.Array:
     elif isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         return jax.random.key(int(seed))
     raise RandomStreamError(
-        f"random stream `{name}` cannot start from {seed!r:.60}",
+        f"random stream `{name}` cannot start from {show_value(seed)}",
         path=name,
         expected="an integer seed, `jax.random.key(0)` or `jax.random.PRNGKey(0)`",
-        got=type(seed).__name__,
+        got=show_class(seed),
         cure=_streams_of(seed, name),
     )
 

@@ -22,9 +22,9 @@ from mutatis.checkpoint.manifest import (
     structure_of,
 )
 from mutatis.core import access, naming
-from mutatis.core.calls import show_kind
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError, CheckpointError, DeferredStateError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.variables import Variable
@@ -87,12 +87,12 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
             f"states cannot be {what}: the path is none",
             path="path",
             expected="a string or `pathlib.Path`, and then the model",
-            got=show_kind(path),
+            got=show_class(path),
             cure="`mu.checkpoint.save('run', model)`, then `mu.checkpoint.restore('run', model)`.",
         )
     if _compat.current_trace() is not _compat.EVAL_TRACE:
         raise CheckpointError(
-            f"states cannot be {what} inside a transform",
+            f"states cannot be {what} while a function is traced",
             where=naming.where(),
             cure="Save and restore between the calls of a transformed function.",
         )

@@ -16,13 +16,14 @@ from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.core import transactions
 from mutatis.core.nodes import is_node
-from mutatis.core.statics import static_key
+from mutatis.core.statics import Identity, static_key
 from mutatis.model.modules import Module
+from mutatis.tracing.codes import contents
 
 
 @functools.lru_cache(maxsize=512)
 def _compiler_for(_codes: tuple[Hashable, ...], name: str, _options: Hashable) -> Compiler:
-    return Compiler(name, Options())
+    return Compiler(name, Options(), shared=True)
 
 
 def compiled(
@@ -46,7 +47,7 @@ def compiled(
     plain, owners = zip(*map(_unbind, functions), strict=True)
     lifted = [_Lifted(function) for function in plain]
     plain = tuple(one.without for one in lifted)
-    codes = tuple(getattr(inspect.unwrap(f), "__code__", None) or static_key(f) for f in plain)
+    codes = tuple(map(_code_of, plain))
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
 
@@ -55,7 +56,8 @@ def compiled(
         bound = [f if owner is None else functools.partial(f, owner) for f, owner in zip(whole, owners, strict=True)]
         return implementation(bound, options, operands)
 
-    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, names)
+    users = tuple(functions)
+    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, names, users)
 
 
 class _Lifted:
@@ -70,7 +72,7 @@ class _Lifted:
             for index, (name, cell) in enumerate(
                 zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
             ):
-                value = _contents(cell)
+                value = contents(cell)
                 if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and name not in written:
                     self.arrays[index] = value
             if self.arrays:
@@ -88,11 +90,13 @@ class _Lifted:
         return new
 
 
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet bound
-        return None
+def _code_of(function: Any) -> Hashable:
+    """What functions share a compiler by; what else tells them apart is part of the keys in it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    call = getattr(type(function), "__call__", None)
+    return getattr(function, "__code__", None) or getattr(call, "__code__", None) or Identity(type(function))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mutatis import _compat
-from mutatis.compilation.binding import Binding, Layout
+from mutatis.compilation.binding import Binding, Layout, survey
 from mutatis.compilation.program import Program
+from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import argument_names, named_nodes
-from mutatis.tracing.captures import search
 from mutatis.tracing.scope import Scope
 
 
@@ -26,12 +26,16 @@ class PendingCall:
         "functions",
         "key",
         "kwargs",
+        "may_start",
         "operands",
         "outer",
         "program",
         "seconds",
+        "settings",
         "stale",
+        "started",
         "traced",
+        "users",
         "walked",
     )
 
@@ -43,13 +47,17 @@ class PendingCall:
         kwargs: dict[str, Any],
         key: tuple[Hashable, ...],
         operands: tuple[str, ...] = (),
+        users: tuple[Any, ...] = (),
     ) -> None:
         self.function = function
+        self.users = users  # the functions as the user gave them, if the program may be shared
         self.key = key  # of its objects
         self.functions = functions  # those whose captures count
         self.operands = operands  # of a loop or branch, which is called with them as one argument: their names
         self.args = args
         self.kwargs = kwargs
+        self.may_start = False  # whether states with `init` may be given their first value before the call is traced
+        self.started: list[Variable] = []  # those that were
         self.fast = False  # whether the call holds a lease and should not trace
         self.stale = 0  # how often its trace found something changed
         self.traced = False  # whether the function was run
@@ -58,6 +66,7 @@ class PendingCall:
         self.compilation: Any = None  # the entry of the log, if it compiles
         self.seconds: list[float] = []  # what tracing and compiling took
         self.outer = _compat.current_trace()
+        self.settings = _compat.settings()
         self.binding: Binding
         self.program: Program
 
@@ -85,6 +94,11 @@ class PendingCall:
         """What the argument at a position or of a keyword goes by."""
         return self.argument_names()[position] if isinstance(position, int) else str(position)
 
+    def searched(self, layout: Layout) -> list[Any]:
+        """The functions that are searched: those that count, and those among the static arguments."""
+        statics = [self.args[p] if isinstance(p, int) else self.kwargs[p] for p in sorted(layout.statics, key=str)]
+        return [*self.functions, *(value for value in statics if callable(value) and not isinstance(value, type))]
+
     def nodes(self, layout: Layout) -> list[tuple[str, Any]]:
         """The nodes among the arguments, with the names they go by."""
         if self.operands:
@@ -101,8 +115,8 @@ class PendingCall:
         """A walk over everything that the call can reach, in the order of the binding's cells."""
         if self.found is not None and self.binding.holds():
             return self.found
-        captures = search(*self.functions, ignored=self.binding.captures.ignored)
-        return self.binding.make_scope(self.nodes(self.binding.layout), captures)
+        layout = self.binding.layout
+        return survey(self.searched(layout), self.nodes(layout), self.binding.extras)[1]
 
     def bound_to(self, scope: Scope) -> bool:
         """Whether a walk finds what the program was chosen for: another thread may have changed it."""

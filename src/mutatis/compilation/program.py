@@ -61,16 +61,25 @@ class Program:
     Args:
       options: those of `mu.jit`.
       label: the name of the user's function.
+      settings: those of JAX that it is traced under.
       count: the number of cells.
       positions: of the arguments that JAX gets after the cells: numbers and keywords.
       placements: for each cell its shardings, or None.
     """
 
     def __init__(
-        self, options: Options, label: str, count: int, positions: tuple[Any, ...], placements: list[Any]
+        self,
+        options: Options,
+        label: str,
+        settings: Hashable,
+        count: int,
+        positions: tuple[Any, ...],
+        placements: list[Any],
     ) -> None:
+        _compat.settle_settings()
         self.options = options
         self.label = label
+        self.settings = settings
         self.count = count
         self.records: dict[int, TraceRecord] = {}
         self._placements = placements

@@ -31,6 +31,13 @@ class FoundStates(BaseException):
         self.cells = cells
 
 
+class StartsLate(BaseException):
+    """Tracing gave states with `init` their first value, which could be an input; not an `Exception`, as above."""
+
+    def __init__(self, cells: list[Variable]) -> None:
+        self.cells = cells
+
+
 class StaleBinding(BaseException):
     """Another thread changed the structure between the walk over it and the trace; not an `Exception`, as above."""
 
@@ -99,6 +106,12 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         tx.journal.undo()
         if tx.found:
             raise FoundStates(list(tx.found))
+        if call.may_start:
+            late = [
+                cell for cell in scope.cells if cell in tx.written and cell._value is UNSET and cell._init is not None
+            ]
+            if late:
+                raise StartsLate(late)
         return {program.add(record): record.take_arrays()}
 
 
@@ -121,7 +134,8 @@ def _record(
     for container, _ in tx.journal.changed_containers():
         number = known.known(container)
         if number is not None:
-            changes.append((number, None, encoder.encode_contents(container, known.object_paths[number])))
+            path, loose = known.object_paths[number], number in known.outside
+            changes.append((number, None, encoder.encode_contents(container, path, loose=loose)))
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
     encoder.encode_references()
 

@@ -17,6 +17,7 @@ import jax
 
 from mutatis.core.naming import PACKAGE
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,7 +88,7 @@ def check_function(function: Any, name: str, parameter: str, cure: str) -> None:
             f"`mu.{name}` was given what cannot be called as its `{parameter}`",
             path=parameter,
             expected="a function, bound method, partial or Module with `__call__`",
-            got=show_kind(function) + (" without `__call__`" if is_node(function) else ""),
+            got=show_class(function) + (" without `__call__`" if is_node(function) else ""),
             cure=cure,
         )
 
@@ -95,11 +96,6 @@ def check_function(function: Any, name: str, parameter: str, cure: str) -> None:
 def check_transformed(function: Any, name: str) -> None:
     """`check_function` for what a transform that gives a function is applied to."""
     check_function(function, name, "f", f"Give the function itself, and call what comes back: `mu.{name}(f)`.")
-
-
-def show_kind(value: Any) -> str:
-    """What a value is, for messages: the name of its type, which of arrays users know by another name."""
-    return "jax.Array" if isinstance(value, jax.Array) else type(value).__name__
 
 
 def without_own_frames(error: Exception) -> Exception:

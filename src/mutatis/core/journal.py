@@ -10,11 +10,13 @@ has the last word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from mutatis.core.cells import Cell
 from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.stamps import thawed
 from mutatis.core.structure import structure
 
 Entry: TypeAlias = tuple[
@@ -78,6 +80,20 @@ class Journal:
         self.noted = []
         undo(entries)
 
+    @contextlib.contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Have everything as it was before, for a while."""
+        entries = self.entries()
+        changed = [
+            (obj, name, content(obj, name))
+            for obj, name, _ in {(id(o), n): (o, n, old) for o, n, old in entries}.values()
+        ]
+        undo(entries)
+        try:
+            yield
+        finally:
+            undo(changed[::-1])
+
 
 def undo(entries: Sequence[Entry]) -> None:
     """Put back what entries say, the latest first."""
@@ -98,6 +114,8 @@ def put_back(obj: Any, name: str, old: Any) -> None:
         obj.update(old)
     elif isinstance(obj, Cell):
         setattr(obj, name, old)  # a mark
+        if name == "_frozen" and old is None:
+            thawed(obj)
     elif old is ABSENT:
         obj.__dict__.pop(name, None)
     elif isinstance(old, Removed):
@@ -105,6 +123,13 @@ def put_back(obj: Any, name: str, old: Any) -> None:
         reorder(obj.__dict__, old.order)
     else:
         obj.__dict__[name] = old
+
+
+def content(obj: Any, name: str) -> Any:
+    """What `put_back` would have to be told to leave everything as it is."""
+    if isinstance(obj, list | dict):
+        return obj.copy()
+    return getattr(obj, name) if isinstance(obj, Cell) else obj.__dict__.get(name, ABSENT)
 
 
 def reorder(attributes: dict[str, Any], order: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ import jax
 from mutatis.core import access
 from mutatis.core.cells import UNSET
 from mutatis.core.naming import caller, show_path
+from mutatis.core.showing import show_class
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.effects.renaming import rename
@@ -31,7 +32,7 @@ from mutatis.effects.requests import (
     variables_of,
 )
 from mutatis.effects.sharing import check_definition, check_shared
-from mutatis.errors import EffectError
+from mutatis.errors import ArgumentError, EffectError
 from mutatis.model.filters import Filter, Path, Satisfies, as_filter
 from mutatis.model.marks import thaw
 from mutatis.model.operations import merge, split
@@ -168,7 +169,8 @@ def handle_local_states(
       The handled layer and the initial dictionary, or a function that gives it if `lazy`.
 
     Raises:
-      EffectError: requests contradict each other, two states have one name, or an argument means nothing.
+      EffectError: requests contradict each other, or two states have one name.
+      ArgumentError: an argument means nothing, or both `category` and `category_predicate` are given, or neither.
 
     Example:
       >>> import dataclasses
@@ -187,7 +189,7 @@ def handle_local_states(
     """
     wanted = _choice(category, category_predicate)
     if state_sharing not in ("forbidden", "allowed", "unsafe"):
-        raise EffectError(
+        raise ArgumentError(
             f"`state_sharing` cannot be {state_sharing!r}",
             expected='"forbidden", "allowed" or "unsafe"',
             got=repr(state_sharing),
@@ -350,7 +352,7 @@ def _first_value(key: str, definition: Any) -> Any:
 def _choice(category: Any, predicate: Callable[[Any], bool] | None) -> Callable[[Any], bool]:
     """Which categories of requests are meant."""
     if (category is None) == (predicate is None):
-        raise EffectError(
+        raise ArgumentError(
             "which states are to be handled is said " + ("twice" if predicate else "nowhere"),
             expected="exactly one of `category` and `category_predicate`",
             got="both" if predicate else "neither",
@@ -388,7 +390,7 @@ def _check_module(node: Any) -> None:
                     f"`{show_path((*path[1:], name))}` is a request in a Module, whose states are its Variables",
                     path=show_path((*path[1:], name)),
                     expected="a Variable",
-                    got=type(value).__name__,
+                    got=show_class(value),
                     cure=f"`self.{name} = mu.Variable(init=lambda: jnp.zeros(3), tag='cache')`: `get` and `set` are the same.",
                 )
 
@@ -396,10 +398,10 @@ def _check_module(node: Any) -> None:
 def _pair(argument: Any) -> tuple[Any, Mapping[str, Any]]:
     if isinstance(argument, tuple | list) and len(argument) == 2 and isinstance(argument[1], Mapping):
         return argument[0], argument[1]
-    raise EffectError(
+    raise ArgumentError(
         "a handled layer was called without states",
         expected="(argument, states)",
-        got=f"{type(argument).__name__}",
+        got=show_class(argument),
         cure="`out, states = handled((x, states))`",
     )
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from mutatis.core.showing import show_class
 from mutatis.effects.requests import Effect, Rename, is_model, is_part, parts_of, variables_of
 from mutatis.errors import EffectError
 from mutatis.model.variables import Variable, set_mark
@@ -72,7 +73,7 @@ def rename(node: T, fn: Rename) -> T:
                 f"state `{old}` cannot be renamed to {new!r}",
                 path=old,
                 expected="a string that names no other state",
-                got=f"{before[new]}, too" if type(new) is str else type(new).__name__,
+                got=f"{before[new]}, too" if type(new) is str else show_class(new),
                 cure="Give each its own: `mu.rename(model, lambda name: f'encoder/{name}')`.",
             )
         before[new] = f"the new name of `{old}`"

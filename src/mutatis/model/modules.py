@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from mutatis.core import access, naming, transactions
-from mutatis.core.calls import show_kind, takes
+from mutatis.core.calls import takes
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import ABSENT, Removed, put_back
 from mutatis.core.nodes import Node, is_node
+from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, StaticObject, check_static, static_key
 from mutatis.core.structure import Watch, structure, structure_lock
 from mutatis.errors import ArgumentError, StaticAttributeError, StructureError
@@ -61,7 +62,7 @@ class Module(Node):
             raise ArgumentError(
                 f"`{cls.__name__}` has no `__init__`, and was given arguments",
                 expected="no arguments",
-                got=", ".join([*map(show_kind, args), *(f"{name}=..." for name in kwargs)]),
+                got=", ".join([*map(show_class, args), *(f"{name}=..." for name in kwargs)]),
                 cure="Write an __init__, or have it made of the fields: "
                 f"`@dataclasses.dataclass` in front of `class {cls.__name__}`.",
             )
@@ -169,7 +170,7 @@ class Module(Node):
             return
         if static_key(old) != static_key(value):
             raise StaticAttributeError(
-                f"`{type(self).__name__}.{name}` is a plain number and was changed inside a compiled transform",
+                f"`{type(self).__name__}.{name}` is a plain number and was changed in a compiled function",
                 path=f"{type(self).__name__}.{name}",
                 where=naming.where(),
                 expected=repr(old),
@@ -195,7 +196,7 @@ class Module(Node):
                     f"`{owner}.{name}` is a {type(value).__name__} of bare arrays",
                     path=f"{owner}.{name}",
                     expected="Variables, Modules, static values, or containers of these",
-                    got=type(item).__name__,
+                    got=show_class(item),
                     cure=f"Say what kind of state they are: `self.{name} = [mu.Param(x) for x in arrays]`, "
                     f"or hold them in one state: `self.{name} = mu.Variable(arrays)`.",
                 )

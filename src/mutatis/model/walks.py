@@ -6,19 +6,20 @@ import types
 import weakref
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 from mutatis import _compat
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject
 from mutatis.core.structure import structure_lock
-from mutatis.errors import FilterError, StructureError
+from mutatis.errors import ArgumentError, FilterError
 from mutatis.model.filters import Filter, Path, as_filter
 from mutatis.model.graph import Encoder, Parts, Spec, cell_spec
 from mutatis.model.kinds import kind_of
 from mutatis.model.modules import Module
-from mutatis.model.variables import Variable, spelled
+from mutatis.model.variables import V, Variable, spelled
 from mutatis.model.wrapped import Wrapped
 
 
@@ -95,7 +96,7 @@ def _held(obj: Any) -> list[Any]:
     return [obj.__func__, obj.__self__] if isinstance(obj, types.MethodType) else list(obj)
 
 
-def _find(node: Any, *, described: bool) -> tuple[Parts, list[Variable]]:
+def _find(node: Any, *, described: bool) -> tuple[Parts, list[Variable[Any]]]:
     """The parts of a node's definition, and its cells in the order of their numbers.
 
     A module is walked over only if it has changed. Without `described`, the paths are all that there is of a definition.
@@ -117,15 +118,14 @@ def check_node(node: Any) -> Any:
     """The node itself, if it is a Module, a Variable or a pytree of them.
 
     Raises:
-      StructureError: it is something else.
+      ArgumentError: it is something else.
     """
     if is_node(node) or isinstance(node, list | tuple | dict):
         return node
-    kind = "a class" if isinstance(node, type) else type(node).__name__
-    raise StructureError(
-        f"{kind} is not a node",
+    raise ArgumentError(
+        f"{show_value(node)} is not a node",
         expected="a Module, a Variable, or a list, tuple or dict of them",
-        got=f"{node!r:.60}",
+        got=show_class(node),
         cure=_instead_of(node),
     )
 
@@ -141,7 +141,11 @@ def _instead_of(node: Any) -> str:
     return "Write a model as `class Net(mu.Module)`; for a plain dict of arrays use `mu.State.from_flat`."
 
 
-def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
+@overload
+def variables(node: Any, kind: type[V], /) -> dict[Path, V]: ...
+@overload
+def variables(node: Any, *filters: Any) -> dict[Path, Variable[Any]]: ...
+def variables(node: Any, *filters: Any) -> dict[Path, Any]:
     """The live cells of a node by path, each at its first place.
 
     Args:

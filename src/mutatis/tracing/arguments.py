@@ -6,13 +6,47 @@ JAX gets leaves only. The function gets its own modules and variables back, at t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
 
+from mutatis.core.naming import show_name
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
+
+
+def static_positions(count: int, names: Iterable[str], argnums: Collection[int], argnames: Collection[str]) -> set[Any]:
+    """Which arguments of a call are static: numbers from 0, and keywords.
+
+    Args:
+      count: how many positional arguments there are.
+      names: the keywords.
+      argnums: the numbers that were said, which may be negative; those that this call does not have say nothing.
+      argnames: the names that were said.
+    """
+    numbers = {number + count if number < 0 else number for number in argnums}
+    return {number for number in numbers if 0 <= number < count} | {name for name in names if name in argnames}
+
+
+def check_hashable(value: Any, position: Any, where: str) -> None:
+    """Raise if a static argument cannot be hashed: its changes would not be seen.
+
+    Raises:
+      ArgumentError: it cannot.
+    """
+    try:
+        hash(value)
+    except TypeError:
+        place = f"argument {position}" if isinstance(position, int) else f"argument `{position}`"
+        raise ArgumentError(
+            f"static {place} is not hashable",
+            where=where,
+            expected="a hashable value: a number, string, tuple, function or frozen dataclass",
+            got=f"{type(value).__name__}: {value!r:.60}",
+            cure="Pass it as an ordinary argument, or a hashable value in its place: `tuple(x)` for a list.",
+        ) from None
 
 
 class FlatTree:
@@ -118,10 +152,10 @@ def check_result(result: Any, leaves: Sequence[Any], label: str) -> None:
         except TypeError:
             place = leaf_places(result.unflatten(leaves))[index]
             raise ArgumentError(
-                f"the function of `{label}` returned a {type(leaf).__name__}, which JAX has no arrays for",
+                f"the function returned {show_value(leaf)}, which JAX has no arrays for",
                 where=label,
                 expected="arrays, numbers, modules, or pytrees of these",
-                got=f"{leaf!r:.40}" + (f" at {place}" if place else ""),
+                got=f"a {show_class(leaf)}" + (f" at {place}" if place else ""),
                 cure="Return arrays. What does not depend on them is an attribute of a module, or known outside.",
             ) from None
 
@@ -134,4 +168,4 @@ def function_name(function: Any) -> str:
     while hasattr(function, "func"):  # partials
         function = function.func
     name = getattr(function, "__qualname__", None) or type(function).__name__
-    return str(name).replace("<locals>.", "").replace("<lambda>", "lambda")
+    return show_name(str(name))

@@ -96,11 +96,14 @@ class CallSite:
         self.end: RunResult
         self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
         self.journal = Journal(self.scope.containers)  # of all runs
+        self._tracing = transactions.tracing(self.journal)
 
     def __enter__(self) -> Self:
+        self._tracing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        self._tracing.__exit__(kind, _value, _trace)
         if kind is not None:
             self.journal.undo()
             return
@@ -108,7 +111,8 @@ class CallSite:
             for container, _ in self.journal.changed_containers():
                 number = self.scope.encoder.known(container)
                 path = () if number is None else self.scope.encoder.object_paths[number]
-                Encoder().encode(container, path)  # what was put in is no array, and so no tracer
+                loose = number in self.scope.encoder.outside
+                Encoder(loose=loose).encode(container, path)  # what was put in is no tracer
         except StructureError:
             self.journal.undo()
             raise
@@ -193,7 +197,7 @@ class CallSite:
         for cell in end.cells:
             if cell not in end.born and access.is_deferred(cell):
                 raise StructureError(
-                    f"state {naming.describe(cell)} was created inside {what}",
+                    f"state {naming.describe(cell)} was created in {what}",
                     path=self.scope.locate(cell),
                     where=self.label,
                     made_at=naming.made_at(cell),
@@ -239,7 +243,7 @@ class CallSite:
                 continue
             if isinstance(obj, Module) and isinstance(obj.__dict__.get(name), Intermediate):
                 raise StructureError(
-                    f"a value was kept inside {what}, by `mu.sow` or `mu.capture`",
+                    f"a value was kept in {what}, by `mu.sow` or `mu.capture`",
                     path=naming.path_of(obj.__dict__[name]),
                     where=self.label,
                     expected="values that are kept each time that it runs",
@@ -248,7 +252,7 @@ class CallSite:
                 )
             path = show_root_path((*self.scope.encoder.object_paths[number], *((name,) if name else ())))
             raise StructureError(
-                f"`{path}` was changed inside {what}",
+                f"`{path}` was changed in {what}",
                 path=path,
                 where=self.label,
                 cure="The body is traced once, not run each time. Make states and change attributes before; "

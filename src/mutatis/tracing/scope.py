@@ -22,7 +22,7 @@ class Scope:
     """
 
     def __init__(self, roots: Sequence[tuple[str, Any]], *, watch: bool = False) -> None:
-        self.encoder = Encoder(thread=True, watch=watch, describe=watch)
+        self.encoder = Encoder(thread=True, watch=watch, describe=watch, loose=True)
         with structure_lock:
             self.specs = tuple(self.encoder.encode(node, (name,)) for name, node in roots)
             self.tail = self.encoder.encode_references()

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from mutatis import _compat
 from mutatis.core import access, naming
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.transactions import Transaction
@@ -30,6 +31,10 @@ class Code:
     def __init__(self, closed: Any, treedef: Any) -> None:
         self._closed = closed
         self._treedef = treedef
+
+    def dtypes(self) -> set[Any]:
+        """The dtypes of all values in it."""
+        return _compat.dtypes_in(self._closed.jaxpr)
 
     def __call__(self, values: Sequence[Any], leaves: Any) -> tuple[list[Any], list[Any]]:
         """Run the jaxpr: the leaves of the result, and the written values."""
@@ -183,7 +188,7 @@ def refuse_structure(site: CallSite, end: RunResult, what: str, but: Sequence[An
         cells = site.scope.cells_of(node)
         if any(id(cell) in born for cell in cells.values()):
             raise StructureError(
-                f"a {type(node).__name__} was made and returned inside {what}",
+                f"a {type(node).__name__} was made and returned in {what}",
                 where=site.label,
                 cure="Make it before, and write to its states inside; or return arrays.",
             )

@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import jax
 
@@ -19,8 +19,13 @@ from mutatis.tracing.arguments import function_name
 
 _compat.hide_frames(PACKAGE)  # users' tracebacks show users' code
 
+P = ParamSpec("P")
+Rest = ParamSpec("Rest")
+R_co = TypeVar("R_co", covariant=True)
+Owner = TypeVar("Owner")
 
-class Transformed(Wrapped):
+
+class Transformed(Wrapped, Generic[P, R_co]):
     """A function that a transform was applied to. Works as a method, and as an attribute of modules.
 
     Args:
@@ -53,13 +58,19 @@ class Transformed(Wrapped):
             remake = functools.partial(remake.func, *remake.args, **rest)  # type: ignore[attr-defined]
         self.remake = remake
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         assert self._call is not None
         try:
-            return self._call(self.__wrapped__, args, kwargs)
+            return self._call(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]  # as the transform says
         except Exception as error:
             raise without_own_frames(error)  # noqa: B904  # it is the same error
 
+    @overload
+    def __get__(self, obj: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(
+        self: Transformed[Concatenate[Owner, Rest], R_co], obj: Owner, owner: type | None = None
+    ) -> Callable[Rest, R_co]: ...
     def __get__(self, obj: Any, owner: type | None = None) -> Any:
         return self if obj is None else types.MethodType(self, obj)
 

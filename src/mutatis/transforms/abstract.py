@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import numpy as np
@@ -13,8 +13,10 @@ from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
+R = TypeVar("R")
 
-def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+
+def eval_shape(f: Callable[..., R], *args: Any, **kwargs: Any) -> R:
     """The shapes and dtypes of a function's result; as `jax.eval_shape`, with states.
 
     Nothing is computed, allocated or written. A module that `f` makes comes back with shapes for values.
@@ -44,7 +46,7 @@ def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for cell, shape in zip(site.end.cells, written, strict=True):
             if cell in site.end.born:
                 access.create_detached(cell, shape)
-        return site.end.unflatten(out)
+        return site.end.unflatten(out)  # type: ignore[no-any-return]
 
 
 def eval_arrays(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -65,6 +67,21 @@ def eval_arrays(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
+@overload
+def make_jaxpr(
+    f: Callable[..., Any],
+    static_argnums: int | Sequence[int] = ...,
+    axis_env: Sequence[tuple[Any, int]] | None = ...,
+    return_shape: Literal[False] = ...,
+) -> Transformed[..., Any]: ...
+@overload
+def make_jaxpr(
+    f: Callable[..., R],
+    static_argnums: int | Sequence[int] = ...,
+    axis_env: Sequence[tuple[Any, int]] | None = ...,
+    *,
+    return_shape: Literal[True],
+) -> Transformed[..., tuple[Any, R]]: ...
 def make_jaxpr(
     f: Callable[..., Any],
     static_argnums: int | Sequence[int] = (),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from mutatis import _compat
 from mutatis.core import naming
 from mutatis.core.calls import takes
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, spelled
@@ -27,7 +28,46 @@ from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def vmap(
+    f: Transformed[P, R],
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def vmap(
+    f: Callable[P, R],
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def vmap(
+    f: None = None,
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
 @takes("mu.vmap(f)(xs)", _="Call what comes back with the arguments: `mu.vmap(f)(xs)`.")
 def vmap(
     f: Callable[..., Any] | None = None,
@@ -68,7 +108,7 @@ def vmap(
       (Array([0, 2, 4], dtype=int32), 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(vmap, **options)
+    remake: functools.partial[Any] = functools.partial(vmap, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: vectorize(function, args, kwargs, **options))
@@ -157,7 +197,7 @@ def _sort_by_axis(
             shared.append(new)
         elif trace is None:
             raise LaneError(
-                f"state {site.describe(cell)} was written in a vectorized `map`, where items have no order",
+                f"state {site.describe(cell)} was written in a batch of items, which have no order",
                 path=site.scope.locate(cell),
                 where=site.label,
                 made_at=naming.made_at(cell),
@@ -190,7 +230,7 @@ def _argument_axes(
             f"`in_axes` has {len(in_axes)} entries for {len(args)} positional arguments",
             where=site.label,
             expected=f"{len(args)} entries, or one axis for all",
-            got=f"{in_axes!r:.60}",
+            got=show_value(in_axes),
             cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
         )
     try:
@@ -200,7 +240,7 @@ def _argument_axes(
             "`in_axes` does not have the structure of the arguments",
             where=site.label,
             expected="an axis for each argument: an int, None, `mu.StateAxes`, or a tree of them like the argument",
-            got=f"{in_axes!r:.80}",
+            got=show_value(in_axes),
             cure="Choose axes of a module by filter: `mu.vmap(f, in_axes=(mu.StateAxes({mu.Param: None, ...: 0}), 0))`.",
         ) from error
     leaves = [axis for axis, item in entries if not is_node(item)]
@@ -219,13 +259,17 @@ def _plain_axes(out_axes: Any) -> Any:
 
 def _check_argument_axis(site: CallSite, name: str, leaf: Any, axis: Any) -> None:
     """Refuse what is no axis of an argument."""
+    count = jnp.ndim(leaf)
     if not isinstance(axis, int):
         problem, expected = (
             "is asked for along what is not an axis of an array",
             "an int or None; of a Module, `mu.StateAxes` too",
         )
-    elif not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
-        problem, expected = f"has no axis {axis}", "None for what all lanes share"
+    elif not -count <= axis < count:
+        problem = f"has no axis {axis}"
+        expected = (
+            f"an axis from {-count} to {count - 1}, or None" if count else "None, for a scalar is the same in all lanes"
+        )
     else:
         return
     raise AxisError(
@@ -233,8 +277,8 @@ def _check_argument_axis(site: CallSite, name: str, leaf: Any, axis: Any) -> Non
         path=name,
         where=site.label,
         expected=expected,
-        got=f"axis {axis!r:.60} of an argument of shape {jnp.shape(leaf)}",
-        cure="Give each argument its own: `mu.vmap(f, in_axes=(None, 0))`.",
+        got=f"axis {show_value(axis)} of {show_value(leaf)}",
+        cure="Give each argument its own, and None to those that the lanes share: `mu.vmap(f, in_axes=(None, 0))`.",
     )
 
 
@@ -258,7 +302,7 @@ def _count(
     if len(sizes) == 1:
         return next(iter(sizes))
     raise AxisError(
-        "`vmap` is given axes of different sizes" if sizes else "`vmap` has nothing to map over",
+        "the mapped axes have different sizes" if sizes else "there is nothing to map over",
         where=site.label,
         got=", ".join(f"{name}: {size}" for size, name in sizes.items()) or None,
         cure="All mapped axes have one size; None shares an argument: `mu.vmap(f, in_axes=(0, None))`. With nothing to map, "

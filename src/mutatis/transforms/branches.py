@@ -7,15 +7,17 @@ passes it on, so the branch that is not taken leaves states alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
 from mutatis.core.avals import show_type
-from mutatis.core.calls import check_function, show_kind, takes
+from mutatis.core.calls import check_function, takes
+from mutatis.core.showing import show_class, show_structure, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, leaf_places
@@ -24,6 +26,9 @@ from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
 
 _NONE = object()
 
+R = TypeVar("R")
+X = TypeVar("X")
+Xs = TypeVarTuple("Xs")
 
 _COND = (
     "Give what to test, and two functions, also for doing nothing (`lambda *_: None`): "
@@ -32,7 +37,11 @@ _COND = (
 _SWITCH = "Give the number, and a list of functions: `mu.switch(index, [f, g], *operands)`."
 
 
-@takes("mu.cond(pred, true_fun, false_fun, *operands)", _=_COND)
+@overload
+def cond(pred: ArrayLike, true_fun: Callable[[*Xs], R], false_fun: Callable[[*Xs], R], *operands: *Xs) -> R: ...
+@overload
+def cond(pred: ArrayLike, true_fun: Callable[[X], R], false_fun: Callable[[X], R], *, operand: X) -> R: ...
+@takes("mu.cond(pred, true_fun, false_fun, *operands)", _=_COND)  # type: ignore[misc]  # `*Any` takes what `*Xs` does
 def cond(
     pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, operand: Any = _NONE
 ) -> Any:
@@ -76,7 +85,11 @@ def cond(
     return _choose("cond", pred, (false_fun, true_fun), operands)
 
 
-@takes("mu.switch(index, [f, g], *operands)", _=_SWITCH)
+@overload
+def switch(index: ArrayLike, branches: Sequence[Callable[[*Xs], R]], *operands: *Xs) -> R: ...
+@overload
+def switch(index: ArrayLike, branches: Sequence[Callable[[X], R]], *, operand: X) -> R: ...
+@takes("mu.switch(index, [f, g], *operands)", _=_SWITCH)  # type: ignore[misc]  # `*Any` takes what `*Xs` does
 def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, operand: Any = _NONE) -> Any:
     """Run one of several functions; as `jax.lax.switch`, with states. The index is clamped.
 
@@ -93,13 +106,13 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
             "`mu.switch` takes its functions as a list",
             path="branches",
             expected="a list of functions",
-            got=show_kind(branches),
+            got=show_class(branches),
             cure=_SWITCH,
         )
     for branch in branches:
         check_function(branch, "switch", "branches", _SWITCH)
     if not branches:
-        raise StructureError("`switch` has no branches", expected="at least one function", cure=_SWITCH)
+        raise ArgumentError("`switch` has no branches", expected="at least one function", cure=_SWITCH)
     if operand is not _NONE:
         operands = (operand,)
     if runs_eagerly():
@@ -125,10 +138,10 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         index = index.get() if isinstance(index, Variable) else index
         if index is not None and jnp.shape(index):
             raise ArgumentError(
-                f"`mu.{name}` takes one branch, and was given several values to choose it by",
+                "one branch is taken, and there are several values to choose it by",
                 where=site.label,
                 expected="a scalar",
-                got=f"shape {jnp.shape(index)}",
+                got=show_value(index),
                 cure="Choose by one, `jnp.any(index)`; or choose for each element, `jnp.where(index, x, y)`, or lane: "
                 "`mu.vmap(lambda i: mu.cond(i, lambda: 1, lambda: 0))(index)`.",
             )
@@ -137,7 +150,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         branches: list[Staged] = []
         for function in functions:
             staged = stage(site, cells, {}, packed.leaves, _caller(function, packed))
-            refuse_structure(site, staged.end, f"a branch of `{name}`")
+            refuse_structure(site, staged.end, "a branch")
             branches.append(staged)
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
@@ -148,7 +161,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             for cell in written:
                 if cell in staged.values:
                     check_kept(site, staged, cell, values[cell], "in a branch")
-        _check_results(site, branches)
+        _check_results(site, name, branches)
 
         def pure(staged: Staged) -> Callable[[Any, Any], Any]:
             def branch(states: list[Any], leaves: list[Any]) -> Any:
@@ -165,7 +178,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             else:
                 new, leaves = jax.lax.switch(index, [pure(staged) for staged in branches], *inputs)
         except TypeError as error:
-            _refuse_types(site, branches, error)
+            _refuse_types(site, name, branches, error)
             raise
         for cell, value in zip(written, new, strict=True):
             access.write(cell, value)
@@ -180,7 +193,7 @@ def _check_choice(name: str, index: Any, cure: str) -> None:
             f"`mu.{name}` was given what is called, and not tested, as its `{parameter}`",
             path=parameter,
             expected="a boolean scalar" if name == "cond" else "an integer scalar",
-            got=show_kind(index),
+            got=show_class(index),
             cure=cure,
         )
 
@@ -189,35 +202,42 @@ def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], A
     return lambda leaves: function(*packed.unflatten(leaves))
 
 
-def _refuse_types(site: CallSite, branches: Sequence[Staged], error: TypeError) -> None:
+def _refuse_types(site: CallSite, name: str, branches: Sequence[Staged], error: TypeError) -> None:
     """Say which results of the branches have different types, if that is what JAX refused.
 
     Raises:
       StateTypeError: some have.
     """
+    names = _names(name, branches)
     places = leaf_places(branches[0].end.unflatten(branches[0].leaves))
     for place, *kinds in zip(places, *(staged.leaves for staged in branches), strict=True):
         shown = [show_type(kind) for kind in kinds]
         if len(set(shown)) > 1:
             other = next(number for number, text in enumerate(shown) if text != shown[0])
             raise StateTypeError(
-                f"the branches of `{site.label}` return different types" + (f" at {place}" if place else ""),
+                "the branches return different types" + (f" at {place}" if place else ""),
                 where=site.label,
-                expected=f"what branch 0 returns: {shown[0]}",
-                got=f"branch {other}: {shown[other]}",
+                expected=f"what {names[0]} returns: {shown[0]}",
+                got=f"{names[other]}: {shown[other]}",
                 cure="Return arrays of one type from every branch: `jnp.asarray(x, jnp.float32)`.",
             ) from error
 
 
-def _check_results(site: CallSite, branches: Sequence[Staged]) -> None:
+def _names(name: str, branches: Sequence[Staged]) -> Sequence[str]:
+    """What the branches go by in messages."""
+    return ("the false branch", "the true branch") if name == "cond" else [f"branch {n}" for n in range(len(branches))]
+
+
+def _check_results(site: CallSite, name: str, branches: Sequence[Staged]) -> None:
+    names = _names(name, branches)
     first = branches[0]
     for number, staged in enumerate(branches):
         same_nodes = [id(node) for node in staged.end.nodes] == [id(node) for node in first.end.nodes]
         if staged.end.structure != first.end.structure or not same_nodes:
             raise StructureError(
-                f"the branches of `{site.label}` return different structures",
+                "the branches return different structures",
                 where=site.label,
-                expected=f"what branch 0 returns: {first.end.structure[0]}",
-                got=f"branch {number}: {staged.end.structure[0]}",
+                expected=f"what {names[0]} returns: {show_structure(first.end.structure[0])}",
+                got=f"{names[number]}: {show_structure(staged.end.structure[0])}",
                 cure="Return the same containers (and the same modules) from every branch.",
             )

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.core.avals import show_type
-from mutatis.core.calls import check_function, show_kind, takes
-from mutatis.errors import ArgumentError, OptionError, StateTypeError, StructureError
+from mutatis.core.calls import check_function, takes
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
 from mutatis.tracing.arguments import FlatTree, function_name
@@ -37,6 +39,63 @@ _WHILE = f"{_NOTHING_ELSE}`mu.while_loop(cond_fun, body_fun, None)`."
 _FORI = f"{_NOTHING_ELSE}`mu.fori_loop(0, 10, body_fun, None)`."
 
 
+Unroll: TypeAlias = int | bool
+C = TypeVar("C")
+X = TypeVar("X")
+Y = TypeVar("Y")
+Xs = TypeVarTuple("Xs")
+
+
+class LoopOptions(TypedDict, total=False):
+    """What `for_loop` can be told, for type checkers."""
+
+    length: int | None
+    reverse: bool
+    unroll: Unroll
+
+
+class ScanOptions(TypedDict, total=False):
+    """What `scan` can be told, for type checkers."""
+
+    reverse: bool
+    unroll: Unroll
+    _split_transpose: bool
+    states: Any
+    checkpoint_every: int | None
+
+
+@overload  # a carry may start as a number, and slices of what is like an array are arrays
+def scan(
+    f: Callable[[jax.Array, jax.Array], tuple[jax.Array, Y]],
+    init: ArrayLike,
+    xs: ArrayLike,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[jax.Array, Y]: ...
+@overload
+def scan(
+    f: Callable[[jax.Array, X], tuple[jax.Array, Y]],
+    init: ArrayLike,
+    xs: X = ...,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[jax.Array, Y]: ...
+@overload
+def scan(
+    f: Callable[[C, jax.Array], tuple[C, Y]],
+    init: C,
+    xs: ArrayLike,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[C, Y]: ...
+@overload
+def scan(
+    f: Callable[[C, X], tuple[C, Y]],
+    init: C,
+    xs: X = ...,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[C, Y]: ...
 @takes("mu.scan(f, init, xs)", in_axes=_OTHER_AXES, out_axes=_OTHER_AXES, _=_SCAN)
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
@@ -44,7 +103,7 @@ def scan(
     xs: Any = None,
     length: int | None = None,
     reverse: bool = False,
-    unroll: int | bool = 1,
+    unroll: Unroll = 1,
     _split_transpose: bool = False,
     *,
     states: Any = None,
@@ -86,11 +145,11 @@ def scan(
         "checkpoint_every": checkpoint_every,
     }
     if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1):
-        raise OptionError(
-            f"`checkpoint_every` cannot be {checkpoint_every!r}",
+        raise ArgumentError(
+            f"`checkpoint_every` cannot be {show_value(checkpoint_every)}",
             where="scan",
             expected="a positive int, or None",
-            got=repr(checkpoint_every),
+            got=show_class(checkpoint_every),
             cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
         )
     if runs_eagerly() and states is None:
@@ -103,9 +162,13 @@ def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
     return _scan("scan", f, f, *operands, states=None, **options)
 
 
-@takes("mu.for_loop(f, xs)", _=_FOR)
+@overload
+def for_loop(f: Callable[[jax.Array], Y], xs: ArrayLike, /, **options: Unpack[LoopOptions]) -> Y: ...
+@overload
+def for_loop(f: Callable[[*Xs], Y], *xs: *Xs, **options: Unpack[LoopOptions]) -> Y: ...
+@takes("mu.for_loop(f, xs)", _=_FOR)  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
 def for_loop(
-    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: int | bool = 1
+    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: Unroll = 1
 ) -> Any:
     """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
 
@@ -124,10 +187,10 @@ def for_loop(
     check_function(f, "for_loop", "f", _FOR)
     if any(type(x) in (int, range) for x in xs):
         raise ArgumentError(
-            "`mu.for_loop` was given a number of iterations in the place of what it loops over",
+            "a number of iterations is in the place of what is looped over",
             where="for_loop",
             expected="arrays with a leading axis",
-            got=", ".join(f"{x!r:.40}" for x in xs),
+            got=", ".join(map(show_value, xs)),
             cure="Say how often, `mu.for_loop(lambda: f(x), length=10)`, or loop over the numbers: "
             "`mu.for_loop(f, jnp.arange(10))`.",
         )
@@ -151,7 +214,7 @@ def _scan(
     *,
     length: int | None,
     reverse: bool,
-    unroll: int | bool,
+    unroll: Unroll,
     states: Any,
     _split_transpose: bool = False,
     checkpoint_every: int | None = None,
@@ -164,17 +227,17 @@ def _scan(
                 axes.setdefault(cell, 0)
         sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
         stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
-        count = site.repeats = _length(name, length, slices.leaves, stacks)
+        count = site.repeats = _length(site.label, length, slices.leaves, stacks)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
 
         def one_step(leaves: Any) -> Any:
             result = call(carry.unflatten(leaves[0]), slices.unflatten(leaves[1]))
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise StructureError(
-                    f"the body of `{site.label}` returned {show_kind(result)}",
+                    "the body did not return a pair",
                     where=site.label,
-                    expected="a pair: (carry, y)",
-                    got=show_kind(result),
+                    expected="(carry, y)",
+                    got=show_value(result),
                     cure="Return `carry, y`, either of which may be None; or use `mu.for_loop`.",
                 )
             return result
@@ -188,7 +251,7 @@ def _scan(
             staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
         end = staged.end
         sown = site.sown(end)
-        refuse_structure(site, end, f"the body of `{name}`", sown)
+        refuse_structure(site, end, "the body of a loop", sown)
         _check_carry(site, carry, staged)
 
         values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
@@ -267,12 +330,13 @@ def _slice_type(stack: Any) -> jax.ShapeDtypeStruct:
     return _compat.type_of(stack, 1)
 
 
-def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
+def _length(where: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
     if scalars := [leaf for leaf in leaves if not jnp.ndim(leaf)]:
-        raise StructureError(
-            f"`{name}` was given a scalar to loop over",
+        raise ArgumentError(
+            "a scalar cannot be looped over",
+            where=where,
             expected="arrays with a leading axis",
-            got=f"{scalars[0]!r:.40}",
+            got=show_value(scalars[0]),
             cure="Say how often with `length=n`, and let the function name what stays the same.",
         )
     sizes = {jnp.shape(leaf)[0] for leaf in leaves}
@@ -280,8 +344,9 @@ def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Varia
     if length is not None:
         sizes.add(operator.index(length))
     if len(sizes) != 1:
-        raise StructureError(
-            f"`{name}` cannot tell the number of its iterations",
+        raise ArgumentError(
+            "the number of iterations cannot be told",
+            where=where,
             expected="one length: of the leading axes of `xs`, of the sliced states, and `length`",
             got=sorted(sizes),
             cure="Give `xs` of one length, or `length=n`.",
@@ -291,14 +356,29 @@ def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Varia
 
 
 def _promote(carry: FlatTree, staged: Staged) -> bool:
-    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does."""
-    changed = False
+    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does.
+
+    Returns:
+      Whether the body has to be staged again for it. Each loop around this one would double the number of times.
+    """
+    again = False
     for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
         weak = jax.typeof(leaf).weak_type if hasattr(jax.typeof(leaf), "weak_type") else False
         if weak and leaf.shape == out.shape and (leaf.dtype != out.dtype or not getattr(out, "weak_type", False)):
+            again = again or leaf.dtype != out.dtype or _weakness_matters(leaf.dtype, staged)
             carry.leaves[index] = jax.lax.convert_element_type(leaf, out.dtype)
-            changed = True
-    return changed
+    return again
+
+
+def _weakness_matters(dtype: Any, staged: Staged) -> bool:
+    """Whether a body may do something else for a value of this dtype than for one that is weakly typed.
+
+    It does where the value meets another dtype of its sort; and what it makes of a weak one may come out as weak.
+    """
+    sort = np.floating if jnp.issubdtype(dtype, np.floating) else np.integer
+    others = {other for other in staged.code.dtypes() if jnp.issubdtype(other, sort) and other != dtype}
+    weak = [out for out in staged.leaves if getattr(out, "weak_type", False) and jnp.issubdtype(out.dtype, sort)]
+    return bool(others or weak or not jnp.issubdtype(dtype, sort))
 
 
 def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
@@ -311,20 +391,20 @@ def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
         a.shape != b.shape or a.dtype != b.dtype for a, b in zip(carry.leaves, staged.leaves[:width], strict=True)
     ):
         raise StateTypeError(
-            f"the carry of `{site.label}` changes its type in an iteration",
+            "the carry changes its type in an iteration",
             where=site.label,
-            expected=_show(before),
-            got=_show(result[0]),
+            expected=show_value(before),
+            got=show_value(result[0]),
             cure="Return a carry of the type of `init`: convert with `.astype`, or start with that type.",
         )
 
 
-def _show(tree: Any) -> str:
-    return str(
-        jax.tree.map(lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]", tree, is_leaf=lambda x: hasattr(x, "dtype"))
-    )
-
-
+@overload
+def while_loop(
+    cond_fun: Callable[[jax.Array], ArrayLike], body_fun: Callable[[jax.Array], jax.Array], init_val: ArrayLike
+) -> jax.Array: ...
+@overload
+def while_loop(cond_fun: Callable[[C], ArrayLike], body_fun: Callable[[C], C], init_val: C) -> C: ...
 @takes("mu.while_loop(cond_fun, body_fun, init_val)", _=_WHILE)
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
     """Loop while a condition holds; as `jax.lax.while_loop`, with states.
@@ -366,7 +446,7 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
         test = stage(site, body.cells, {}, carry.leaves, lambda leaves: _held(cond_fun(carry.unflatten(leaves))))
         _refuse_condition_writes(site, test)
-        refuse_structure(site, body.end, f"the body of `{name}`")
+        refuse_structure(site, body.end, "the body of a loop")
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
         written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]
@@ -399,24 +479,42 @@ def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
     for cell in test.end.cells:
         if cell not in test.end.born:
             raise StructureError(
-                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition of a `while_loop`",
+                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition",
                 path=site.scope.locate(cell),
                 where=site.label,
                 cure="A condition is evaluated once more than the body: write the state in the body.",
             )
     if len(test.leaves) != 1 or test.leaves[0].shape or test.leaves[0].dtype != bool:
         raise StructureError(
-            f"the condition of `{site.label}` must return one boolean",
+            "the condition did not return one boolean",
             where=site.label,
             expected="a boolean scalar",
-            got=", ".join(map(show_type, test.leaves)) or "no value",
+            got=show_value(test.end.unflatten(test.leaves)),
             cure="The condition comes first, and returns one comparison: `mu.while_loop(lambda x: x < 10, body_fun, init_val)`.",
         )
 
 
+@overload
+def fori_loop(
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable[[jax.Array, jax.Array], jax.Array],
+    init_val: ArrayLike,
+    *,
+    unroll: Unroll | None = ...,
+) -> jax.Array: ...
+@overload
+def fori_loop(
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable[[jax.Array, C], C],
+    init_val: C,
+    *,
+    unroll: Unroll | None = ...,
+) -> C: ...
 @takes("mu.fori_loop(0, 10, body_fun, init_val)", _=_FORI)
 def fori_loop(
-    lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None
+    lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: Unroll | None = None
 ) -> Any:
     """Loop from `lower` to `upper`; as `jax.lax.fori_loop`, with states.
 
@@ -433,11 +531,11 @@ def fori_loop(
     for name, bound in (("lower", lower), ("upper", upper)):
         if jnp.shape(bound) or not jnp.issubdtype(jnp.result_type(bound), jnp.integer):
             raise ArgumentError(
-                f"`mu.fori_loop` was given what is no integer as its `{name}`",
+                f"the bound `{name}` is no integer",
                 path=name,
                 where="fori_loop",
                 expected="an integer scalar",
-                got=show_type(jnp.asarray(bound)),
+                got=show_value(jnp.asarray(bound)),
                 cure="`mu.fori_loop(0, 10, body_fun, init_val)`; of an array, its length: `len(xs)`.",
             )
     fixed = all(isinstance(bound, int) for bound in (lower, upper))
@@ -458,8 +556,7 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
             i, end, value = loop
             return i + 1, end, body_fun(i, value)
 
-        body.__qualname__ = function_name(body_fun)  # for messages
-
+        body.__qualname__ = function_name(body_fun)
         lower, upper = jnp.asarray(lower), jnp.asarray(upper)
         start = (lower.astype(jnp.result_type(lower, upper)), upper.astype(jnp.result_type(lower, upper)), init_val)
         return _while("fori_loop", lambda loop: loop[0] < loop[1], body, start, (body_fun,))[2]

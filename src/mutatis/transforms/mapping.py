@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core.calls import check_function, takes
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import FlatTree
 from mutatis.transforms.batching import vectorize
 from mutatis.transforms.loops import for_loop
 
+X = TypeVar("X")
+Y = TypeVar("Y")
 
+
+@overload
+def map(f: Callable[[jax.Array], Y], xs: ArrayLike, *, batch_size: int | None = ...) -> Y: ...
+@overload
+def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = ...) -> Y: ...
 @takes("mu.map(f, xs)")
 def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
     """Apply a function to slices along axis 0; as `jax.lax.map`, with states.
@@ -30,7 +38,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
 
     Raises:
       LaneError: `f` writes a state, with `batch_size`.
-      StructureError: `xs` holds modules, with `batch_size`.
+      ArgumentError: `xs` holds modules, with `batch_size`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -52,7 +60,7 @@ def _map_compiled(functions: Sequence[Any], options: dict[str, Any], operands: A
 
 def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
     if FlatTree(xs).nodes:
-        raise StructureError(
+        raise ArgumentError(
             "`map` with `batch_size` cannot slice modules",
             expected="arrays in `xs`",
             got="a module",
@@ -61,7 +69,7 @@ def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
 
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
     if len(counts) != 1 or () in counts or batch_size < 1:
-        raise StructureError(
+        raise ArgumentError(
             "`map` cannot divide its items into batches",
             expected="arrays with leading axes of one size, and a positive `batch_size`",
             got=f"leading axes {sorted(counts)}, batch_size={batch_size}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 
@@ -13,7 +13,37 @@ from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def remat(
+    f: Transformed[P, R],
+    *,
+    prevent_cse: bool | Sequence[bool] = ...,
+    policy: Callable[..., bool] | None = ...,
+    static_argnums: int | tuple[int, ...] = ...,
+    static_argnames: str | Iterable[str] = ...,
+) -> Transformed[P, R]: ...
+@overload
+def remat(
+    f: Callable[P, R],
+    *,
+    prevent_cse: bool | Sequence[bool] = ...,
+    policy: Callable[..., bool] | None = ...,
+    static_argnums: int | tuple[int, ...] = ...,
+    static_argnames: str | Iterable[str] = ...,
+) -> Transformed[P, R]: ...
+@overload
+def remat(
+    f: None = None,
+    *,
+    prevent_cse: bool | Sequence[bool] = ...,
+    policy: Callable[..., bool] | None = ...,
+    static_argnums: int | tuple[int, ...] = ...,
+    static_argnames: str | Iterable[str] = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
 @takes("mu.remat(f)(x)", _="Call what comes back with the arguments: `mu.remat(f)(x)`.")
 def remat(
     f: Callable[..., Any] | None = None,
@@ -42,7 +72,7 @@ def remat(
       (Array(6., dtype=float32), 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(remat, **options)
+    remake: functools.partial[Any] = functools.partial(remat, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: _remat(function, args, kwargs, **options))
