@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mutatis.core import naming
 from mutatis.core.avals import show_type
+from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
@@ -200,6 +201,11 @@ def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transfor
     return Transformed(f, functools.partial(capture, *filters, of=of), call)
 
 
+@takes(
+    "mu.sow(model, 'activation', x)",
+    _="A name says where the value is kept, and no collection: `mu.sow(model, 'activation', x)`. Its kind says "
+    "of what sort it is: `mu.sow(model, 'total', x, kind=mu.Variable)`.",
+)
 def sow(
     module: Module,
     name: str,
@@ -287,20 +293,22 @@ def perturb(module: Module, name: str, value: T) -> T:
     return perturbed
 
 
-def _held(module: Any, name: str) -> Any:
+def _held(module: Any, name: Any) -> Any:
     """What the attribute of a module holds, or None.
 
     Raises:
       ArgumentError: it is no module.
     """
-    if isinstance(module, Module):
+    if isinstance(module, Module) and isinstance(name, str):
         return module.__dict__.get(name)
+    named = isinstance(name, str)
     raise ArgumentError(
-        f"{show_value(module)} cannot hold state `{name}`",
-        path=name,
-        expected="a Module",
-        got=show_class(module),
-        cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`, `mu.perturb(self, 'hidden', x)`.",
+        f"{show_value(module)} cannot hold state {f'`{name}`' if named else show_value(name)}",
+        path=name if named else None,
+        expected="a Module, and then a name",
+        got=f"{show_class(module)}, {show_class(name)}",
+        cure="Name the module that the value belongs to, and then where: `mu.sow(self, 'activation', x)`, "
+        "`mu.perturb(self, 'hidden', x)`.",
     )
 
 

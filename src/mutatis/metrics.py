@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mutatis.core.calls import takes
 from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import MetricState
@@ -59,6 +60,7 @@ class Average(Metric):
         self.total = MetricState(0.0, init=0.0)
         self.count = MetricState(0, init=0)
 
+    @takes("metric.update(values=x)", _="Say what it is: `metric.update(values=x)`.")
     def update(self, *, mask: ArrayLike | None = None, **values: Any) -> None:
         """Take in a batch of values.
 
@@ -106,6 +108,7 @@ class Accuracy(Average):
         super().__init__("right")
         self.threshold = threshold
 
+    @takes("metric.update(logits=logits, labels=labels)")
     def update(self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any) -> None:  # type: ignore[override]  # names what it takes of **values
         """Take in a batch of predictions.
 

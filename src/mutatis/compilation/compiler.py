@@ -26,6 +26,7 @@ import numpy as np
 
 from mutatis import _compat
 from mutatis.compilation.binding import Binding, Bindings, Layout, survey
+from mutatis.compilation.blame import explain
 from mutatis.compilation.dispatch import launch, rebuild_result
 from mutatis.compilation.log import Log, facts_of
 from mutatis.compilation.options import Options
@@ -105,6 +106,7 @@ class Compiler:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         functions: tuple[Any, ...] | None = None,
+        operands: tuple[str, ...] = (),
         users: tuple[Any, ...] = (),
     ) -> Any:
         """Call a function through its program.
@@ -114,11 +116,12 @@ class Compiler:
           args: its positional arguments.
           kwargs: its keyword arguments.
           functions: the functions whose captures count, if not `function`.
+          operands: if the second argument is the operands of a loop or branch, their names for messages.
           users: the functions as the user gave them, if the compiler is shared.
         """
         if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
             with stamped(None):  # the program takes all states as arguments
-                return self._call(self._inline, function, args, kwargs, functions, users)
+                return self._call(self._inline, function, args, kwargs, functions, operands, users)
         flat, key = self._key(args, kwargs, functions)
         found = self._known(key)
         if (
@@ -132,7 +135,12 @@ class Compiler:
                     return self._call_again(binding, plan, flat)
                 except NeedsTraceError:
                     pass
-        return self._call(self._dispatch, function, args, kwargs, functions, users)
+                except Exception as error:
+                    call = PendingCall(function, functions or (function,), args, kwargs, key, operands, users)
+                    call.bind(binding)
+                    explain(error, call, flat)
+                    raise
+        return self._call(self._dispatch, function, args, kwargs, functions, operands, users)
 
     def _call_again(self, binding: Binding, plan: DispatchPlan, flat: list[Any]) -> Any:
         """The call that most calls are: nothing to find out, and nothing to do but to run and to store.
@@ -179,13 +187,14 @@ class Compiler:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         functions: tuple[Any, ...] | None = None,
+        operands: tuple[str, ...] = (),
         users: tuple[Any, ...] = (),
     ) -> Any:
         """Find the binding of a call, and do something with it."""
         flat, key = self._key(args, kwargs, functions)
         if functions is None:
             functions = (function,)
-        call = PendingCall(function, functions, args, kwargs, key, users)
+        call = PendingCall(function, functions, args, kwargs, key, operands, users)
         call.may_start = act == self._dispatch
         found = self._known(key)
         if found is None:
@@ -222,10 +231,12 @@ class Compiler:
                     self._warn(found.cells, binding)
                     binding.invalidate()
                     binding = self._bind(call, key, [*binding.extras, *found.cells])
-        except BaseException:
+        except BaseException as error:
             if call.outer is _compat.EVAL_TRACE:
                 _compat.restore_eager_trace()
             access.write_many(call.started, [UNSET] * len(call.started))
+            if isinstance(error, Exception):
+                explain(error, call, flat)
             raise
         finally:
             tracing.run = before

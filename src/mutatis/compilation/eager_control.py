@@ -32,6 +32,7 @@ def compiled(
     functions: Sequence[Callable[..., Any]],
     options: dict[str, Any],
     *operands: Any,
+    names: tuple[str, ...],
 ) -> Any:
     """Run a control-flow transform from ordinary Python as one compiled program, kept for functions of this code.
 
@@ -41,6 +42,7 @@ def compiled(
       functions: the user's functions.
       options: the transform's static options.
       *operands: its arguments.
+      names: what they are called, for messages.
     """
     plain, owners = zip(*map(_unbind, functions), strict=True)
     lifted = [_Lifted(function) for function in plain]
@@ -54,7 +56,8 @@ def compiled(
         bound = [f if owner is None else functools.partial(f, owner) for f, owner in zip(whole, owners, strict=True)]
         return implementation(bound, options, operands)
 
-    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, tuple(functions))
+    users = tuple(functions)
+    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, names, users)
 
 
 class _Lifted:

@@ -27,6 +27,7 @@ class PendingCall:
         "key",
         "kwargs",
         "may_start",
+        "operands",
         "outer",
         "program",
         "seconds",
@@ -45,12 +46,14 @@ class PendingCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         key: tuple[Hashable, ...],
+        operands: tuple[str, ...] = (),
         users: tuple[Any, ...] = (),
     ) -> None:
         self.function = function
         self.users = users  # the functions as the user gave them, if the program may be shared
         self.key = key  # of its objects
         self.functions = functions  # those whose captures count
+        self.operands = operands  # of a loop or branch, which is called with them as one argument: their names
         self.args = args
         self.kwargs = kwargs
         self.may_start = False  # whether states with `init` may be given their first value before the call is traced
@@ -82,6 +85,15 @@ class PendingCall:
         args, kwargs = self.binding.layout.rebuild(self.args, self.kwargs, leaves)
         return self.function(*args, **kwargs)
 
+    def argument_names(self) -> list[str]:
+        """What the arguments go by in messages, those by keyword last."""
+        named = self.functions[0] if len(self.functions) == 1 else self.function
+        return argument_names(named, self.args, self.kwargs)
+
+    def argument_name(self, position: Any) -> str:
+        """What the argument at a position or of a keyword goes by."""
+        return self.argument_names()[position] if isinstance(position, int) else str(position)
+
     def searched(self, layout: Layout) -> list[Any]:
         """The functions that are searched: those that count, and those among the static arguments."""
         statics = [self.args[p] if isinstance(p, int) else self.kwargs[p] for p in sorted(layout.statics, key=str)]
@@ -89,8 +101,12 @@ class PendingCall:
 
     def nodes(self, layout: Layout) -> list[tuple[str, Any]]:
         """The nodes among the arguments, with the names they go by."""
-        named = self.functions[0] if len(self.functions) == 1 else self.function
-        names = argument_names(named, self.args, self.kwargs)
+        if self.operands:
+            owners, operands, arrays = self.args
+            several = sum(owner is not None for owner in owners) > 1
+            names = [f"functions[{i}]" if several else "model" for i in range(len(owners))]
+            return named_nodes([*names, *self.operands, "captured"], [*owners, *operands, arrays])
+        names = self.argument_names()
         entries = zip(names, [*self.args, *self.kwargs.values()], [*range(len(self.args)), *self.kwargs], strict=True)
         dynamic = [(name, value) for name, value, position in entries if position not in layout.statics]
         return named_nodes([name for name, _ in dynamic], [value for _, value in dynamic])

@@ -20,7 +20,7 @@ from mutatis.core.transactions import Transaction
 from mutatis.model.graph import Encoder, Spec, cell_spec
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, check_result
 from mutatis.tracing.scope import Scope
 
 
@@ -100,7 +100,9 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
         out = call.run(flat[program.count :])
         tx.note_changes_in_place()
-        record = _record(program, scope, tx, FlatTree(out), flat)
+        result = FlatTree(out)
+        check_result(result, result.leaves, call.label)
+        record = _record(program, scope, tx, result, flat)
         tx.journal.undo()
         if tx.found:
             raise FoundStates(list(tx.found))
@@ -132,7 +134,8 @@ def _record(
     for container, _ in tx.journal.changed_containers():
         number = known.known(container)
         if number is not None:
-            changes.append((number, None, encoder.encode_contents(container, loose=number in known.outside)))
+            path, loose = known.object_paths[number], number in known.outside
+            changes.append((number, None, encoder.encode_contents(container, path, loose=loose)))
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
     encoder.encode_references()
 

@@ -28,6 +28,7 @@ from mutatis.effects.requests import (
     is_model,
     is_part,
     parts_of,
+    positions_of,
     variables_of,
 )
 from mutatis.effects.sharing import check_definition, check_shared
@@ -184,7 +185,7 @@ def handle_local_states(
       >>> layer = Total(effects.InitialLocalStateRequest(lambda: jnp.zeros(()), category="sums"))
       >>> handled, states = effects.handle_local_states(layer, category="sums")
       >>> jax.jit(handled)((2.0, states))
-      (Array(2., dtype=float32), {'.state': Array(2., dtype=float32)})
+      (Array(2., dtype=float32), {'Total.state': Array(2., dtype=float32)})
     """
     wanted = _choice(category, category_predicate)
     if state_sharing not in ("forbidden", "allowed", "unsafe"):
@@ -208,7 +209,7 @@ def handle_local_states(
     def refer(place: Any, part: Any) -> Any:
         if not isinstance(part, REQUESTS) or not wanted(part.category):
             return part
-        key = jax.tree_util.keystr(place) if part.name is None else part.name
+        key = place if part.name is None else part.name
         before = definitions.get(key)
         if isinstance(part, SharedLocalStateRequest):
             check_shared(part, before, state_sharing)
@@ -217,7 +218,8 @@ def handle_local_states(
             definitions[key] = part
         return HandledLocalStateRef(identity, part.category, key, part.name is not None)
 
-    handled = jax.tree_util.tree_map_with_path(refer, body, is_leaf=is_part)
+    tree = jax.tree.structure(body, is_leaf=is_part)
+    handled = tree.unflatten([refer(place, part) for place, part in positions_of(body, is_part)])
 
     def start() -> dict[str, Any]:
         return {key: _first_value(key, definition) for key, definition in definitions.items()}
@@ -269,33 +271,42 @@ def _replace(tree: Any, handler_id: str, make: Callable[[HandledLocalStateRef], 
 
 
 def _free(tree: Any) -> dict[Variable, tuple[str, Path]]:
-    """The cells of the nodes in a tree that no handler in it has taken: where in the tree, and the path in the node."""
+    """The cells of the nodes in a tree that no handler in it has taken: where their node is, and the path in it."""
     found: dict[Variable, tuple[str, Path]] = {}
     is_unit = lambda item: is_model(item) or isinstance(item, WithFunctionalLocalState)  # noqa: E731
-    for at, item in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_unit)[0]:
+    for at, item in positions_of(tree, is_unit):
         if isinstance(item, WithFunctionalLocalState):
             taken = {*item._cells().values()}
-            inside = {
-                cell: (_join(".body", at), path) for cell, (at, path) in _free(item.body).items() if cell not in taken
-            }
+            inside = {cell: place for cell, place in _free(item.body).items() if cell not in taken}
+            here = _beside(at, f"{type(item).__name__}.body")
         elif is_model(item):
-            inside = {cell: (show_path(path), path) for path, cell in variables_of(item).items()}
+            inside = {cell: ("", path) for path, cell in variables_of(item).items()}
+            here = at
         else:
             continue
         for cell, (place, path) in inside.items():
-            found.setdefault(cell, (_join(jax.tree_util.keystr(at), place), path))
+            found.setdefault(cell, (_beside(here, place), path))
     return found
 
 
-def _join(place: str, rest: str) -> str:
-    return f"{place}.{rest}" if place and rest and rest[0] not in ".[" else place + rest
+def _beside(place: str, rest: str) -> str:
+    """A position, and one in what is there."""
+    return f"{place}/{rest}" if place and rest and rest[0] != "[" else place + rest
+
+
+def _key(cell: Variable, place: str, path: Path) -> str:
+    """What a cell goes by: its name, else the position of its node and its path in that."""
+    if cell.name is not None:
+        return cell.name
+    rest = show_path(path)
+    return f"{place}.{rest}" if place and rest and rest[0] != "[" else place + rest
 
 
 def _keyed(tree: Any) -> dict[str, tuple[Variable, Path]]:
     """The cells of the nodes in a tree by their keys in a dictionary of states, each with its path in its node."""
     found: dict[str, tuple[Variable, Path]] = {}
     for cell, (place, path) in _free(tree).items():
-        key = place if cell.name is None else cell.name
+        key = _key(cell, place, path)
         if key in found:
             raise EffectError(
                 f"two states have the name {key!r}: {show_path(found[key][1])} and {show_path(path)}",

@@ -14,6 +14,29 @@ from mutatis.model.variables import Variable, set_mark
 T = TypeVar("T")
 
 
+def add_parameter_prefix(prefix: str, tree: T, delimiter: str = ".") -> T:
+    """Put a prefix in front of the explicit names of states: `rename` for layers that are put into another.
+
+    Args:
+      prefix: what comes first in the new names.
+      tree: as for `rename`, which says what is renamed in place.
+      delimiter: what stands between the prefix and the old name.
+
+    Returns:
+      The node itself, or the renamed tree.
+
+    Raises:
+      EffectError: two names become one. Then nothing has changed.
+
+    Example:
+      >>> from mutatis import effects
+      >>> request = effects.SharedLocalStateRequest("mean", category="statistics")
+      >>> effects.add_parameter_prefix("encoder", request).name
+      'encoder.mean'
+    """
+    return rename(tree, lambda name: f"{prefix}{delimiter}{name}")
+
+
 def rename(node: T, fn: Rename) -> T:
     """Change the explicit names of states; a state without one keeps going by its position.
 

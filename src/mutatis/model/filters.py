@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias, get_origin
 
+from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import FilterError
 from mutatis.model.variables import Variable, spelled
@@ -220,7 +221,7 @@ def as_filter(filter: FilterLike) -> Filter:
         return WithTag(filter)
     if isinstance(filter, list | tuple):
         return AnyOf(*filter)
-    if callable(filter):
+    if callable(filter) and not is_node(filter):
         return Satisfies(filter)
     raise FilterError(
         f"{show_value(filter)} is not a filter",

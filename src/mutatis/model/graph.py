@@ -203,10 +203,10 @@ class Encoder:
         """The specifications of the static values, each once."""
         return list(self._statics.values())
 
-    def encode_contents(self, container: Any, *, loose: bool = False) -> Spec:
-        """The specifications of what a list or dict holds, whether it was met before or not."""
+    def encode_contents(self, container: Any, path: Path = (), *, loose: bool = False) -> Spec:
+        """The specifications of what a list or dict at a path holds, whether it was met before or not."""
         self.loose = loose
-        spec = self._entries(container, ()) if isinstance(container, dict) else self._items(container, ())
+        spec = self._entries(container, path) if isinstance(container, dict) else self._items(container, path)
         self.loose = False
         return spec
 

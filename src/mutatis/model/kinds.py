@@ -75,6 +75,16 @@ class RngState(Variable[dict[str, jax.Array]]):
     def draw(self) -> jax.Array:
         """A fresh key; the stream advances by one."""
         stream = self.get()
+        if stream["key"].ndim:
+            raise RandomStreamError(
+                f"random stream {naming.describe(self)} is stacked, and gives no single key",
+                path=naming.path_of(self),
+                where=naming.where(),
+                expected="one key",
+                got=f"keys of shape {stream['key'].shape}",
+                made_at=self.made_at,
+                cure="Draw from each in its lane: `mu.vmap(lambda rngs: rngs())(rngs)`.",
+            )
         super().set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
         return jax.random.fold_in(stream["key"], stream["count"])
 

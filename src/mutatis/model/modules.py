@@ -17,13 +17,14 @@ import jax
 import numpy as np
 
 from mutatis.core import access, naming, transactions
+from mutatis.core.calls import takes
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import ABSENT, Removed, put_back
 from mutatis.core.nodes import Node, is_node
 from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, StaticObject, check_static, static_key
 from mutatis.core.structure import Watch, structure, structure_lock
-from mutatis.errors import StaticAttributeError, StructureError
+from mutatis.errors import ArgumentError, StaticAttributeError, StructureError
 from mutatis.model.behind import install
 from mutatis.model.kinds import Buffer
 from mutatis.model.tree import tree_lines
@@ -56,7 +57,15 @@ class Module(Node):
     _described: Any  # what the last walk over it found; likewise
     _watched: Watch | None  # None: nobody took this module's structure for granted
 
-    def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
+    def __new__(cls: type[M], *args: Any, **kwargs: Any) -> M:
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise ArgumentError(
+                f"`{cls.__name__}` has no `__init__`, and was given arguments",
+                expected="no arguments",
+                got=", ".join([*map(show_class, args), *(f"{name}=..." for name in kwargs)]),
+                cure="Write an __init__, or have it made of the fields: "
+                f"`@dataclasses.dataclass` in front of `class {cls.__name__}`.",
+            )
         self = object.__new__(cls)
         object.__setattr__(self, "_watched", None)
         object.__setattr__(self, "_bindings", None)
@@ -217,6 +226,7 @@ class Module(Node):
         if mode != self.mode:
             self._set_structure("_mode", "eval" if mode == "eval" else ABSENT)
 
+    @takes("model.train()", _="Its opposite is `model.eval()`.")
     def train(self: M) -> M:
         """Set the mode of this module and all its submodules to ``"train"``."""
         return self._set_modes("train")

@@ -25,7 +25,7 @@ from mutatis.model.state import State, first_filters
 from mutatis.model.surgery import GONE, held_fast, holders_of, rewrite, swapped
 from mutatis.model.values import as_value
 from mutatis.model.variables import Variable, initial
-from mutatis.model.walks import variables
+from mutatis.model.walks import check_tags, variables
 
 T = TypeVar("T")
 
@@ -53,6 +53,7 @@ def state(node: Any, *filters: FilterLike) -> Any:
     if not filters:
         return _state_of(cells)
     places = first_filters(cells.items(), filters, leftovers=True)
+    check_tags([filter for i, filter in enumerate(filters) if i not in places.values()], cells)
     states = tuple(_state_of({p: cells[p] for p, at in places.items() if at == i}) for i in range(len(filters)))
     return states[0] if len(filters) == 1 else states
 
@@ -165,7 +166,7 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *states: `State`s or plain nested dictionaries; they need not cover all states.
+      *states: `State`s, plain nested dictionaries, or flat ones whose keys are paths; they need not cover all states.
       cast: whether another dtype is converted.
 
     Raises:
@@ -222,7 +223,7 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
 
 
 def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
-    """A State or nested dictionary by path; a dictionary at a full path is a value."""
+    """A State or dictionary by path, nested or flat (as `variables` gives it); a dictionary at a full path is a value."""
     if isinstance(part, State):
         return part._flat
     if not isinstance(part, Mapping):
@@ -233,6 +234,8 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
             cure="`mu.state(model)` gives a State; `state.to_pure_dict()` nested dictionaries.",
         )
     ends = set(paths)
+    if part and all(isinstance(key, tuple) and key in ends for key in part):
+        return dict(part)
     flat: dict[Path, Any] = {}
     pending: list[tuple[Path, Any]] = [((), part)]
     while pending:
@@ -263,6 +266,7 @@ def pop(node: Any, *filters: FilterLike) -> Any:
         raise FilterError("`mu.pop` needs a filter", cure="Say what to take out: `mu.pop(model, mu.Intermediate)`.")
     cells = variables(node)
     places = first_filters(cells.items(), filters, leftovers=True)
+    check_tags([filter for i, filter in enumerate(filters) if i not in places.values()], cells)
     taken = [{p: cells[p] for p, at in places.items() if at == i} for i in range(len(filters))]
     states = tuple(_state_of(part) for part in taken)
     gone = {cell for part in taken for cell in part.values()}
@@ -276,7 +280,7 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     return states[0] if len(filters) == 1 else states
 
 
-def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) -> None:
+def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = ()) -> None:
     """Write again how the states with `init` start, where they live now.
 
     Args:
@@ -284,6 +288,14 @@ def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) ->
       *filters: which states; all with `init`, if none is given.
       batch_shape: axes that are put in front of each initial value.
     """
+    batch_shape = (batch_shape,) if isinstance(batch_shape, int) else batch_shape
+    if any(isinstance(given, tuple) and given and all(type(n) is int for n in given) for given in filters):
+        raise FilterError(
+            f"{show_value(list(filters))} are no filters",
+            expected="filters, and then `batch_shape=`",
+            got="a number or a shape",
+            cure="A shape goes by its name: `mu.reset(model, batch_shape=(4,))`.",
+        )
     for cell in variables(node, *filters).values():
         if cell.init is None:
             continue

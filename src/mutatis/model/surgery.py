@@ -15,11 +15,11 @@ from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import Journal, put_back
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import check_static
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.errors import FilterError, StructureError
+from mutatis.errors import ArgumentError, FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
 from mutatis.model.modules import M, Module
@@ -83,6 +83,15 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
       >>> net.layers
       [Transformed(Linear)]
     """
+    given: object = fn
+    if isinstance(given, Module) or not callable(given):
+        raise ArgumentError(
+            "`mu.replace` was given what is no function of the old module as its `fn`",
+            path="fn",
+            expected="a function that gives what stands in a module's place",
+            got=show_class(given),
+            cure="`mu.replace(model, where, lambda old: new)`",
+        )
     every = modules(node)
     holders = holders_of(node)
     if isinstance(where, str) or (isinstance(where, tuple) and all(isinstance(key, str | int) for key in where)):

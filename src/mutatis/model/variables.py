@@ -535,7 +535,23 @@ def unsubscripted(kind: Any) -> Any:
 
 def initial(variable: Variable) -> Any:
     """The value that a state with `init` starts with."""
-    return variable._init() if callable(variable._init) else variable._init
+    if not callable(variable._init):
+        return variable._init
+    try:
+        return variable._init()
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # from inside
+        raise ArgumentError(
+            f"state {naming.describe(variable)} cannot start: its `init` takes arguments",
+            path=naming.path_of(variable),
+            where=naming.where(),
+            expected="a value, or a function of no arguments",
+            got=str(error),
+            made_at=variable.made_at,
+            cure="Give them: `mu.Param(init(rngs.params(), (2, 3)))`; or later, "
+            "`mu.Param(init=lambda: init(rngs.params(), (2, 3)))`.",
+        ) from None
 
 
 def check_same_type(variable: Variable, new: Any, what: str) -> None:

@@ -40,9 +40,18 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             path="params",
             expected="Rngs",
             got=show_class(rngs),
-            cure=f"`nn.{layer}(..., rngs=mu.Rngs(0))`",
+            cure=_rngs_of(rngs),
         )
     return rngs.stream("params").draw()
+
+
+def _rngs_of(given: Any) -> str:
+    """What to give as `rngs`, for what was given."""
+    if isinstance(given, int):
+        return f"A seed starts streams: `rngs=mu.Rngs({given})`."
+    if isinstance(given, jax.Array):
+        return "A key starts streams: `rngs = mu.Rngs(key)`, and then `rngs=rngs`."
+    return "Make streams once, `rngs = mu.Rngs(0)`, and give them to every layer: `rngs=rngs`."
 
 
 def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike) -> Param:

@@ -48,7 +48,7 @@ class ByFilter:
     def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
         if not isinstance(entries, Mapping):
             raise ArgumentError(
-                f"{show_value(entries)} does not say which states have which",
+                f"`{type(self).__name__}` is made of a dictionary: for each filter {self._what}",
                 expected=f"a dictionary from filters to one of {self._expected}",
                 got=show_class(entries),
                 cure=f"`{self._example}`",

@@ -201,7 +201,8 @@ class CallSite:
                     path=self.scope.locate(cell),
                     where=self.label,
                     made_at=naming.made_at(cell),
-                    cure="Create it before: call the model once, or give its size where it is made.",
+                    cure="Create it before: call the model once, or give its size where it is made."
+                    + ("" if cell.init is None else " This one starts by `mu.reset(model, batch_shape=(4,))`."),
                 )
 
     def sown(self, end: RunResult) -> list[Any]:

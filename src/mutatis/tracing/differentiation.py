@@ -197,9 +197,18 @@ class Differentiation(CallSite):
         super().__init__(name, function, args, kwargs, others=[] if of is None else [("of", of)])
         self._has_aux = has_aux
         self._several = not isinstance(argnums, int)
-        wanted = [argnums] if isinstance(argnums, int) else [*argnums]
+        wanted: Any = [argnums] if isinstance(argnums, int) else argnums
+        if not isinstance(wanted, Sequence) or not all(isinstance(number, int) for number in wanted):
+            raise ArgumentError(
+                f"`mu.{name}` was given what are no positions of arguments as its `argnums`",
+                path="argnums",
+                where=self.label,
+                expected="an int, or several: `argnums=0`, `argnums=(0, 1)`",
+                got=show_value(argnums),
+                cure=f"States are chosen by another keyword: `mu.{name}(f, wrt=mu.Param)`.",
+            )
         if of is not None and argnums is UNSAID:
-            wanted = []
+            wanted = ()
         self._numbers = [_position(name, function, number, len(args)) for number in wanted]
         each = isinstance(wrt, tuple) and self._several and len(wrt) == len(wanted)
         filters = list(wrt) if each else [wrt] * len(wanted)
@@ -265,6 +274,15 @@ class Differentiation(CallSite):
                 else "one scalar array",
                 got=show_value(self.end.unflatten([*out, *aux[0]])),
                 cure="Return `loss`; with more, return `loss, rest` and say `has_aux=True`.",
+            )
+        if jnp.shape(out[0]):
+            raise ArgumentError(
+                "the function does not return a scalar",
+                where=self.label,
+                expected="one number",
+                got=show_value(out[0]),
+                cure="Return one number: `mu.grad(lambda *args: jnp.mean(f(*args)))(model, x)`; `mu.jacrev(f)(model, x)` "
+                "differentiates all of an array.",
             )
         return out[0], aux
 

@@ -11,6 +11,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 import jax
 
 from mutatis import _compat
+from mutatis.core.calls import check_transformed, without_own_frames
 from mutatis.core.naming import PACKAGE
 from mutatis.core.nodes import is_node
 from mutatis.model.wrapped import Wrapped, borrows
@@ -39,6 +40,8 @@ class Transformed(Wrapped, Generic[P, R_co]):
         remake: Callable[..., Any],
         call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
+        if not is_node(function):  # a Module that is not called is a part of a model all the same
+            check_transformed(function, getattr(remake, "func", remake).__name__)
         self.__wrapped__ = function
         self.set_recipe(remake)
         self._call = call
@@ -57,7 +60,10 @@ class Transformed(Wrapped, Generic[P, R_co]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         assert self._call is not None
-        return self._call(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]  # as the transform says
+        try:
+            return self._call(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]  # as the transform says
+        except Exception as error:
+            raise without_own_frames(error)  # noqa: B904  # it is the same error
 
     @overload
     def __get__(self, obj: None, owner: type | None = None) -> Self: ...

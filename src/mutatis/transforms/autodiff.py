@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec,
 
 import jax
 
+from mutatis.core.calls import takes
 from mutatis.model.filters import FilterLike
 from mutatis.model.kinds import Param
 from mutatis.model.modules import Module
@@ -120,6 +121,7 @@ def value_and_grad(
     of: Any = ...,
     **options: Unpack[GradOptions],
 ) -> Callable[[Callable[P, R]], Transformed[P, tuple[Any, Any]]]: ...
+@takes("mu.value_and_grad(f)(x)", _="Call what comes back with the arguments: `mu.value_and_grad(f)(x)`.")
 def value_and_grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,
@@ -206,6 +208,7 @@ def grad(
     of: Any = ...,
     **options: Unpack[GradOptions],
 ) -> Callable[[Callable[P, R]], Transformed[P, Any]]: ...
+@takes("mu.grad(f)(x)", _="Call what comes back with the arguments: `mu.grad(f)(x)`.")
 def grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,

@@ -16,12 +16,13 @@ import numpy as np
 
 from mutatis import _compat
 from mutatis.core import naming
+from mutatis.core.calls import takes
 from mutatis.core.nodes import is_node
-from mutatis.core.showing import show_class, show_value
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, spelled
-from mutatis.tracing.arguments import broadcast
+from mutatis.tracing.arguments import broadcast, check_result, leaf_names
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
@@ -67,6 +68,7 @@ def vmap(
     *,
     states: Any = ...,
 ) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
+@takes("mu.vmap(f)(xs)", _="Call what comes back with the arguments: `mu.vmap(f)(xs)`.")
 def vmap(
     f: Callable[..., Any] | None = None,
     in_axes: Any = 0,
@@ -155,6 +157,7 @@ def vectorize(
 
             overlay = dict(zip(split, values, strict=True))
             site.end, out, written = site.run(overlay, leaves, make=make)
+            check_result(site.end, out, site.label)
             result = site.end.unflatten(out, [None] * len(site.end.nodes))
             return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace if writes else None)
 
@@ -230,16 +233,16 @@ def _argument_axes(
             got=show_value(in_axes),
             cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
         )
-    entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
-    for axis, _ in entries:
-        if not _is_axis(axis):
-            raise AxisError(
-                f"{show_value(axis)} in `in_axes` is not an axis",
-                where=site.label,
-                expected="an int, None, or a `mu.StateAxes` for a module",
-                got=show_class(axis),
-                cure="`mu.vmap(f, in_axes=(0, None))`",
-            )
+    try:
+        entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
+    except ValueError as error:
+        raise AxisError(
+            "`in_axes` does not have the structure of the arguments",
+            where=site.label,
+            expected="an axis for each argument: an int, None, `mu.StateAxes`, or a tree of them like the argument",
+            got=show_value(in_axes),
+            cure="Choose axes of a module by filter: `mu.vmap(f, in_axes=(mu.StateAxes({mu.Param: None, ...: 0}), 0))`.",
+        ) from error
     leaves = [axis for axis, item in entries if not is_node(item)]
     nodes = [(item, axis) for axis, item in entries if is_node(item)]
     return leaves, nodes
@@ -254,17 +257,29 @@ def _plain_axes(out_axes: Any) -> Any:
     return jax.tree.map(lambda axis: 0 if isinstance(axis, StateAxes) else axis, out_axes, is_leaf=_is_axis)
 
 
-def _size(site: CallSite, leaf: Any, axis: int) -> int:
-    shape = jnp.shape(leaf)
-    if not -len(shape) <= axis < len(shape):
-        raise AxisError(
-            f"an argument has no axis {axis}",
-            where=site.label,
-            expected=f"an axis from {-len(shape)} to {len(shape) - 1}",
-            got=show_value(leaf),
-            cure="Give the axis that the lanes are along, `in_axes=0`, or None for an argument that they share.",
+def _check_argument_axis(site: CallSite, name: str, leaf: Any, axis: Any) -> None:
+    """Refuse what is no axis of an argument."""
+    count = jnp.ndim(leaf)
+    if not isinstance(axis, int):
+        problem, expected = (
+            "is asked for along what is not an axis of an array",
+            "an int or None; of a Module, `mu.StateAxes` too",
         )
-    return shape[axis]
+    elif not -count <= axis < count:
+        problem = f"has no axis {axis}"
+        expected = (
+            f"an axis from {-count} to {count - 1}, or None" if count else "None, for a scalar is the same in all lanes"
+        )
+    else:
+        return
+    raise AxisError(
+        f"argument `{name}` {problem}",
+        path=name,
+        where=site.label,
+        expected=expected,
+        got=f"axis {show_value(axis)} of {show_value(leaf)}",
+        cure="Give each argument its own, and None to those that the lanes share: `mu.vmap(f, in_axes=(None, 0))`.",
+    )
 
 
 def _count(
@@ -276,9 +291,11 @@ def _count(
       AxisError: nothing is mapped, or states disagree about the number.
     """
     sizes: dict[int, str] = {} if axis_size is None else {axis_size: "axis_size"}
-    for axis, leaf in zip(leaf_axes, site.packed.leaves, strict=True):
-        if axis is not None and jnp.ndim(leaf):
-            sizes.setdefault(_size(site, leaf, axis), f"{show_value(leaf)} along axis {axis}")
+    names = leaf_names(site.function, site.args, site.kwargs)
+    for axis, leaf, name in zip(leaf_axes, site.packed.leaves, names, strict=True):
+        if axis is not None:
+            _check_argument_axis(site, name, leaf, axis)
+            sizes.setdefault(jnp.shape(leaf)[axis], name)
     for (cell, axis), value in zip(split.items(), values, strict=True):
         for leaf in jax.tree.leaves(value):
             sizes.setdefault(leaf.shape[axis], f"state {site.scope.locate(cell)}")
@@ -288,5 +305,6 @@ def _count(
         "the mapped axes have different sizes" if sizes else "there is nothing to map over",
         where=site.label,
         got=", ".join(f"{name}: {size}" for size, name in sizes.items()) or None,
-        cure="All mapped axes have one size; share the others with None, or say `axis_size=`.",
+        cure="All mapped axes have one size; None shares an argument: `mu.vmap(f, in_axes=(0, None))`. With nothing to map, "
+        "say how many lanes there are: `mu.vmap(f, in_axes=None, axis_size=8)`.",
     )

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar, overload
 
 import jax
 
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError
 from mutatis.model.filters import FilterLike
 from mutatis.model.kinds import Param
 from mutatis.tracing.differentiation import Differentiation, Form
@@ -72,6 +74,14 @@ def jvp(
       >>> mu.jvp(lambda v, x: jnp.sum(v * x), (w, 3.0), (mu.state(w), 0.0))
       (Array(9., dtype=float32), Array(9., dtype=float32))
     """
+    if not isinstance(primals, tuple | list):
+        raise ArgumentError(
+            "`mu.jvp` takes its primals as a tuple",
+            path="primals",
+            expected="a tuple with each positional argument, and one with a tangent for each",
+            got=show_class(primals),
+            cure="`mu.jvp(f, (x,), (dx,))`",
+        )
     with _site("jvp", fun, tuple(primals), has_aux, wrt, of) as site:
         given = site.form.to_inputs(tangents)
         out, tangent, aux = jax.jvp(site.pure, (site.inputs,), (given,), has_aux=True)

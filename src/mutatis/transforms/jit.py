@@ -14,6 +14,7 @@ from mutatis import _compat
 from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.compilation.program import Program
+from mutatis.core.calls import check_transformed, takes, without_own_frames
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import as_names, as_numbers, function_name
@@ -28,12 +29,16 @@ class Jitted(Transformed[P, R_co]):
     """A function compiled by `mu.jit`."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        check_transformed(function, "jit")
         remake: functools.partial[Any] = functools.partial(jit, **options)
         super().__init__(function, remake)
         self._compiler = Compiler("jit", _options(function, options))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        return self._compiler(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
+        try:
+            return self._compiler(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise without_own_frames(error)  # noqa: B904  # it is the same error
 
     def expect(self, *, compilations: int) -> contextlib.AbstractContextManager[None]:
         """Allow so many compilations inside a ``with`` block; one more is an error that says what differed.
@@ -140,6 +145,7 @@ def jit(f: Transformed[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]:
 def jit(f: Callable[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
 @overload
 def jit(f: None = None, /, **options: Unpack[JitOptions]) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
+@takes("mu.jit(f)", _="Call what comes back with the arguments: `mu.jit(f)(x)`.")
 def jit(
     f: Callable[..., Any] | None = None,
     /,
@@ -192,7 +198,7 @@ def jit(
 
 
 _OF_ARGUMENTS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
-_DEFAULTS = dict(jit.__kwdefaults__ or {})
+_DEFAULTS = dict(inspect.unwrap(jit).__kwdefaults__ or {})
 
 
 def _options(function: Any, options: dict[str, Any]) -> Options:

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
+from mutatis.core.calls import check_function, takes
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
@@ -26,6 +27,17 @@ from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
+
+_OTHER_AXES = (
+    "What the body writes is carried, modules among `xs` are sliced along axis 0, and other axes are said of states: "
+    "`mu.scan(f, init, xs, states=mu.StateAxes({mu.Param: 0, ...: mu.Carry}))`."
+)
+_SCAN = "It runs at once, as `jax.lax.scan` does, and is no decorator: `carry, ys = mu.scan(f, init, xs)`."
+_FOR = "It runs at once and is no decorator: `ys = mu.for_loop(f, xs)`, or `mu.for_loop(lambda: f(x), length=10)`."
+_NOTHING_ELSE = "States are carried anyway; where there is nothing else to carry, give None: "
+_WHILE = f"{_NOTHING_ELSE}`mu.while_loop(cond_fun, body_fun, None)`."
+_FORI = f"{_NOTHING_ELSE}`mu.fori_loop(0, 10, body_fun, None)`."
+
 
 Unroll: TypeAlias = int | bool
 C = TypeVar("C")
@@ -84,6 +96,7 @@ def scan(
     length: int | None = ...,
     **options: Unpack[ScanOptions],
 ) -> tuple[C, Y]: ...
+@takes("mu.scan(f, init, xs)", in_axes=_OTHER_AXES, out_axes=_OTHER_AXES, _=_SCAN)
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
@@ -123,6 +136,7 @@ def scan(
       >>> mu.scan(body, None, jnp.arange(4.0))[1], float(total)
       (Array([0., 1., 3., 6.], dtype=float32), 6.0)
     """
+    check_function(f, "scan", "f", _SCAN)
     options: dict[str, Any] = {
         "length": length,
         "reverse": reverse,
@@ -139,7 +153,7 @@ def scan(
             cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
         )
     if runs_eagerly() and states is None:
-        return compiled("scan", _scan_compiled, (f,), options, init, xs)  # type: ignore[no-any-return]
+        return compiled("scan", _scan_compiled, (f,), options, init, xs, names=("init", "xs"))  # type: ignore[no-any-return]
     return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
 
 
@@ -152,7 +166,8 @@ def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
 def for_loop(f: Callable[[jax.Array], Y], xs: ArrayLike, /, **options: Unpack[LoopOptions]) -> Y: ...
 @overload
 def for_loop(f: Callable[[*Xs], Y], *xs: *Xs, **options: Unpack[LoopOptions]) -> Y: ...
-def for_loop(  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
+@takes("mu.for_loop(f, xs)", _=_FOR)  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
+def for_loop(
     f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: Unroll = 1
 ) -> Any:
     """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
@@ -169,9 +184,19 @@ def for_loop(  # type: ignore[misc]  # mypy does not see that `*Any` takes what 
       >>> mu.for_loop(add, jnp.arange(4.0))
       Array([0., 1., 3., 6.], dtype=float32)
     """
+    check_function(f, "for_loop", "f", _FOR)
+    if any(type(x) in (int, range) for x in xs):
+        raise ArgumentError(
+            "a number of iterations is in the place of what is looped over",
+            where="for_loop",
+            expected="arrays with a leading axis",
+            got=", ".join(map(show_value, xs)),
+            cure="Say how often, `mu.for_loop(lambda: f(x), length=10)`, or loop over the numbers: "
+            "`mu.for_loop(f, jnp.arange(10))`.",
+        )
     options = {"length": length, "reverse": reverse, "unroll": unroll}
     if runs_eagerly():
-        return compiled("for_loop", _for_compiled, (f,), options, xs)
+        return compiled("for_loop", _for_compiled, (f,), options, xs, names=("xs",))
     return _for_compiled((f,), options, (xs,))
 
 
@@ -380,6 +405,7 @@ def while_loop(
 ) -> jax.Array: ...
 @overload
 def while_loop(cond_fun: Callable[[C], ArrayLike], body_fun: Callable[[C], C], init_val: C) -> C: ...
+@takes("mu.while_loop(cond_fun, body_fun, init_val)", _=_WHILE)
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
     """Loop while a condition holds; as `jax.lax.while_loop`, with states.
 
@@ -398,8 +424,10 @@ def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], i
       >>> int(n)
       12
     """
+    check_function(cond_fun, "while_loop", "cond_fun", _WHILE)
+    check_function(body_fun, "while_loop", "body_fun", _WHILE)
     if runs_eagerly():
-        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val)
+        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val, names=("init_val",))
     return _while("while_loop", cond_fun, body_fun, init_val)
 
 
@@ -416,7 +444,7 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
         while _promote(carry, body):
             body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
-        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
+        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: _held(cond_fun(carry.unflatten(leaves))))
         _refuse_condition_writes(site, test)
         refuse_structure(site, body.end, "the body of a loop")
         _check_carry(site, carry, body)
@@ -442,6 +470,11 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         return body.end.unflatten(leaves)[0]
 
 
+def _held(condition: Any) -> Any:
+    """What a condition is, which may be a state."""
+    return condition.get() if isinstance(condition, Variable) else condition
+
+
 def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
     for cell in test.end.cells:
         if cell not in test.end.born:
@@ -451,13 +484,13 @@ def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
                 where=site.label,
                 cure="A condition is evaluated once more than the body: write the state in the body.",
             )
-    if len(test.leaves) != 1:
+    if len(test.leaves) != 1 or test.leaves[0].shape or test.leaves[0].dtype != bool:
         raise StructureError(
             "the condition did not return one boolean",
             where=site.label,
             expected="a boolean scalar",
             got=show_value(test.end.unflatten(test.leaves)),
-            cure="Return one comparison, e.g. `lambda x: x < 10`.",
+            cure="The condition comes first, and returns one comparison: `mu.while_loop(lambda x: x < 10, body_fun, init_val)`.",
         )
 
 
@@ -479,6 +512,7 @@ def fori_loop(
     *,
     unroll: Unroll | None = ...,
 ) -> C: ...
+@takes("mu.fori_loop(0, 10, body_fun, init_val)", _=_FORI)
 def fori_loop(
     lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: Unroll | None = None
 ) -> Any:
@@ -493,11 +527,23 @@ def fori_loop(
       >>> int(mu.fori_loop(0, 5, body, 0)), int(total)
       (5, 10)
     """
+    check_function(body_fun, "fori_loop", "body_fun", _FORI)
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if jnp.shape(bound) or not jnp.issubdtype(jnp.result_type(bound), jnp.integer):
+            raise ArgumentError(
+                f"the bound `{name}` is no integer",
+                path=name,
+                where="fori_loop",
+                expected="an integer scalar",
+                got=show_value(jnp.asarray(bound)),
+                cure="`mu.fori_loop(0, 10, body_fun, init_val)`; of an array, its length: `len(xs)`.",
+            )
     fixed = all(isinstance(bound, int) for bound in (lower, upper))
     options = {"unroll": unroll, "bounds": (int(lower), int(upper)) if fixed else None}
     operands = (init_val,) if fixed else (init_val, lower, upper)
     if runs_eagerly():
-        return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands)
+        names = ("init_val", "lower", "upper")[: len(operands)]
+        return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands, names=names)
     return _fori_compiled((body_fun,), options, operands)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
+from mutatis.core.calls import check_function, takes
 from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import FlatTree
 from mutatis.transforms.batching import vectorize
@@ -23,6 +24,7 @@ Y = TypeVar("Y")
 def map(f: Callable[[jax.Array], Y], xs: ArrayLike, *, batch_size: int | None = ...) -> Y: ...
 @overload
 def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = ...) -> Y: ...
+@takes("mu.map(f, xs)")
 def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
     """Apply a function to slices along axis 0; as `jax.lax.map`, with states.
 
@@ -44,10 +46,11 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
       >>> mu.map(lambda x: w * x, jnp.arange(5.0), batch_size=2)
       Array([0., 2., 4., 6., 8.], dtype=float32)
     """
+    check_function(f, "map", "f", "The function comes first: `mu.map(f, xs)`.")
     if batch_size is None:
         return for_loop(f, xs)
     if runs_eagerly():
-        return compiled("map", _map_compiled, (f,), {"batch_size": batch_size}, xs)
+        return compiled("map", _map_compiled, (f,), {"batch_size": batch_size}, xs, names=("xs",))
     return _map(f, xs, batch_size)
 
 

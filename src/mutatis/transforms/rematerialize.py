@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 
+from mutatis.core.calls import takes
 from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, check_static_arguments, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
@@ -43,6 +44,7 @@ def remat(
     static_argnums: int | tuple[int, ...] = ...,
     static_argnames: str | Iterable[str] = ...,
 ) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
+@takes("mu.remat(f)(x)", _="Call what comes back with the arguments: `mu.remat(f)(x)`.")
 def remat(
     f: Callable[..., Any] | None = None,
     *,
