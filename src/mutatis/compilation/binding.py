@@ -115,7 +115,9 @@ class Binding:
         self.captures: Captures
         self.containers: ContainerSnapshot
         self.program: Program
-        self.structural: Hashable  # the key of the program, but for what the function captured
+        self.structural: tuple[
+            Hashable, ...
+        ]  # the key of the program, settings first, but for what the function captured
         self.token: tuple[Hashable, ...]  # what it captured
         self.objects: list[Any] = []
         self.references: list[Any] = []

@@ -91,7 +91,7 @@ class Compiler:
         self.name = name
         self.options = options
         self.shared = shared
-        self.programs: dict[tuple[Hashable, tuple[Hashable, ...]], Program] = {}
+        self.programs: dict[tuple[tuple[Hashable, ...], tuple[Hashable, ...]], Program] = {}
         # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
         self.bindings: dict[Hashable, weakref.ref[Bindings]] = {}
         self._captured: dict[Hashable, Bindings] = {}  # those for captures only
@@ -358,6 +358,7 @@ class Compiler:
             binding.keep_walk(scope, captures)
         placements = [access.placement(cell) for cell in scope.cells]
         binding.structural = (
+            call.settings,
             self._static_parts(call, layout),
             layout.positions,
             tuple(layout.mixed.items()),
@@ -368,7 +369,7 @@ class Compiler:
         )
         binding.token = self._token(call, captures)
         if program is None:
-            program = self.programs.get((call.settings, binding.structural, binding.token))
+            program = self.programs.get((binding.structural, binding.token))
         if program is None:
             program = Program(
                 self.options, self._title(call), call.settings, len(scope.cells), layout.positions, placements
@@ -396,10 +397,10 @@ class Compiler:
 
         return (*captures.token, *(WeakIdentity(function, ended) for function in call.users))
 
-    def _remember(self, structural: Hashable, token: tuple[Hashable, ...], program: Program) -> None:
+    def _remember(self, structural: tuple[Hashable, ...], token: tuple[Hashable, ...], program: Program) -> None:
         """Keep a program under the key of a structure and of what the function captured."""
         with structure_lock:
-            self.programs[program.settings, structural, token] = program
+            self.programs[structural, token] = program
 
     def _forget(self, program: Program) -> None:
         """Drop a program whose trace failed: JAX keeps such a trace as one that fails."""
@@ -512,7 +513,7 @@ class Compiler:
     def _run_compiled(self, program: Program, number: int, compiled: Any, call: PendingCall, flat: list[Any]) -> Any:
         binding = call.binding
         # It may be called under other settings.
-        key = (program.settings, binding.structural, binding.token)
+        key = ((program.settings, *binding.structural[1:]), binding.token)
         known = program in (binding.program, self.programs.get(key))
         if not known or transactions.current() is not None:
             what = "to be called by itself" if known else "for arguments of another structure"
