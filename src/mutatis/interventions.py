@@ -12,15 +12,17 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from operator import is_
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from mutatis.core import naming, transactions
 from mutatis.core.avals import show_type
+from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
-from mutatis.errors import RecompilationWarning, StateTypeError, StructureError
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, RecompilationWarning, StateTypeError, StructureError
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import Intermediate, Perturbation
@@ -28,11 +30,13 @@ from mutatis.model.modules import Module, for_each_class
 from mutatis.model.operations import pop
 from mutatis.model.state import State
 from mutatis.model.surgery import Places, modules
-from mutatis.model.variables import Variable, spelled
+from mutatis.model.variables import Variable, spelled, unsubscripted
 from mutatis.model.walks import variables
 from mutatis.tracing.transformed import Transformed
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _stack = Context("intercept", None)  # the innermost Interceptor
 
@@ -135,7 +139,7 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       of: the node in which `where` finds paths; without it they are empty.
 
     Raises:
-      StructureError: `fn` is no function.
+      ArgumentError: `fn` is no function.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -146,10 +150,10 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       Array([0., 0., 0.], dtype=float32)
     """
     if not callable(fn):
-        raise StructureError(
+        raise ArgumentError(
             "`intercept` needs a function to hand the calls to",
             expected="a function of (module, call, *args, **kwargs)",
-            got=f"{fn!r:.60}",
+            got=show_value(fn),
             cure="`mu.intercept(nn.Linear, lambda module, call, x: call(x))`",
         )
     for_each_class(_make_interceptable)  # those that were given another `__call__` since
@@ -157,7 +161,7 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
         yield
 
 
-def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
+def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transformed[P, tuple[R, State]]:
     """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
 
     `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
@@ -184,10 +188,10 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
     """
     node = f if of is None else of
     if not isinstance(node, Module) and of is None:
-        raise StructureError(
+        raise ArgumentError(
             "`capture` of a function needs the model that is looked into",
             expected="a callable Module, or `of=model`",
-            got=f"{f!r:.60}",
+            got=show_value(f),
             cure="`mu.capture(model, nn.Linear)(x)`, or `mu.capture(f, nn.Linear, of=model)(x)`.",
         )
     kinds = tuple(f for f in filters if isinstance(f, type) and issubclass(f, Variable))
@@ -223,12 +227,17 @@ def _take_sown(node: Any, kinds: tuple[type[Variable], ...], before: dict[Variab
     return made | State(added, {path: type(cells[path]) for path in added})
 
 
+@takes(
+    "mu.sow(model, 'activation', x)",
+    _="A name says where the value is kept, and no collection: `mu.sow(model, 'activation', x)`. Its kind says "
+    "of what sort it is: `mu.sow(model, 'total', x, kind=mu.Variable)`.",
+)
 def sow(
     module: Module,
     name: str,
     value: T,
     *,
-    kind: type[Variable] = Intermediate,
+    kind: type[Variable[Any]] = Intermediate,
     reduce: Callable[[Any, T], Any] | None = None,
 ) -> None:
     """Keep a value from inside a computation as a state of a module.
@@ -256,6 +265,7 @@ def sow(
       >>> [float(value) for value in mu.pop(net, mu.Intermediate)["activation"]]
       [1.0, 2.0]
     """
+    kind = unsubscripted(kind)
     held = _held(module, name, kind)
     if held is None:
         setattr(module, name, kind((value,)) if reduce is None else kind(value, reduced=True))
@@ -276,7 +286,7 @@ def sow(
         held.set((*held.get(), value))
 
 
-def perturb(module: Module, name: str, value: Any) -> Any:
+def perturb(module: Module, name: str, value: T) -> T:
     """Add a state of zeros to a value, so that gradients with respect to the value can be taken.
 
     The state is made at the first call; ``mu.grad(loss, wrt=mu.Perturbation)(model)`` then gives the gradients.
@@ -317,7 +327,8 @@ def perturb(module: Module, name: str, value: Any) -> Any:
             made_at=held.made_at,
             cure="Take it out, `mu.pop(model, mu.Perturbation)`, and call the model once: it is made anew.",
         )
-    return jax.tree.map(jnp.add, value, zeros)
+    perturbed: T = jax.tree.map(jnp.add, value, zeros)
+    return perturbed
 
 
 def _is_of_earlier_call(held: Variable) -> bool:
@@ -331,24 +342,27 @@ def _is_of_earlier_call(held: Variable) -> bool:
     return compiled
 
 
-def _held(module: Any, name: str, kind: type[Variable]) -> Any:
+def _held(module: Any, name: Any, kind: type[Variable]) -> Any:
     """What the attribute of a module holds, or None.
 
     Raises:
-      StructureError: it is no module, or its class has a method or property of this name.
+      ArgumentError: it is no module.
+      StructureError: its class has a method or property of this name.
     """
-    if isinstance(module, Module):
+    if isinstance(module, Module) and isinstance(name, str):
         held = module.__dict__.get(name)
         of_class = inspect.getattr_static(type(module), name, None)
         if held is None and (callable(of_class) or isinstance(of_class, _COMPUTED)):
             raise _occupied(module, name, f"a {type(of_class).__name__} of the class", kind)
         return held
-    raise StructureError(
-        f"{type(module).__name__} cannot hold state `{name}`",
-        path=name,
-        expected="a Module",
-        got=f"{module!r:.60}",
-        cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`.",
+    named = isinstance(name, str)
+    raise ArgumentError(
+        f"{show_value(module)} cannot hold state {f'`{name}`' if named else show_value(name)}",
+        path=name if named else None,
+        expected="a Module, and then a name",
+        got=f"{show_class(module)}, {show_class(name)}",
+        cure="Name the module that the value belongs to, and then where: `mu.sow(self, 'activation', x)`, "
+        "`mu.perturb(self, 'hidden', x)`.",
     )
 
 

@@ -193,7 +193,8 @@ def test_what_is_no_predicate_is_refused_as_in_jax(bad: Any) -> None:
             outcomes.append(type(problem))
         else:
             outcomes.append(None)
-    assert outcomes[0] is outcomes[1] is not None or outcomes[0] == outcomes[1]
+    theirs, ours = outcomes
+    assert ours is theirs or (ours is not None and theirs is not None and issubclass(ours, theirs))  # or says more
     assert int(n) == 0
 
 
@@ -201,9 +202,9 @@ def test_what_is_no_predicate_is_refused_as_in_jax(bad: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m, "new", mu.Cache(0)), r"`m\.new` was changed inside a branch"),
-        (lambda m: m.parts.append(1), r"`m\.parts` was changed inside a branch"),
-        (lambda m: m.late(jnp.ones(2)), r"state `m\.late\.kernel` \(Param\) was created inside a branch"),
+        (lambda m: setattr(m, "new", mu.Cache(0)), r"`m\.new` was changed in a branch"),
+        (lambda m: m.parts.append(1), r"`m\.parts` was changed in a branch"),
+        (lambda m: m.late(jnp.ones(2)), r"state `m\.late\.kernel` \(Param\) was created in a branch"),
     ],
 )
 def test_structure_does_not_change_in_a_branch(change: Any, message: str, compiled: bool) -> None:

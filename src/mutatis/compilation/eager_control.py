@@ -16,13 +16,14 @@ from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.core import transactions
 from mutatis.core.nodes import is_node
-from mutatis.core.statics import static_key
+from mutatis.core.statics import Identity, static_key
 from mutatis.model.modules import Module
+from mutatis.tracing.codes import contents
 
 
 @functools.lru_cache(maxsize=512)
 def _compiler_for(_codes: tuple[Hashable, ...], name: str, _options: Hashable) -> Compiler:
-    return Compiler(name, Options())
+    return Compiler(name, Options(), shared=True)
 
 
 def compiled(
@@ -31,6 +32,7 @@ def compiled(
     functions: Sequence[Callable[..., Any]],
     options: dict[str, Any],
     *operands: Any,
+    names: tuple[str, ...],
 ) -> Any:
     """Run a control-flow transform from ordinary Python as one compiled program, kept for functions of this code.
 
@@ -40,20 +42,21 @@ def compiled(
       functions: the user's functions.
       options: the transform's static options.
       *operands: its arguments.
+      names: what they are called, for messages.
     """
     plain, owners = zip(*map(_unbind, functions), strict=True)
-    codes = tuple(getattr(inspect.unwrap(f), "__code__", None) or static_key(f) for f in plain)
+    codes = tuple(map(_code_of, plain))
+    known = functools.partial(_run_compiled, name, implementation, codes, owners, options, operands, names, functions)
     lifted = [_Lifted(function, lifts=codes not in _concrete) for function in plain]
     try:
-        return _run_compiled(name, implementation, codes, lifted, owners, options, operands)
+        return known(lifted)
     except _NEEDS_VALUES:
         if not any(one.arrays for one in lifted):
             raise
         _concrete[codes] = None  # as in JAX, a captured array has a value that Python may look at
         while len(_concrete) > _REMEMBERED:
             _concrete.pop(next(iter(_concrete)), None)
-        lifted = [_Lifted(function, lifts=False) for function in plain]
-        return _run_compiled(name, implementation, codes, lifted, owners, options, operands)
+        return known([_Lifted(function, lifts=False) for function in plain])
 
 
 _NEEDS_VALUES = (
@@ -69,10 +72,12 @@ def _run_compiled(
     name: str,
     implementation: Callable[..., Any],
     codes: tuple[Hashable, ...],
-    lifted: Sequence[_Lifted],
     owners: Sequence[Any],
     options: dict[str, Any],
     operands: Sequence[Any],
+    names: tuple[str, ...],
+    functions: Sequence[Any],
+    lifted: Sequence[_Lifted],
 ) -> Any:
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
@@ -82,7 +87,8 @@ def _run_compiled(
         bound = [f if owner is None else functools.partial(f, owner) for f, owner in zip(whole, owners, strict=True)]
         return implementation(bound, options, operands)
 
-    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, tuple(one.without for one in lifted))
+    plain = tuple(one.without for one in lifted)
+    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, names, tuple(functions))
 
 
 class _Lifted:
@@ -102,7 +108,7 @@ class _Lifted:
             for index, (name, cell) in enumerate(
                 zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
             ):
-                value = _contents(cell)
+                value = contents(cell)
                 if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and name not in written:
                     self.arrays[index] = value
             if self.arrays:
@@ -120,11 +126,15 @@ class _Lifted:
         return new
 
 
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet bound
-        return None
+def _code_of(function: Any) -> Hashable:
+    """What functions share a compiler by; what else tells them apart is part of the keys in it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    for candidate in (function, inspect.getattr_static(type(function), "__call__", None)):
+        if (code := getattr(candidate, "__code__", None)) is not None:
+            return code  # type: ignore[no-any-return]
+    return Identity(type(function))
 
 
 @functools.lru_cache(maxsize=4096)

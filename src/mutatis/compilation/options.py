@@ -6,7 +6,8 @@ from typing import Any
 
 from mutatis import _compat
 from mutatis.compilation.shardings import is_sharding
-from mutatis.errors import OptionError
+from mutatis.core.showing import show_structure, show_value
+from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import FlatTree, broadcast
 
 
@@ -46,9 +47,9 @@ class Options:
         try:
             return broadcast(self.out_shardings, tree, is_sharding)
         except ValueError as error:
-            raise OptionError(
+            raise ArgumentError(
                 "`out_shardings` does not fit the result",
-                expected=f"a prefix of {result.structure[0]}",
-                got=f"{self.out_shardings!r:.60}",
+                expected=f"a prefix of {show_structure(result.structure[0])}",
+                got=show_value(self.out_shardings),
                 cure="Give one sharding for all, or the structure of the result with a sharding, or None, for each part.",
             ) from error

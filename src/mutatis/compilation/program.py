@@ -62,6 +62,7 @@ class Program:
     Args:
       options: those of `mu.jit`.
       label: the name of the user's function.
+      settings: those of JAX that it is traced under.
       count: the number of cells.
       positions: of the arguments that JAX gets after the cells: numbers and keywords.
       placements: for each cell its shardings, or None.
@@ -72,13 +73,16 @@ class Program:
         self,
         options: Options,
         label: str,
+        settings: Hashable,
         count: int,
         positions: tuple[Any, ...],
         placements: list[Any],
         shardings: tuple[Any, ...] | None = None,
     ) -> None:
+        _compat.settle_settings()
         self.options = options
         self.label = label
+        self.settings = settings
         self.count = count
         self.records: dict[int, TraceRecord] = {}
         self._placements = placements

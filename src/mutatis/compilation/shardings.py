@@ -16,7 +16,8 @@ from mutatis import _compat
 from mutatis.core import access, naming
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
-from mutatis.errors import OptionError, StructureError
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.state import State
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
@@ -42,11 +43,11 @@ class InShardings:
     def _add(self, said: dict[Variable, Any], label: str) -> None:
         for cell, sharding in said.items():
             if self.by_cell.setdefault(cell, sharding) != sharding:
-                raise OptionError(
-                    f"`in_shardings` of `{label}` says two shardings of one state, which is reached by two arguments",
+                raise ArgumentError(
+                    "`in_shardings` says two shardings of one state, which is reached by two arguments",
                     where=label,
                     expected="one sharding for a state, however it is reached",
-                    got=f"{self.by_cell[cell]!r:.60} and {sharding!r:.60}",
+                    got=f"{show_value(self.by_cell[cell])} and {show_value(sharding)}",
                     cure="Say the same at both places, or pass the module once.",
                 )
 
@@ -55,11 +56,11 @@ def _for_each(given: Any, count: int, label: str) -> Sequence[Any]:
     if not isinstance(given, tuple | list) or isinstance(given, PartitionSpec):
         return [given] * count
     if len(given) != count:
-        raise OptionError(
-            f"`in_shardings` of `{label}` has {len(given)} entries for {count} arguments",
+        raise ArgumentError(
+            f"`in_shardings` has {len(given)} entries for {count} arguments",
             where=label,
             expected=f"{count} entries: one for each positional argument that is not static, or one sharding for all",
-            got=f"{given!r:.60}",
+            got=show_value(given),
             cure="Give an entry for each; None leaves it to JAX.",
         )
     return given

@@ -24,12 +24,19 @@ from mutatis.core.transactions import Transaction
 from mutatis.model.graph import Encoder, Spec, cell_spec
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, check_result
 from mutatis.tracing.scope import Scope
 
 
 class FoundStates(BaseException):
     """Tracing found states that are not inputs; not an `Exception`, so that no user code catches it."""
+
+    def __init__(self, cells: list[Variable]) -> None:
+        self.cells = cells
+
+
+class StartsLate(BaseException):
+    """Tracing gave states with `init` their first value, which could be an input; not an `Exception`, as above."""
 
     def __init__(self, cells: list[Variable]) -> None:
         self.cells = cells
@@ -101,6 +108,12 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         leftovers.refuse(call.label)
         if tx.found:
             raise FoundStates(list(tx.found))
+        if call.may_start:
+            late = [
+                cell for cell in scope.cells if cell in tx.written and cell._value is UNSET and cell._init is not None
+            ]
+            if late:
+                raise StartsLate(late)
         return {program.add(record): record.take_arrays()}
 
 
@@ -110,7 +123,9 @@ def _run_once(
     # A function: when it is over, nothing of ours holds what the user's function made and returned.
     out = call.run(flat[program.count :])
     tx.note_changes_in_place()
-    return _record(program, scope, tx, FlatTree(out), flat)
+    result = FlatTree(out)
+    check_result(result, result.leaves, call.label)
+    return _record(program, scope, tx, result, flat)
 
 
 def _settle(scope: Scope, tx: CompiledTransaction) -> Leftovers:
@@ -149,7 +164,8 @@ def _record(
             value = obj.__dict__.get(name, ABSENT)
             changes.append((number, name, None if value is ABSENT else encoder.encode(value, (name,))))
         elif number is not None:
-            changes.append((number, None, encoder.encode_contents(obj)))
+            path, loose = known.object_paths[number], number in known.outside
+            changes.append((number, None, encoder.encode_contents(obj, path, loose=loose)))
     moved = {place.identity: None for place, _ in tx.journal.changed_places()}
     moves = [
         (number, _encode_place(encoder, place)) for number, place in enumerate(scope.places) if place.identity in moved
@@ -210,6 +226,11 @@ def _place_result(program: Program, tx: CompiledTransaction, result: FlatTree) -
 def _encode_place(encoder: Encoder, place: Place) -> Any:
     """The specification of what a place outside of models holds; None if a name is bound to nothing."""
     if not place.is_name:
-        return encoder.encode_contents(place.holder)
+        return encoder.encode_contents(place.holder, (place.path,), loose=True)
     value = place.get()
-    return None if value is ABSENT else encoder.encode(value, (place.path,))
+    if value is ABSENT:
+        return None
+    encoder.loose = True
+    spec = encoder.encode(value, (place.path,))
+    encoder.loose = False
+    return spec

@@ -10,12 +10,14 @@ has the last word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from mutatis.core.cells import Cell
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.places import ABSENT, Place, concerns_states, refill, same_items
+from mutatis.core.stamps import thawed
 from mutatis.core.structure import structure
 
 __all__ = ["ABSENT", "Entry", "Journal", "Removed", "identity", "put_back", "reorder", "undo"]
@@ -112,6 +114,18 @@ class Journal:
         self.noted = []
         undo(entries)
 
+    @contextlib.contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Have everything as it was before, for a while."""
+        entries = self.entries()
+        things = {identity(obj, name): (obj, name) for obj, name, _ in entries}
+        changed = [(obj, name, content(obj, name)) for obj, name in things.values()]
+        undo(entries)
+        try:
+            yield
+        finally:
+            undo(changed[::-1])
+
 
 _NO_OBJECTS = (Cell, list, dict, Place)
 
@@ -153,6 +167,8 @@ def put_back(obj: Any, name: str, old: Any) -> None:
         refill(obj, old)
     elif isinstance(obj, Cell):
         setattr(obj, name, old)  # a mark
+        if name == "_frozen" and old is None:
+            thawed(obj)
     elif old is ABSENT:
         obj.__dict__.pop(name, None)
     elif isinstance(old, Removed):
@@ -160,6 +176,15 @@ def put_back(obj: Any, name: str, old: Any) -> None:
         reorder(obj.__dict__, old.order)
     else:
         obj.__dict__[name] = old
+
+
+def content(obj: Any, name: str) -> Any:
+    """What `put_back` would have to be told to leave everything as it is."""
+    if isinstance(obj, Place):
+        return obj.get()
+    if isinstance(obj, list | dict):
+        return obj.copy()
+    return getattr(obj, name) if isinstance(obj, Cell) else obj.__dict__.get(name, ABSENT)
 
 
 def reorder(attributes: dict[str, Any], order: Iterable[str]) -> None:

@@ -42,7 +42,7 @@ class Leftovers:
         Raises:
           StructureError: it is; the message says where the state was made.
         """
-        if not self._alive() or frames.here.recorder is not None:  # who records what is done holds it
+        if not self._alive() or frames.recorder() is not None:  # who records what is done holds it
             return
         for generation in (1, 2):
             gc.collect(generation)

@@ -26,7 +26,7 @@ def is_node(obj: Any) -> bool:
 
 def is_container(value: Any) -> bool:
     """Whether a value is a plain list, dict or tuple, which walks look into."""
-    return type(value) in (list, tuple, dict) or (isinstance(value, tuple) and hasattr(value, "_fields"))
+    return type(value) in (list, dict) or isinstance(value, tuple)
 
 
 def holds_nodes(value: Any, depth: int = 5) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 
@@ -18,8 +18,16 @@ from mutatis.model.modules import Module, for_each_class
 from mutatis.model.variables import Variable
 from mutatis.model.walks import _find
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
 
-class GraphDef:
+    N_co = TypeVarWithDefault("N_co", covariant=True, default=Any)
+else:
+    N_co = TypeVar("N_co", covariant=True)
+N = TypeVar("N")
+
+
+class GraphDef(Generic[N_co]):
     """The static rest of a model: types, names, static values and sharing, without values.
 
     Hashable, holds no arrays, and equal for models of equal structure. In pytrees it is a node without leaves: it goes through
@@ -43,8 +51,8 @@ class GraphDef:
         self.types = types  # shapes and dtypes that the cells had; not part of what makes two definitions equal
         self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
 
-    def untyped(self) -> GraphDef:
-        """The same for values of any type."""
+    def untyped(self) -> GraphDef[N_co]:
+        """This definition without the types of values: `merge` then takes values of any type."""
         return GraphDef(self.spec, self.tail, self.paths, self.cells, (UNSET,) * len(self.paths))
 
     def __eq__(self, other: object) -> bool:
@@ -57,22 +65,27 @@ class GraphDef:
             self._hash = hash((self.spec, self.tail))
         return self._hash
 
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self._hash = None  # it may come from another process, whose hashes are others
+
     def __repr__(self) -> str:
         kind = self.spec[1].__name__ if self.spec[0] == "m" else "tree"
         return f"GraphDef({kind}, {len(self.paths)} states)"
 
-    def build(self, cells: list[Any]) -> Any:
+    def build(self, cells: list[Any]) -> N_co:
         """The model around these cells."""
         decoder = Decoder(cells)
         root = decoder.decode(self.spec)
         decoder.refer(self.tail)
-        return root
+        return root  # type: ignore[no-any-return]
 
 
 jax.tree_util.register_static(GraphDef)
 
 
-def describe_graph(node: Any) -> tuple[GraphDef, list[Variable]]:
+def describe_graph(node: N) -> tuple[GraphDef[N], list[Variable[Any]]]:
     """The static description of a node, and its cells in the order of their numbers."""
     parts, cells = _find(node, described=True)
     return GraphDef(*parts, tuple(map(_type, access.peek_many(cells)))), cells

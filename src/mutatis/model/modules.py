@@ -17,12 +17,14 @@ import jax
 import numpy as np
 
 from mutatis.core import access, naming, transactions
+from mutatis.core.calls import takes
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import ABSENT, Removed, put_back
 from mutatis.core.nodes import Node, is_node
+from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, StaticObject, check_static, static_key
 from mutatis.core.structure import Watch, structure, structure_lock
-from mutatis.errors import StaticAttributeError, StructureError
+from mutatis.errors import ArgumentError, StaticAttributeError, StructureError
 from mutatis.model.behind import install
 from mutatis.model.kinds import Buffer
 from mutatis.model.tree import tree_lines
@@ -55,7 +57,15 @@ class Module(Node):
     _described: Any  # what the last walk over it found; likewise
     _watched: Watch | None  # None: nobody took this module's structure for granted
 
-    def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
+    def __new__(cls: type[M], *args: Any, **kwargs: Any) -> M:
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise ArgumentError(
+                f"`{cls.__name__}` has no `__init__`, and was given arguments",
+                expected="no arguments",
+                got=", ".join([*map(show_class, args), *(f"{name}=..." for name in kwargs)]),
+                cure="Write an __init__, or have it made of the fields: "
+                f"`@dataclasses.dataclass` in front of `class {cls.__name__}`.",
+            )
         self = object.__new__(cls)
         object.__setattr__(self, "_watched", None)
         object.__setattr__(self, "_bindings", None)
@@ -160,7 +170,7 @@ class Module(Node):
             return
         if static_key(old) != static_key(value):
             raise StaticAttributeError(
-                f"`{type(self).__name__}.{name}` is a plain number and was changed inside a compiled transform",
+                f"`{type(self).__name__}.{name}` is a plain number and was changed in a compiled function",
                 path=f"{type(self).__name__}.{name}",
                 where=naming.where(),
                 expected=repr(old),
@@ -186,7 +196,7 @@ class Module(Node):
                     f"`{owner}.{name}` is a {type(value).__name__} of bare arrays",
                     path=f"{owner}.{name}",
                     expected="Variables, Modules, static values, or containers of these",
-                    got=type(item).__name__,
+                    got=show_class(item),
                     cure=f"Say what kind of state they are: `self.{name} = [mu.Param(x) for x in arrays]`, "
                     f"or hold them in one state: `self.{name} = mu.Variable(arrays)`.",
                 )
@@ -216,6 +226,7 @@ class Module(Node):
         if mode != self.mode:
             self._set_structure("_mode", "eval" if mode == "eval" else ABSENT)
 
+    @takes("model.train()", _="Its opposite is `model.eval()`.")
     def train(self: M) -> M:
         """Set the mode of this module and all its submodules to ``"train"``."""
         return self._set_modes("train")
@@ -304,7 +315,7 @@ def for_each_class(hook: Callable[[type[Module]], None], *, later: bool = False)
 
 
 def _flip_modes(modules: list[Module], mode: str) -> list[Module]:
-    # A function: from CPython 3.12 on an interrupt in a loop directly inside `with` may leave the lock locked.
+    # A function of its own, as `core.interrupts` says of loops under a lock.
     mark, difference = structure.begin(), 0
     others = [module for module in modules if ("_mode" in module.__dict__) != (mode == "eval")]
     for module in others:

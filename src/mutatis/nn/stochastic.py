@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.core import naming
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.nn.layers import first_said
@@ -33,7 +34,7 @@ class Dropout(Module):
       stream: RngState, or None without `rngs`.
 
     Raises:
-      StructureError: the rate is not a probability.
+      ArgumentError: the rate is not a probability.
 
     Source:
       Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014,
@@ -56,12 +57,12 @@ class Dropout(Module):
         deterministic: bool | None = None,
         rngs: Rngs | None = None,
     ) -> None:
-        if not 0 <= rate <= 1:
-            raise StructureError(
-                f"`nn.Dropout` cannot drop with rate {rate}",
+        if not (hasattr(rate, "__float__") and 0 <= rate <= 1):
+            raise ArgumentError(
+                f"`nn.Dropout` cannot drop with rate {show_value(rate)}",
                 path="rate",
                 expected="a probability, from 0 to 1",
-                got=repr(rate),
+                got=show_value(rate),
                 cure="`nn.Dropout(0.5, rngs=rngs)`",
             )
         self.rate = rate
@@ -73,7 +74,7 @@ class Dropout(Module):
         """Drop elements.
 
         Args:
-          x: an array of floats.
+          x: an array of floats, of any shape.
           deterministic: whether to return the input as it is; goes before what the layer was made with.
           rngs: random streams to draw from in place of the layer's own.
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import jax
 
 from mutatis.core import access, naming
-from mutatis.errors import AxisError
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, AxisError
 from mutatis.model.filters import Filter, FilterLike, Path, as_filter
 from mutatis.model.variables import Variable, spelled
 from mutatis.model.walks import variables
@@ -45,13 +46,20 @@ class ByFilter:
     _pair: ClassVar[str]
 
     def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
+        if not isinstance(entries, Mapping):
+            raise ArgumentError(
+                f"`{type(self).__name__}` is made of a dictionary: for each filter {self._what}",
+                expected=f"a dictionary from filters to one of {self._expected}",
+                got=show_class(entries),
+                cure=f"`{self._example}`",
+            )
         self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())
         for _, entry in self._entries:
             if not self._fits(entry):
                 raise AxisError(
-                    f"{entry!r:.40} is not {self._what}",
+                    f"{show_value(entry)} is not {self._what}",
                     expected=self._expected,
-                    got=type(entry).__name__,
+                    got=show_class(entry),
                     cure=f"`{self._example}`",
                 )
 
@@ -163,10 +171,10 @@ def axes_by_cell(
         pairs += states
     elif states is not None and not isinstance(states, by):
         raise AxisError(
-            f"`states={states!r:.40}` says no axes",
+            f"`states={show_value(states)}` says no axes",
             where=site.label,
             expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
-            got=type(states).__name__,
+            got=show_class(states),
             cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
         )
     for node, axes in pairs:
@@ -178,7 +186,7 @@ def axes_by_cell(
                     path=site.scope.locate(cell),
                     where=site.label,
                     expected=by._expected,
-                    got=f"{axis!r:.60}",
+                    got=show_value(axis),
                     cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
                 )
             axis = by._normal(axis)
@@ -188,7 +196,7 @@ def axes_by_cell(
                     path=site.scope.locate(cell),
                     where=site.label,
                     expected="one axis or spec for a state, however it is reached",
-                    got=f"{found[cell]!r} and {axis!r}",
+                    got=f"{show_value(found[cell])} and {show_value(axis)}",
                     cure="Give the same axis at both places, or pass the module once.",
                 )
             found[cell] = axis

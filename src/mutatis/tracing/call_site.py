@@ -1,17 +1,17 @@
-"""Lifting: a stateful function made pure for one call, and its effects brought back.
+"""Call sites: a stateful function made pure for one call of a transform, and its effects brought back.
 
 Every transform is a page on top of this:
 
-    with Site("vmap", f, args, kwargs) as site:        # what can be reached: arguments and captures
+    with CallSite("vmap", f, args, kwargs) as site:    # what can be reached: arguments and captures
         def pure(values, leaves):                      # what JAX sees: arrays in, arrays out
             site.end, leaves, values = site.run(dict(zip(cells, values)), leaves)
             return leaves, values
         leaves, values = jax.vmap(pure, ...)(...)
         return site.commit(site.end, values, leaves)   # the states are written; the user's result
 
-A **Site** is the outer side of a transaction: it sets the nodes among the arguments apart from the leaves (the function
-gets its own objects back, `self is self`), knows every cell that can be reached and its path, and remembers the
-containers, so that an exception leaves all as it was. `Site.run` is the inner side: it opens a `Transaction` over
+A **call site** is the outer side of a transaction: it sets the nodes among the arguments apart from the leaves (the function
+gets its own objects back, `self is self`), knows every cell that can be reached and its path, and keeps a
+journal of structure, so that an exception leaves all as it was. `CallSite.run` is the inner side: it opens a `Transaction` over
 JAX's tracers, runs the function on the real objects and takes out what was written.
 """
 
@@ -98,16 +98,19 @@ class CallSite:
         values = [*self.args, *self.kwargs.values()]
         nodes = named_nodes(argument_names(function, self.args, self.kwargs), values)
         further = named_nodes([name for name, _ in others], [value for _, value in others])
-        self.scope = Scope([*nodes, *self.captures.roots, *further], self.captures.places)
+        self.scope = Scope([*nodes, *self.captures.roots, *further], self.captures.find_places())
         self.outer = _compat.current_trace()
         self.end: RunResult
         self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
         self.journal = Journal(self.scope.containers, self.scope.places)  # of all runs
+        self._tracing = transactions.tracing(self.journal)
 
     def __enter__(self) -> Self:
+        self._tracing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        self._tracing.__exit__(kind, _value, _trace)
         if kind is not None:
             self.journal.undo()
             return
@@ -115,9 +118,10 @@ class CallSite:
             for container, _ in self.journal.changed_containers():
                 number = self.scope.encoder.known(container)
                 path = () if number is None else self.scope.encoder.object_paths[number]
-                Encoder().encode(container, path)  # what was put in is no array, and so no tracer
+                loose = number in self.scope.encoder.outside
+                Encoder(loose=loose).encode(container, path)  # what was put in is no tracer
             for place, _ in self.journal.changed_places():
-                Encoder().encode(place.get(), (place.path,))
+                Encoder(loose=True).encode(place.get(), (place.path,))
         except StructureError:
             self.journal.undo()
             raise
@@ -157,7 +161,7 @@ class CallSite:
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
     def describe(self, cell: Variable) -> str:
-        """``state `model.w` (Param)``, less the word state, by the name that the call knows the cell by."""
+        """A cell as messages name it, after the word state: by the path that this call knows it by."""
         path = self.scope.locate(cell)
         return f"`{path}` ({type(cell).__name__})" if path else naming.describe(cell)
 
@@ -203,11 +207,12 @@ class CallSite:
         for cell in end.cells:
             if cell not in end.born and access.is_deferred(cell):
                 raise StructureError(
-                    f"state {naming.describe(cell)} was created inside {what}",
+                    f"state {naming.describe(cell)} was created in {what}",
                     path=self.scope.locate(cell),
                     where=self.label,
                     made_at=naming.made_at(cell),
-                    cure="Create it before: call the model once, or give its size where it is made.",
+                    cure="Create it before: call the model once, or give its size where it is made."
+                    + ("" if cell.init is None else " This one starts by `mu.reset(model, batch_shape=(4,))`."),
                 )
 
     def sown(self, end: RunResult) -> list[Any]:
@@ -258,7 +263,7 @@ class CallSite:
                 continue
             if isinstance(obj, Module) and isinstance(now, Intermediate):
                 raise StructureError(
-                    f"a value was kept inside {what}, by `mu.sow` or `mu.capture`",
+                    f"a value was kept in {what}, by `mu.sow` or `mu.capture`",
                     path=naming.path_of(now),
                     where=self.label,
                     expected="values that are kept each time that it runs",
@@ -266,7 +271,7 @@ class CallSite:
                     cure="Return the value from there, and keep it outside.",
                 )
             raise StructureError(
-                f"`{path}` was changed inside {what}",
+                f"`{path}` was changed in {what}",
                 path=path,
                 where=self.label,
                 made_at=next(filter(None, map(naming.made_at, jax.tree.leaves(now, is_leaf=is_node))), None),

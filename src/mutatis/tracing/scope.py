@@ -25,16 +25,20 @@ class Scope:
     """
 
     def __init__(self, roots: Sequence[tuple[str, Any]], places: Sequence[Place] = (), *, watch: bool = False) -> None:
-        self.encoder = Encoder(thread=True, watch=watch, describe=watch)
+        self.encoder = Encoder(thread=True, watch=watch, describe=watch, loose=True)
         with structure_lock:
             specs = tuple(self.encoder.encode(node, (name,)) for name, node in roots)
-            tail = self.encoder.encode_references()
+            self._walked = specs, self.encoder.encode_references()
+        self.cells: list[Variable] = list(self.encoder.cells)
+        self.containers = [obj for obj in self.encoder.objects if not isinstance(obj, Module)]
+        self.set_places(places)
+
+    def set_places(self, places: Sequence[Place]) -> None:
+        """Say where the functions may put states, besides; the search for that may need the walk."""
         # A container that a module holds, too, is part of the structure.
         self.places = [place for place in places if place.is_name or self.encoder.known(place.holder) is None]
         self._by_identity = {place.identity: place for place in self.places}
-        self.structure: Hashable = (specs, tail, tuple(place.slot for place in self.places))
-        self.cells: list[Variable] = list(self.encoder.cells)
-        self.containers = [obj for obj in self.encoder.objects if not isinstance(obj, Module)]
+        self.structure: Hashable = (*self._walked, tuple(place.slot for place in self.places))
 
     def place_of(self, obj: Any, name: str) -> str | None:
         """What a changed object, or its attribute, is called; None if nothing leads to it."""

@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 
+from mutatis import _compat
 from mutatis.core import access, naming, transactions
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StateTypeError, StructureError
-from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree
+from mutatis.model.kinds import Intermediate
+from mutatis.model.variables import Variable, spelled
+from mutatis.tracing.arguments import FlatTree, check_result
 from mutatis.tracing.call_site import CallSite, RunResult
 
 
@@ -30,6 +32,10 @@ class Code:
     def __init__(self, closed: Any, treedef: Any) -> None:
         self._closed = closed
         self._treedef = treedef
+
+    def dtypes(self) -> set[Any]:
+        """The dtypes of all values in it."""
+        return _compat.dtypes_in(self._closed.jaxpr)
 
     def __call__(self, values: Sequence[Any], leaves: Any) -> tuple[list[Any], list[Any]]:
         """Run the jaxpr: the leaves of the result, and the written values."""
@@ -95,6 +101,7 @@ def stage(
         def pure(values: list[Any], leaves: Any, inputs: list[Variable] = inputs, ends: list[RunResult] = ends) -> Any:
             end, out, written = site.run(dict(zip(inputs, values, strict=True)), call=lambda: call(leaves), make=make)
             ends.append(end)
+            check_result(end, out, site.label)
             return out, written
 
         values = [types[cell] if cell in types else access.load(cell) for cell in inputs]
@@ -141,6 +148,12 @@ def check_kept(site: CallSite, staged: Staged, cell: Variable, before: Any, what
     old, new = show_type(before), show_type(after)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(before)}
     cast = f" Convert what is written: `v.value = x.astype(jnp.{next(iter(dtypes))})`." if len(dtypes) == 1 else ""
+    cure = f"What is carried or chosen has one type.{cast} Or give the state the type {new} before."
+    if isinstance(cell, Intermediate):
+        cure = "It holds what was sown before: take that out first, `mu.pop(model, mu.Intermediate)`."
+    elif cell.init is not None and (batch := _batch(before, after)):
+        cure = "It starts without the axes of a batch: say them before the loop, "
+        cure += f"`mu.reset(model, {spelled(type(cell))}, batch_shape={batch})`."
     raise StateTypeError(
         f"state {naming.describe(cell)} changes its type {what}",
         path=site.scope.locate(cell),
@@ -148,8 +161,18 @@ def check_kept(site: CallSite, staged: Staged, cell: Variable, before: Any, what
         expected=old,
         got=new,
         made_at=naming.made_at(cell),
-        cure=f"What is carried or chosen has one type.{cast} Or give the state the type {new} before.",
+        cure=cure,
     )
+
+
+def _batch(before: Any, after: Any) -> tuple[int, ...]:
+    """The axes that a value has got in front, if that is all that happened to it."""
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    if jax.tree.structure(before) != jax.tree.structure(after) or not old:
+        return ()
+    batch: tuple[int, ...] = new[0].shape[: max(0, new[0].ndim - old[0].ndim)]
+    fits = all(b.shape == (*batch, *a.shape) and a.dtype == b.dtype for a, b in zip(old, new, strict=True))
+    return batch if fits else ()
 
 
 def check_same_nodes(site: CallSite, before: Sequence[Any], after: Sequence[Any]) -> None:
@@ -187,7 +210,7 @@ def refuse_structure(site: CallSite, end: RunResult, what: str, but: Sequence[An
         cells = site.scope.cells_of(node)
         if any(id(cell) in born for cell in cells.values()):
             raise StructureError(
-                f"a {type(node).__name__} was made and returned inside {what}",
+                f"a {type(node).__name__} was made and returned in {what}",
                 where=site.label,
                 cure="Make it before, and write to its states inside; or return arrays.",
             )

@@ -1,1 +1,1 @@
-"""The transforms: each a page on top of `mutatis.lifting` or `mutatis.compiling`."""
+"""The transforms of JAX for functions that read and write state: one page each."""

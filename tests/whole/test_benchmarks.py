@@ -1,0 +1,97 @@
+"""What the benchmarks compare is the same work; counts of operations, buffers and bytes are those of threading by hand."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mutatis as mu
+
+pytestmark = pytest.mark.once
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield importlib.import_module("programs")
+
+
+@pytest.mark.parametrize("model", ["transformer", "convnet"])
+def test_the_program_is_the_one_threaded_by_hand(model: str, programs: ModuleType) -> None:
+    models = importlib.import_module("models")
+    pair = programs.Pair(models.transformer(layers=1) if model == "transformer" else models.convnet(layers=4))
+    lowered = {name: pair.lower(name) for name in (programs.OURS, programs.HAND)}
+    ours, hand = (programs.lowered_operations(each.as_text()) for each in lowered.values())
+    assert programs.differing(ours, hand) == "every kind alike"
+    compiled = {name: each.compile() for name, each in lowered.items()}
+    ours, hand = (programs.operations(each.as_text()) for each in compiled.values())
+    assert programs.differing(ours, hand) == "every kind alike", "copies too: each state comes back in its own buffer"
+    ours, hand = (programs.peak(each) for each in compiled.values())
+    assert ours == hand
+    costs = [each.cost_analysis() for each in compiled.values()]
+    for what in ("flops", "bytes accessed"):
+        assert costs[0][what] == pytest.approx(costs[1][what], rel=1e-5)
+    assert pair.run(compiled), "the same bits after two steps"
+
+
+def test_each_written_state_comes_back_in_its_own_buffer() -> None:
+    class Net(mu.Module):
+        def __init__(self) -> None:
+            self.a, self.b, self.c = (mu.Variable(jnp.zeros(4)) for _ in range(3))
+
+    @mu.jit
+    def step(net: Net, x: jax.Array) -> None:
+        for cell in (net.c, net.a, net.b):  # in another order than the arguments
+            cell.value = cell + x
+
+    text = step.lower(Net(), jnp.ones(4)).as_text()
+    assert re.findall(r"%arg(\d+): \S+ \{tf.aliasing_output = (\d+)", text) == [("0", "0"), ("1", "1"), ("2", "2")]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_trace_walks_over_a_model_once(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mutatis.tracing.scope import Scope
+
+    walks: list[Any] = []
+    walk = Scope.__init__
+
+    def counted(self: Scope, *args: Any, **kwargs: Any) -> None:
+        walks.append(args)
+        walk(self, *args, **kwargs)
+
+    monkeypatch.setattr(Scope, "__init__", counted)
+    step = mu.jit(lambda net, x: net(x))
+    net = mu.nn.Linear(2, 2, rngs=mu.Rngs(0))
+    if first:
+        step(net, jnp.ones((1, 2)))
+        assert len(walks) == 1
+    else:
+        step.lower(net, jnp.ones((1, 2)))
+        assert len(walks) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("dispatch", ["--states", "12", "--rounds", "1"]),
+        ("calls", ["--states", "12", "--rounds", "1", "--growth", "12,30"]),
+        ("imports", ["--rounds", "1"]),
+    ],
+)
+def test_scripts_run(script: str, options: list[str]) -> None:
+    command = [sys.executable, str(FOLDER / f"{script}.py"), *options]
+    assert (
+        "12 states" in subprocess.run(command, check=True, capture_output=True, text=True).stdout or script == "imports"
+    )
