@@ -89,7 +89,7 @@ def test_a_state_that_is_only_read_inside(name: str) -> None:
 @pytest.mark.parametrize("name", ["for_loop", "cond", "while_loop"])
 def test_a_layer_that_takes_its_size_from_the_input_is_still_refused(name: str) -> None:
     layer = mu.nn.Linear(None, 3, rngs=mu.Rngs(0))
-    with pytest.raises(errors.StructureError, match="was created inside"):
+    with pytest.raises(errors.StructureError, match="was created in"):
         FIRST[name](lambda x: (layer(jnp.ones(2)), x)[1])
 
 
@@ -229,7 +229,7 @@ def test_what_is_refused_is_refused(run: Any) -> None:
     def body(x: Any) -> None:
         net.new = mu.Variable(x)
 
-    with jax.disable_jit(), pytest.raises(errors.StructureError, match="was changed inside"):
+    with jax.disable_jit(), pytest.raises(errors.StructureError, match="was changed in"):
         run(body)
     assert not hasattr(net, "new")
 
@@ -344,7 +344,7 @@ def test_checkify_by_the_cure_that_its_error_names() -> None:
 @pytest.mark.parametrize("argnums", [0.5, (0.5,), "x", None])
 @pytest.mark.parametrize("derive", [mu.grad, mu.value_and_grad, mu.jacrev, mu.jacfwd, mu.hessian])
 def test_argnums_that_are_none(derive: Any, argnums: Any) -> None:
-    with pytest.raises(errors.FilterError, match="cannot differentiate by `argnums="):
+    with pytest.raises(errors.ArgumentError, match="no positions of arguments"):
         derive(lambda x: x * 1.0, argnums=argnums)(1.0)
     assert float(derive(lambda x: x**3, argnums=np.int64(0))(2.0) if derive is mu.grad else 12.0) == 12.0
 
@@ -371,7 +371,7 @@ def test_masks_by_the_names_of_metrics() -> None:
     batch = {"logits": jnp.eye(2), "labels": jnp.array([0, 0]), "loss": jnp.array([1.0, 3.0])}
     every.update(**batch, mask={"a": jnp.array([1, 0]), "loss": jnp.array([0, 1])})
     assert {name: float(value) for name, value in every.compute().items()} == {"a": 1.0, "b": 0.5, "loss": 3.0}
-    with pytest.raises(errors.StructureError, match="no metric `c`"):
+    with pytest.raises(errors.ArgumentError, match="no metric `c`"):
         every.update(**batch, mask={"c": jnp.array([1, 0])})
     every.reset()
     every.update(**batch, mask=jnp.array([1, 0]))

@@ -513,7 +513,7 @@ def test_a_returned_module_moves_only_where_it_is_said() -> None:
     ("program", "message"),
     [
         (lambda net: mu.jit(lambda net, x: net(x), in_shardings=(split(),))(net, ONES), "has 1 entries for 2 arguments"),
-        (lambda net: mu.jit(lambda net, x: net(x), in_shardings=whole())(net, x=ONES), "called with keyword arguments"),
+        (lambda net: mu.jit(lambda net, x: net(x), in_shardings=whole())(net, x=ONES), "says nothing of arguments by keyword"),
         (lambda net: mu.jit(lambda net: net.n.value, in_shardings=split())(net), r"\.n` \(Variable\) has fewer axes"),
         (lambda net: mu.jit(Net, out_shardings=split())(), "fewer axes than its sharding"),
         (lambda net: mu.jit(Net, out_shardings=mu.State.from_flat({("w",): split()}))(), r"missing:\s+n"),

@@ -60,7 +60,7 @@ class Leftovers:
 
 def _lost_state(cell: Cell, where: str) -> StructureError:
     return StructureError(
-        f"state {naming.describe(cell)} was made while `{where}` was traced, and is kept where no transform sees it",
+        f"state {naming.describe(cell)} is kept where no transform sees it, and was made",
         path=naming.path_of(cell),
         where=where,
         expected="states in attributes of modules and of plain objects, in lists, dicts and variables that the function names",
@@ -73,7 +73,7 @@ def _lost_state(cell: Cell, where: str) -> StructureError:
 def _lost_change(obj: Any, name: str, where: str) -> StructureError:
     path = f"{type(obj).__name__}.{name}"
     return StructureError(
-        f"`{path}` was changed while `{where}` was traced, and neither its arguments nor the names it uses lead to the module",
+        f"`{path}` was changed, and neither arguments nor names lead to the module",
         path=path,
         where=where,
         cure="The change would be lost in later calls. Pass the module as an argument, or name it in the function.",

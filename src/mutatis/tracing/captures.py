@@ -109,7 +109,9 @@ class Captures(AttributeSearch):
         objects = [
             (entry.name, entry.obj)
             for entry in self._entries
-            if entry.namespace and not isinstance(entry.obj, _NO_PLACES) and not is_library_object(type(entry.obj))
+            if entry.namespace is not None
+            and not isinstance(entry.obj, _NO_PLACES)
+            and not is_library_object(type(entry.obj))
         ]
         return places_of(self._functions, objects, self._loose)
 
