@@ -559,8 +559,7 @@ class Compiler:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = call.binding, call.program
         values = [access.load(cell) for cell in binding.cells]
-        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
-            ((number, (new, made, leaves)),) = program.undonated(*values, *flat).items()
+        ((number, (new, made, leaves)),) = self._run_inline(program, values, flat).items()
         record = program.records[number]
         before = [values[index] for index in record.written]
         for index, value in zip(record.written, record.new.decode(new, before), strict=True):
@@ -569,6 +568,11 @@ class Compiler:
             access.restart(binding.cells[index])
         access.note_reads(binding.cells[index] for index in record.seen)
         return replay(record, binding.cells, binding.live_objects(), made, leaves)
+
+    @staticmethod
+    def _run_inline(program: Program, values: list[Any], flat: list[Any]) -> Any:
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
+            return program.undonated(*values, *flat)
 
     @staticmethod
     def _run(call: PendingCall) -> Any:
