@@ -408,6 +408,13 @@ class Compiler:
             self.programs = dict(filter(lambda item: item[1] is not program, self.programs.items()))
 
     def _bind_again(self, call: PendingCall, key: tuple[Hashable, ...], old: Binding) -> None:
+        """Bind the objects anew after a trace, for the next call."""
+        self._settle_names(call, old)
+        if old.epoch == structure.epoch and old.containers.unchanged():
+            new = self._bind(call, key, old.extras, old.program)
+            new.plan = old.plan
+
+    def _settle_names(self, call: PendingCall, old: Binding) -> None:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
         if self._note_traced(old) and call.walked is not None and not old.captures.ephemeral:
             if self.shared:  # a function with places of its own runs, and changes those
@@ -415,9 +422,6 @@ class Compiler:
                     self.programs.pop((old.structural, old.token), None)
             captures = survey(call.searched(old.layout), scope=call.walked)[0]
             self._remember(old.structural, self._token(call, captures), old.program)
-        if old.epoch == structure.epoch and old.containers.unchanged():
-            new = self._bind(call, key, old.extras, old.program)
-            new.plan = old.plan
 
     def _note_traced(self, binding: Binding) -> bool:
         """Note what has changed about what a function named since it began to run on tracers; whether anything has."""
@@ -552,6 +556,8 @@ class Compiler:
         """A call that changes structure: no other thread changes it between our look at it and our change."""
         with structure_lock:
             if not call.binding.holds():
+                if call.traced:
+                    self._settle_names(call, call.binding)
                 call.bind(self._bind(call, call.key, call.binding.extras))
             return self._dispatch(call, flat, locked=True)
 
