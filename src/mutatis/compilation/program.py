@@ -76,7 +76,6 @@ class Program:
         positions: tuple[Any, ...],
         placements: list[Any],
     ) -> None:
-        _compat.settle_settings()
         self.options = options
         self.label = label
         self.settings = settings
