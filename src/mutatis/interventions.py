@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from mutatis.core import naming
+from mutatis.core import naming, transactions
 from mutatis.core.avals import show_type
 from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
 from mutatis.core.showing import show_class, show_value
-from mutatis.errors import ArgumentError, StateTypeError, StructureError
+from mutatis.errors import ArgumentError, RecompilationWarning, StateTypeError, StructureError
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import Intermediate, Perturbation
 from mutatis.model.modules import Module, for_each_class
+from mutatis.model.operations import pop
 from mutatis.model.state import State
 from mutatis.model.surgery import Places, modules
-from mutatis.model.variables import Variable, unsubscripted
+from mutatis.model.variables import Variable, spelled, unsubscripted
+from mutatis.model.walks import variables
 from mutatis.tracing.transformed import Transformed
 
 T = TypeVar("T")
@@ -160,11 +165,13 @@ def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transfor
     """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
 
     `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
-    or `mu.scan` within the model come back stacked.
+    or `mu.scan` within the model come back stacked. Of a kind of states, ``mu.capture(model, mu.Intermediate)``, it gives what
+    the call sowed, and takes it out of the model.
 
     Args:
       f: a callable Module, or a function.
-      *filters: which modules: types, predicates on (path, module), any filters; all, if there are none.
+      *filters: which modules: types, predicates on (path, module), any filters; all, if there are none. Kinds of states, such as
+        `mu.Intermediate`, select what is sown.
       of: the node in which the modules are, if that is not `f`.
 
     Example:
@@ -187,18 +194,37 @@ def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transfor
             got=show_value(f),
             cure="`mu.capture(model, nn.Linear)(x)`, or `mu.capture(f, nn.Linear, of=model)(x)`.",
         )
-    selects = as_filter(filters if filters else ...)
+    kinds = tuple(f for f in filters if isinstance(f, type) and issubclass(f, Variable))
+    rest = tuple(f for f in filters if f not in kinds)
+    selects = as_filter(rest if rest else None if kinds else ...)
 
     def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         store = Module()
         for_each_class(_make_interceptable)
+        before = {cell: cell.get() for cell in variables(node, *kinds).values()} if kinds else {}
         with _stack.set(Interceptor(selects, None, node, store, _stack.get())):
             out = function(*args, **kwargs)
         paths = {show_path(path) or ".": path for path in modules(node)}
         kept = {paths[name]: cell.get() for name, cell in vars(store).items()}
-        return out, State(kept, dict.fromkeys(kept, Intermediate))
+        activations = State(kept, dict.fromkeys(kept, Intermediate))
+        return out, activations | _take_sown(node, kinds, before) if kinds else activations
 
     return Transformed(f, functools.partial(capture, *filters, of=of), call)
+
+
+def _take_sown(node: Any, kinds: tuple[type[Variable], ...], before: dict[Variable, Any]) -> State:
+    """Take out of a node the states that were made since, and what was added to those that were there before."""
+    made: State = pop(node, lambda path, cell: isinstance(cell, kinds) and cell not in before)
+    added: dict[Path, Any] = {}
+    cells = variables(node, *kinds)
+    for path, cell in cells.items():
+        then, now = before[cell], cell.get()
+        if not isinstance(then, tuple) or not isinstance(now, tuple) or now is then:
+            continue
+        count = len(then) if len(now) > len(then) and all(map(is_, then, now)) else 0
+        added[path] = now[count:]
+        cell.set(then)
+    return made | State(added, {path: type(cells[path]) for path in added})
 
 
 @takes(
@@ -216,9 +242,10 @@ def sow(
 ) -> None:
     """Keep a value from inside a computation as a state of a module.
 
-    The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. One that is
-    left in the model grows with each call, and so compiles each call anew. What the body of a `mu.scan` sows comes back stacked;
-    branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there before.
+    The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. In a compiled
+    program those of the latest call only: one that grew with each call would compile each call anew, so a warning says it. What
+    the body of a `mu.scan` sows comes back stacked; branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there
+    before, unless it is popped there again.
 
     Args:
       module: the module.
@@ -228,7 +255,7 @@ def sow(
       reduce: ``reduce(old, value)`` gives the state's next value, in place of the tuple; the first is `value` itself.
 
     Raises:
-      StructureError: the attribute is something else.
+      StructureError: the attribute is something else, or the class has a method or property of this name.
 
     Example:
       >>> import mutatis as mu
@@ -239,13 +266,24 @@ def sow(
       [1.0, 2.0]
     """
     kind = unsubscripted(kind)
-    held = _held(module, name)
+    held = _held(module, name, kind)
     if held is None:
         setattr(module, name, kind((value,)) if reduce is None else kind(value, reduced=True))
-    elif isinstance(held, kind):
-        held.set((*held.get(), value) if reduce is None else reduce(held.get(), value))
+    elif not isinstance(held, kind):
+        raise _occupied(module, name, type(held).__name__, kind)
+    elif reduce is not None:
+        held.set(reduce(held.get(), value))
+    elif _is_of_earlier_call(held):
+        warnings.warn(
+            f"state {naming.describe(held)} still held what an earlier call had sown, which gives way to what this one sows: "
+            "else it would grow, and compile, with each call. Take the values out after each call: "
+            f"`mu.pop(model, {spelled(kind)})`.",
+            RecompilationWarning,
+            stacklevel=2,
+        )
+        held.set((value,))
     else:
-        raise _occupied(module, name, held, kind)
+        held.set((*held.get(), value))
 
 
 def perturb(module: Module, name: str, value: T) -> T:
@@ -272,12 +310,12 @@ def perturb(module: Module, name: str, value: T) -> T:
       >>> float(mu.grad(lambda net: net(3.0), wrt=mu.Perturbation)(net)["hidden"])
       12.0
     """
-    held = _held(module, name)
+    held = _held(module, name, Perturbation)
     if held is None:
         held = Perturbation(jax.tree.map(jnp.zeros_like, value))
         setattr(module, name, held)
     elif not isinstance(held, Perturbation):
-        raise _occupied(module, name, held, Perturbation)
+        raise _occupied(module, name, type(held).__name__, Perturbation)
     zeros = held.get()
     if jax.tree.map(jnp.shape, zeros) != jax.tree.map(jnp.shape, value):
         raise StateTypeError(
@@ -293,14 +331,30 @@ def perturb(module: Module, name: str, value: T) -> T:
     return perturbed
 
 
-def _held(module: Any, name: Any) -> Any:
+def _is_of_earlier_call(held: Variable) -> bool:
+    """Whether a program is traced that has sown nothing into the state yet; what a loop repeats goes by the first time."""
+    tx = transactions.current()
+    compiled = tx is not None and tx.compiled
+    while compiled and tx is not None:
+        if held in tx.written or tx.repeats != 1:
+            return False
+        tx = tx.parent
+    return compiled
+
+
+def _held(module: Any, name: Any, kind: type[Variable]) -> Any:
     """What the attribute of a module holds, or None.
 
     Raises:
       ArgumentError: it is no module.
+      StructureError: its class has a method or property of this name.
     """
     if isinstance(module, Module) and isinstance(name, str):
-        return module.__dict__.get(name)
+        held = module.__dict__.get(name)
+        of_class = inspect.getattr_static(type(module), name, None)
+        if held is None and (callable(of_class) or isinstance(of_class, _COMPUTED)):
+            raise _occupied(module, name, f"a {type(of_class).__name__} of the class", kind)
+        return held
     named = isinstance(name, str)
     raise ArgumentError(
         f"{show_value(module)} cannot hold state {f'`{name}`' if named else show_value(name)}",
@@ -312,12 +366,15 @@ def _held(module: Any, name: Any) -> Any:
     )
 
 
-def _occupied(module: Module, name: str, held: Any, kind: type[Variable]) -> StructureError:
+_COMPUTED = (property, functools.cached_property, classmethod, staticmethod)
+
+
+def _occupied(module: Module, name: str, got: str, kind: type[Variable]) -> StructureError:
     owner = type(module).__name__
     return StructureError(
         f"`{owner}.{name}` is no {kind.__name__}",
         path=f"{owner}.{name}",
         expected=f"no attribute of this name, or a {kind.__name__}",
-        got=type(held).__name__,
+        got=got,
         cure="Give it another name.",
     )

@@ -168,9 +168,26 @@ class MultiMetric(Metric):
         return {name: metric for name, metric in vars(self).items() if isinstance(metric, Metric)}
 
     def update(self, **values: Any) -> None:
-        """Give every metric all values; each takes its own."""
-        for metric in self._metrics.values():
-            metric.update(**values)
+        """Give every metric all values; each takes its own.
+
+        Args:
+          **values: the values. `mask` may be a dict with a mask for each metric that needs one, by the metric's name.
+
+        Raises:
+          ArgumentError: a mask is for a metric that there is not.
+        """
+        by_name = isinstance(values.get("mask"), dict)
+        masks: dict[str, Any] = values["mask"] if by_name else {}
+        if strangers := masks.keys() - self._metrics.keys():
+            raise ArgumentError(
+                f"there is no metric `{min(map(str, strangers))}` for a mask",
+                path="mask",
+                expected=", ".join(self._metrics),
+                got=", ".join(map(str, masks)),
+                cure="Give masks by the names of the metrics, or one mask for all: `metrics.update(..., mask=mask)`.",
+            )
+        for name, metric in self._metrics.items():
+            metric.update(**({**values, "mask": masks.get(name)} if by_name else values))
 
     def compute(self) -> dict[str, Any]:
         """The value of each metric by name."""

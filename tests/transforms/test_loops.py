@@ -368,13 +368,13 @@ LOOPS: dict[str, Any] = {
         (lambda m: setattr(m, "flag", True), r"`m\.flag` was changed in the body"),
         (lambda m: m.parts.append(1), r"`m\.parts` was changed in the body"),
         (lambda m: m.by_name.update(a=1), r"`m\.by_name` was changed in the body"),
-        (lambda m: m.late.value, r"state `m\.late` \(Param\) was created in the body"),
+        (lambda m: m.late(jnp.ones(2)), r"state `m\.late\.kernel` \(Param\) was created in the body"),
         (lambda m: m.eval(), r"`m\._?mode` was changed in the body"),
     ],
 )
 def test_structure_does_not_change_in_a_loop(name: str, compiled: bool, change: Any, message: str) -> None:
     m = mu.Module()
-    m.n, m.flag, m.parts, m.by_name, m.late = mu.Variable(0), False, [], {}, mu.Param(init=jnp.ones(2))
+    m.n, m.flag, m.parts, m.by_name, m.late = mu.Variable(0), False, [], {}, mu.nn.Linear(None, 2, rngs=mu.Rngs(0))
 
     def f() -> None:
         m.n += 1
@@ -383,7 +383,7 @@ def test_structure_does_not_change_in_a_loop(name: str, compiled: bool, change: 
     with pytest.raises(errors.StructureError, match=message):
         around(lambda: LOOPS[name](f), compiled)()
     assert int(m.n) == 0
-    assert m.late.deferred
+    assert m.late.kernel.deferred
     assert (m.flag, m.parts, m.by_name, m.mode) == (False, [], {}, "train")
     assert not hasattr(m, "new")
 

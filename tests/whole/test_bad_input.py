@@ -382,10 +382,10 @@ MESSAGES: list[tuple[Any, type[errors.MutatisError], Any, str, Any, Any]] = [
         None,
     ),
     (
-        lambda net: mu.scan(lambda c, x: (mu.Cache(x), None)[1:] and (c, mu.Cache(x)), None, XS),
+        lambda net: mu.cond(True, lambda: mu.Cache(XS), lambda: mu.Cache(XS)),
         errors.StructureError,
         None,
-        "a Cache was made and returned in the body of a loop",
+        "a Cache was made and returned in a branch",
         None,
         None,
     ),

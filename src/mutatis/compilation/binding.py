@@ -15,6 +15,7 @@ from typing import Any
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import Program
 from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.places import Place
 from mutatis.core.structure import structure
 from mutatis.model import contexts
 from mutatis.model.modules import Module
@@ -94,12 +95,13 @@ class Binding:
         "label",
         "layout",
         "objects",
+        "places",
         "plan",
         "program",
         "references",
         "settings",
-        "specs",
         "structural",
+        "structure",
         "token",
     )
 
@@ -111,7 +113,8 @@ class Binding:
         self.epoch = structure.epoch  # from before the walk: what changes meanwhile is looked at again
         self.ambient = contexts.cells()
         self.cells: list[Variable]
-        self.specs: Hashable  # what the walk found
+        self.structure: Hashable  # what the walk found
+        self.places: list[Place]  # where the function may put states, besides
         self.captures: Captures
         self.containers: ContainerSnapshot
         self.program: Program
@@ -126,7 +129,7 @@ class Binding:
     def keep_walk(self, scope: Scope, captures: Captures) -> None:
         """Keep of a walk what the calls need."""
         self.cells = scope.cells
-        self.specs = (scope.specs, scope.tail)
+        self.structure, self.places = scope.structure, scope.places
         self.captures = captures
         self.containers = ContainerSnapshot(scope.containers, [scope.encoder.held[id(obj)] for obj in scope.containers])
         for obj in scope.encoder.objects:
@@ -179,6 +182,8 @@ def survey(
         if found is None:
             found = Scope([*nodes, *captures.roots, *(("captured", cell) for cell in extras)], watch=True)
         if not captures.look_into_modules(found.encoder):
+            if scope is None:
+                found.set_places(captures.find_places())
             captures.complete()
             return captures, found
         found = scope

@@ -33,7 +33,8 @@ from mutatis.compilation.options import Options
 from mutatis.compilation.pending import PendingCall
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import NeedsTraceError, Program, refuse_to_trace, tracing
-from mutatis.compilation.record import replay
+from mutatis.compilation.record import replay, shapes_of
+from mutatis.compilation.shardings import InShardings
 from mutatis.compilation.tracer import FoundStates, StaleBinding, StartsLate, trace
 from mutatis.core import access, frames, naming, transactions
 from mutatis.core.cells import UNSET
@@ -43,7 +44,7 @@ from mutatis.core.stamps import stamped
 from mutatis.core.statics import Identity, Static, WeakIdentity
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.errors import CapturedStateWarning, StructureError
+from mutatis.errors import ArgumentError, CapturedStateWarning, StructureError
 from mutatis.model import contexts
 from mutatis.model.variables import Variable
 from mutatis.tracing import traced
@@ -169,6 +170,26 @@ class Compiler:
         """Lower the program of a call without calling it: the program, the number of its record, and what JAX lowered."""
         with stamped(None):
             return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
+
+    def trace(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, int, Any, Any]:
+        """Trace the program of a call: as `lower`, but what JAX traced, and the shapes of the user's result."""
+        with stamped(None):
+            return self._call(self._trace, function, args, kwargs)  # type: ignore[no-any-return]
+
+    def eval_shape(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The shapes of the result of a call, which is traced and not made."""
+        return self.trace(function, args, kwargs)[-1]
+
+    def clear(self) -> None:
+        """Forget all programs, and what is known of objects."""
+        with structure_lock:
+            for reference in self.bindings.values():
+                if (bindings := reference()) is not None:
+                    bindings.first.invalidate()
+            self.programs, self.bindings, self._captured = {}, {}, {}
+            self._latest.clear()
 
     def call_compiled(
         self, program: Program, number: int, compiled: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -356,13 +377,16 @@ class Compiler:
             captures, call.found = survey(call.searched(layout), nodes, extras)
             scope = call.found
             binding.keep_walk(scope, captures)
-        placements = [access.placement(cell) for cell in scope.cells]
+        said = self._in_shardings(call, layout, label)
+        placements = [
+            access.placement(cell) if said is None or cell not in said.by_cell else None for cell in scope.cells
+        ]
         binding.structural = (
             call.settings,
             self._static_parts(call, layout),
             layout.positions,
             tuple(layout.mixed.items()),
-            binding.specs,
+            binding.structure,
             tuple(placements),
             tuple(map(Identity, extras)),
             contexts.structure(),
@@ -371,14 +395,39 @@ class Compiler:
         if program is None:
             program = self.programs.get((binding.structural, binding.token))
         if program is None:
+            shardings = None
+            if said is not None:
+                shardings = tuple(said.by_cell.get(cell, _compat.UNSPECIFIED) for cell in scope.cells)
+                shardings += tuple(said.by_position[position] for position in layout.positions)
             program = Program(
-                self.options, self._title(call), call.settings, len(scope.cells), layout.positions, placements
+                self.options,
+                self._title(call),
+                call.settings,
+                len(scope.cells),
+                layout.positions,
+                placements,
+                shardings,
             )
         if not captures.ephemeral:
             self._remember(binding.structural, binding.token, program)
         binding.program = program
         self._keep(binding, key, nodes, call.functions)
         return binding
+
+    def _in_shardings(self, call: PendingCall, layout: Layout, label: str) -> InShardings | None:
+        """What `in_shardings` says of a call; None if nothing is said."""
+        if self.options.in_shardings is _compat.UNSPECIFIED:
+            return None
+        if call.kwargs.keys() - layout.statics:
+            raise ArgumentError(
+                "`in_shardings` says nothing of arguments by keyword",
+                where=label,
+                expected="arguments by position: `in_shardings` has an entry for each",
+                got=", ".join(map(str, call.kwargs.keys() - layout.statics)),
+                cure="Pass them by position.",
+            )
+        args = {position: value for position, value in enumerate(call.args) if position not in layout.statics}
+        return InShardings(self.options.in_shardings, args, label)
 
     @staticmethod
     def _title(call: PendingCall) -> str:
@@ -416,6 +465,13 @@ class Compiler:
 
     def _settle_names(self, call: PendingCall, old: Binding) -> None:
         """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
+        self._settle_names(call, old)
+        if old.epoch == structure.epoch and old.containers.unchanged():
+            new = self._bind(call, key, old.extras, old.program)
+            new.plan = old.plan
+
+    def _settle_names(self, call: PendingCall, old: Binding) -> None:
+        """Have the key of a program allow for what its own trace has changed about the names."""
         if self._note_traced(old) and call.walked is not None and not old.captures.ephemeral:
             if self.shared:  # a function with places of its own runs, and changes those
                 with structure_lock:
@@ -425,10 +481,10 @@ class Compiler:
 
     def _note_traced(self, binding: Binding) -> bool:
         """Note what has changed about what a function named since it began to run on tracers; whether anything has."""
-        changes = binding.captures.guards.changed()
-        noted = [traced.note(place, now) for place, now in changes]
-        self._traced.extend(place for place in noted if place is not None)
-        return bool(changes)
+        noted = [traced.note(place, now) for place, now in binding.captures.guards.changed()]
+        places = [place for place in noted if place is not None]
+        self._traced.extend(places)
+        return bool(places)
 
     @staticmethod
     def _static_parts(call: PendingCall, layout: Layout) -> Hashable:
@@ -442,6 +498,8 @@ class Compiler:
         captured = [node for _, node in binding.captures.roots]
         binding.captures.roots = []
         if binding.captures.ephemeral or any(cell._birth is not None for cell in binding.ambient):
+            return
+        if any(map(access.is_made_here, binding.cells)):  # it would keep them beyond the trace that they belong to
             return
         me = weakref.ref(self)
 
@@ -514,6 +572,16 @@ class Compiler:
         plan = self._prepare(call, flat, types)
         return call.program, plan.number, plan.variant.jitted.lower(*types, *flat)
 
+    def _trace(self, call: PendingCall, flat: list[Any]) -> tuple[Program, int, Any, Any]:
+        types = _types(call.binding.cells)
+        plan = self._prepare(call, flat, types)
+        with structure_lock, transactions.tracing():
+            found = plan.variant.jitted.trace(*types, *flat)
+        ((_, made, leaves),) = found.out_info.values()
+        record = call.program.records[plan.number]
+        shapes = shapes_of(record, call.binding.cells, call.binding.live_objects(), made, leaves)
+        return call.program, plan.number, found, shapes
+
     def _run_compiled(self, program: Program, number: int, compiled: Any, call: PendingCall, flat: list[Any]) -> Any:
         binding = call.binding
         # It may be called under other settings.
@@ -573,7 +641,7 @@ class Compiler:
         for index in record.restarted:
             access.restart(binding.cells[index])
         access.note_reads(binding.cells[index] for index in record.seen)
-        return replay(record, binding.cells, binding.live_objects(), made, leaves)
+        return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
 
     @staticmethod
     def _run_inline(program: Program, values: list[Any], flat: list[Any]) -> Any:

@@ -162,7 +162,7 @@ def rebuild_result(binding: Binding, program: Program, number: int, made: Sequen
     record = program.records[number]
     if record.plain and record.out.plain:
         return record.structure[0].unflatten(leaves)
-    return replay(record, binding.cells, binding.live_objects(), made, leaves)
+    return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
 
 
 def _copy_exposed(values: list[Any], plan: DispatchPlan, exposed: list[int]) -> None:

@@ -45,9 +45,40 @@ def compiled(
       names: what they are called, for messages.
     """
     plain, owners = zip(*map(_unbind, functions), strict=True)
-    lifted = [_Lifted(function) for function in plain]
-    plain = tuple(one.without for one in lifted)
     codes = tuple(map(_code_of, plain))
+    known = functools.partial(_run_compiled, name, implementation, codes, owners, options, operands, names, functions)
+    lifted = [_Lifted(function, lifts=codes not in _concrete) for function in plain]
+    try:
+        return known(lifted)
+    except _NEEDS_VALUES:
+        if not any(one.arrays for one in lifted):
+            raise
+        _concrete[codes] = None  # as in JAX, a captured array has a value that Python may look at
+        while len(_concrete) > _REMEMBERED:
+            _concrete.pop(next(iter(_concrete)), None)
+        return known([_Lifted(function, lifts=False) for function in plain])
+
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+_REMEMBERED = 512
+_concrete: dict[tuple[Hashable, ...], None] = {}  # code that looks at the values of captured arrays
+
+
+def _run_compiled(
+    name: str,
+    implementation: Callable[..., Any],
+    codes: tuple[Hashable, ...],
+    owners: Sequence[Any],
+    options: dict[str, Any],
+    operands: Sequence[Any],
+    names: tuple[str, ...],
+    functions: Sequence[Any],
+    lifted: Sequence[_Lifted],
+) -> Any:
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
 
@@ -56,18 +87,23 @@ def compiled(
         bound = [f if owner is None else functools.partial(f, owner) for f, owner in zip(whole, owners, strict=True)]
         return implementation(bound, options, operands)
 
-    users = tuple(functions)
-    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, names, users)
+    plain = tuple(one.without for one in lifted)
+    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, names, tuple(functions))
 
 
 class _Lifted:
-    """A function whose captured arrays are arguments: other arrays of the same types compile nothing."""
+    """A function whose captured arrays are arguments: other arrays of the same types compile nothing.
 
-    def __init__(self, function: Any) -> None:
+    Args:
+      function: the function.
+      lifts: whether they are; if not, their values are constants.
+    """
+
+    def __init__(self, function: Any, lifts: bool) -> None:
         self.function = function
         self.without = function  # what is searched for other captures
         self.arrays: dict[int, jax.Array] = {}
-        if isinstance(function, types.FunctionType):
+        if lifts and isinstance(function, types.FunctionType):
             written = _written_names(function.__code__)
             for index, (name, cell) in enumerate(
                 zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)

@@ -121,4 +121,4 @@ class PendingCall:
 
     def bound_to(self, scope: Scope) -> bool:
         """Whether a walk finds what the program was chosen for: another thread may have changed it."""
-        return self.binding.is_over(scope.cells) and (scope.specs, scope.tail) == self.binding.specs
+        return self.binding.is_over(scope.cells) and scope.structure == self.binding.structure

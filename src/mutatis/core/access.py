@@ -88,6 +88,16 @@ def is_deferred(cell: Cell) -> bool:
     return value is UNSET or type(value) is Deferred
 
 
+def is_made_here(cell: Cell) -> bool:
+    """Whether a cell was made in a transform that is not over, and so is not known to outlive it."""
+    tx: Transaction | None = innermost()
+    while tx is not None:
+        if cell in tx.born:
+            return True
+        tx = tx.parent
+    return False
+
+
 def placement(cell: Cell) -> tuple[Any, ...] | None:
     """The shardings of a cell's leaves, if on several devices; None in a trace: there it belongs to the program around."""
     tx: Transaction | None = innermost()

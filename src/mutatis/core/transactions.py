@@ -120,7 +120,7 @@ class Transaction(frames.Frame):
             self.journal.undo()
         else:
             if self.parent is not None:
-                self.parent.note_reads(self.seen)
+                self.parent.note_reads(cell for cell in self.seen if cell not in self.born)
             if (record := frames.recorder()) is not None:
                 record(self)
         self.close()
@@ -231,6 +231,14 @@ class Transaction(frames.Frame):
                 self._lent[cell] = after
                 self.written[cell] = self.written.get(cell, 0) + 1
                 self.restart(cell)
+
+    def disown(self, cells: Iterable[Cell]) -> None:
+        """Let go of cells that were made here, as if they had never been."""
+        for cell in cells:
+            for known in (self.values, self.seen, self.written, self.born, self._lent):
+                known.pop(cell, None)
+            for others in (self._through, self.pinned, self.restarted):
+                others.discard(cell)
 
     def restart(self, cell: Cell) -> None:
         """Note that a cell was given a value that does not continue the one it had, here and so further out."""

@@ -30,7 +30,8 @@ N = TypeVar("N")
 class GraphDef(Generic[N_co]):
     """The static rest of a model: types, names, static values and sharing, without values.
 
-    Hashable, holds no arrays, and equal for models of equal structure.
+    Hashable, holds no arrays, and equal for models of equal structure. In pytrees it is a node without leaves: it goes through
+    raw JAX as an argument, static or not, and as a result.
     """
 
     __slots__ = ("_hash", "cells", "paths", "spec", "tail", "types")
@@ -79,6 +80,9 @@ class GraphDef(Generic[N_co]):
         root = decoder.decode(self.spec)
         decoder.refer(self.tail)
         return root  # type: ignore[no-any-return]
+
+
+jax.tree_util.register_static(GraphDef)
 
 
 def describe_graph(node: N) -> tuple[GraphDef[N], list[Variable[Any]]]:

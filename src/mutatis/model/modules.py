@@ -275,7 +275,8 @@ class Module(Node):
                 pending.extend(item.values() if isinstance(item, dict) else item)
             elif isinstance(item, Wrapped):
                 pending.append(item.__wrapped__)
-        watch.submodules = (shape, ContainerSnapshot(containers), list(map(weakref.ref, modules)))
+        if transactions.current() is None:  # else it would hold what containers hold only until the transaction ends
+            watch.submodules = (shape, ContainerSnapshot(containers), list(map(weakref.ref, modules)))
         return modules
 
     # -- as a Python object ----------------------------------------------------------------------------------

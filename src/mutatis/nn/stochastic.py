@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ class Dropout(Module):
         keep = 1 - self.rate
         together = {axis % x.ndim for axis in self.broadcast_dims}
         shape = tuple(1 if axis in together else size for axis, size in enumerate(x.shape))
-        kept = jax.random.bernoulli(self._stream(rngs).draw(), keep, shape)
+        kept = jax.random.bernoulli(self._stream(rngs).draw(), keep, shape, out_sharding=_placement(x, together))
         return jnp.where(kept, x / keep, jnp.zeros_like(x))
 
     def _stream(self, rngs: Rngs | None) -> RngState:
@@ -107,3 +107,12 @@ class Dropout(Module):
                 "`layer(x, rngs=rngs)`; to drop nothing, call `model.eval()`.",
             )
         return self.stream
+
+
+def _placement(x: jax.Array, together: Set[int]) -> jax.sharding.NamedSharding | None:
+    """How random numbers for an array are placed, where that is part of its type: as the array, but for axes of length 1."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or all(axis is None for axis in sharding.spec):
+        return None
+    spec = (None if place in together else axis for place, axis in enumerate(sharding.spec))
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))

@@ -7,7 +7,7 @@ import types
 from collections.abc import Hashable
 from typing import Any
 
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import holds_nodes, is_node
 from mutatis.core.statics import Identity
 from mutatis.tracing import traced
 from mutatis.tracing.classes import (
@@ -20,9 +20,8 @@ from mutatis.tracing.classes import (
     slots_of,
 )
 from mutatis.tracing.codes import Names, is_library_file
-from mutatis.tracing.guards import EMPTY, Guards, items_of
+from mutatis.tracing.guards import EMPTY, Guards
 
-_NODES = 10_000  # containers up to this length are searched for models
 # Methods that run without being named, except where the code makes, compares or prints objects.
 _MAKING = ("__new__", "__init__", "__post_init__")
 _COMPARING = ("__eq__", "__ne__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__")
@@ -152,7 +151,7 @@ class AttributeSearch:
             self._all_of(entry)
         elif entry.namespace:
             for key, held in list(entry.namespace.items()):  # models, however the code comes to them
-                if is_node(held) or (type(held) in (list, tuple, dict) and holds_nodes(items_of(held))):
+                if holds_nodes(held):
                     self._attribute(entry, key)
 
     def _entry(self, name: str, obj: Any, namespace: dict[str, Any] | None) -> _Entry:
@@ -250,13 +249,3 @@ class AttributeSearch:
                 self._guard(before, key, EMPTY)
             self._bound(f"{entry.name}.{key}", base, key, value)
             return
-
-
-def holds_nodes(items: list[Any], depth: int = 4) -> bool:
-    """Whether models or states are among these items, or a few containers deeper."""
-    return len(items) <= _NODES and any(
-        is_node(item)
-        or (depth > 0 and type(item) in (list, tuple, dict) and holds_nodes(items_of(item), depth - 1))
-        or (depth > 0 and isinstance(item, tuple) and holds_nodes(items_of(item), depth - 1))
-        for item in items
-    )

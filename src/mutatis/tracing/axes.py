@@ -71,6 +71,10 @@ class ByFilter:
     def _normal(entry: Any) -> Any:
         return entry
 
+    def entries(self) -> list[Any]:
+        """Everything that is said."""
+        return [entry for _, entry in self._entries]
+
     def of(self, path: Path, variable: Variable) -> Any:
         """What is said for a state, None if no filter selects it."""
         return next((entry for selects, entry in self._entries if selects(path, variable)), None)
@@ -113,11 +117,12 @@ class StateAxes(ByFilter):
 
 
 class StateSharding(ByFilter):
-    """Partition specs of states for `mu.shard_map`, by filter: the first filter that selects a state decides.
+    """Partition specs of states for `mu.shard_map` and `mu.jit`, by filter: the first filter that selects a state decides.
 
     Args:
       specs: for each filter a `jax.sharding.PartitionSpec`, or None (each device has the whole state), or `mu.Shared` (so
-        has it, and random streams draw alike on all devices).
+        has it, and random streams draw alike on all devices). In `mu.jit` specs are of the mesh that is set
+        (`jax.set_mesh`), and a whole `jax.sharding.Sharding` will do.
 
     Example:
       >>> import mutatis as mu
@@ -137,7 +142,7 @@ class StateSharding(ByFilter):
 
     @staticmethod
     def _fits(entry: Any) -> bool:
-        return entry is None or entry is Shared or isinstance(entry, jax.sharding.PartitionSpec)
+        return entry is None or entry is Shared or isinstance(entry, jax.sharding.PartitionSpec | jax.sharding.Sharding)
 
     @staticmethod
     def _normal(entry: Any) -> Any:

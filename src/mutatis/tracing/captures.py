@@ -8,6 +8,7 @@ found the modules, through the methods of their classes. It gives:
 - `token`: a key of all else that was found. Two searches have equal tokens only if everything that they found is equal; what is
   not understood counts by identity, and is kept alive by the token;
 - `guards`: what to compare at the next call to notice that something is another;
+- `find_places`: where the functions may put states that they make;
 - `opaque`: whether something was found that may change without being seen (an iterator, an object that is written in C). Then
   a program is good for the very same function only, as JAX's are.
 
@@ -31,7 +32,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import holds_nodes, is_node
+from mutatis.core.places import Place
 from mutatis.core.statics import Identity, Static, StaticObject, array_key, static_key
 from mutatis.model import contexts
 from mutatis.model.filters import Filter
@@ -39,7 +41,7 @@ from mutatis.model.graph import Encoder
 from mutatis.model.modules import Module
 from mutatis.model.wrapped import Wrapped
 from mutatis.tracing import traced
-from mutatis.tracing.attributes import AttributeSearch, holds_nodes
+from mutatis.tracing.attributes import AttributeSearch
 from mutatis.tracing.classes import is_library_class, is_library_object, is_plain_library, is_value, shows_its_state
 from mutatis.tracing.codes import (
     contents,
@@ -49,6 +51,7 @@ from mutatis.tracing.codes import (
     names_of,
 )
 from mutatis.tracing.guards import EMPTY, items_of
+from mutatis.tracing.places import places_of
 
 _MANY = 1024  # containers up to this length are looked into
 _BUDGET = 20_000  # objects that one search looks at
@@ -56,6 +59,7 @@ _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, types.Ell
 _PLAIN_DATA = frozenset({type(None), bool, int, float, str})
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque, types.MappingProxyType)
 _GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
+_NO_PLACES = (types.ModuleType, types.FunctionType, type)  # what is put there outlives every model
 _BUILTIN = (types.BuiltinFunctionType, types.MethodWrapperType)
 _UNCHANGING = frozenset({"jax", "jaxlib", "optax", "ml_dtypes", "mutatis"})  # what they make does not change
 _CONSTANT = (
@@ -73,13 +77,15 @@ _CONSTANT = (
 class Captures(AttributeSearch):
     """The result of a search; `unchanged` says whether it still holds."""
 
-    __slots__ = ("_holders", "ephemeral", "roots")
+    __slots__ = ("_functions", "_holders", "_loose", "ephemeral", "roots")
 
     def __init__(self) -> None:
         super().__init__()
         self.roots: list[tuple[str, Any]] = []
         self.ephemeral = False  # a tracer is captured: what is made from this search must not be kept
         self._holders: set[int] = set()  # the classes and static values of modules that were looked into
+        self._functions: list[types.FunctionType] = []  # of the user's that were looked into
+        self._loose: list[tuple[str, Any]] = []  # lists and dicts that hold no states
 
     def unchanged(self) -> bool:
         """Whether every name is still bound to what it was bound to."""
@@ -95,6 +101,17 @@ class Captures(AttributeSearch):
         self._seen.clear()
         self._entries.clear()
         self._absent.clear()
+        self._functions.clear()
+        self._loose.clear()
+
+    def find_places(self) -> list[Place]:
+        """Where the functions may put states, besides in models. It is asked before the search ends."""
+        objects = [
+            (entry.name, entry.obj)
+            for entry in self._entries
+            if entry.namespace and not isinstance(entry.obj, _NO_PLACES) and not is_library_object(type(entry.obj))
+        ]
+        return places_of(self._functions, objects, self._loose)
 
     def look_into_modules(self, encoder: Encoder) -> bool:
         """Look into the classes of modules that a walk found, and into their functions; whether that led to further nodes."""
@@ -294,6 +311,7 @@ class Captures(AttributeSearch):
             self.visit(variable, value)
         if is_library_file(code.co_filename):
             return
+        self._functions.append(function)
         names = names_of(code)
         self._note(names)
         for variable in names.globals:
@@ -323,6 +341,8 @@ class Captures(AttributeSearch):
             return
         elif not isinstance(value, tuple | frozenset):
             self.guards.add_contents(value)
+            if kind in (list, dict):
+                self._loose.append((name, value))
         start = len(self.token)
         self._part(Identity(kind), width)
         if not mapping and not holds and width > 8 and _PLAIN_DATA.issuperset(map(type, items)):

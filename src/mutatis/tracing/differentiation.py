@@ -10,6 +10,7 @@ the function reads is closed over, and everything that it writes comes back as a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,9 +197,9 @@ class Differentiation(CallSite):
     ) -> None:
         super().__init__(name, function, args, kwargs, others=[] if of is None else [("of", of)])
         self._has_aux = has_aux
-        self._several = not isinstance(argnums, int)
-        wanted: Any = [argnums] if isinstance(argnums, int) else argnums
-        if not isinstance(wanted, Sequence) or not all(isinstance(number, int) for number in wanted):
+        self._several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
+        wanted: Any = argnums if self._several else [argnums]
+        if not all(hasattr(type(number), "__index__") for number in wanted):
             raise ArgumentError(
                 f"{show_value(argnums)} in `argnums` is no position of an argument",
                 path="argnums",
@@ -377,7 +378,8 @@ def _bad_tangents(expected: str, given: Any) -> ArgumentError:
     )
 
 
-def _position(name: str, function: Any, number: int, count: int) -> int:
+def _position(name: str, function: Any, number: Any, count: int) -> int:
+    number = operator.index(number)
     if not -count <= number < count:
         raise ArgumentError(
             f"there is no argument {number} to differentiate",
@@ -386,7 +388,7 @@ def _position(name: str, function: Any, number: int, count: int) -> int:
             got=f"{number}, in a call with {count or 'no'} positional argument{'s' * (count != 1)}",
             cure="Say which, `argnums=0`, or differentiate what the function names: `of=model`.",
         )
-    return number % count
+    return int(number % count)
 
 
 def _is_flag(x: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mutatis.core.containers import ContainerSnapshot
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import holds_nodes, is_node
 from mutatis.tracing.codes import contents
 
 EMPTY = object()  # what an unbound place holds
@@ -169,4 +169,4 @@ def items_of(container: Any) -> list[Any]:
 
 def is_held_node(held: Any) -> bool:
     """Whether a place held a node, or a container of some."""
-    return type(held) is _OfNode or (type(held) is list and any(map(is_node, held)))
+    return type(held) is _OfNode or holds_nodes(held)

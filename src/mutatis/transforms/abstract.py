@@ -43,6 +43,8 @@ def eval_shape(f: Callable[..., R], *args: Any, **kwargs: Any) -> R:
 
         out, written = jax.eval_shape(pure, site.values(cells), site.packed.leaves)
         site.undo(keep=site.end.nodes)
+        site.let_go(site.end)
+        site.refuse_leftovers(site.end)
         for cell, shape in zip(site.end.cells, written, strict=True):
             if cell in site.end.born:
                 access.create_detached(cell, shape)
@@ -122,6 +124,9 @@ def make_jaxpr(
             trace = jax.make_jaxpr(pure, axis_env=axis_env, return_shape=True)
             jaxpr, shapes = trace(site.values(cells), packed.leaves)
             site.undo()
-            return (jaxpr, site.end.unflatten(shapes[0])) if return_shape else jaxpr
+            end = site.end.without_cells()
+            site.let_go(site.end)
+            site.refuse_leftovers(site.end)
+            return (jaxpr, end.unflatten(shapes[0])) if return_shape else jaxpr
 
     return Transformed(f, make_jaxpr, call)

@@ -7,7 +7,7 @@ has to be the same in all lanes. Random streams without an axis give each lane a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
@@ -17,11 +17,13 @@ import numpy as np
 from mutatis import _compat
 from mutatis.core import naming
 from mutatis.core.calls import takes
+from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, spelled
+from mutatis.model.walks import variables
 from mutatis.tracing.arguments import broadcast, check_result, leaf_names
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
@@ -83,7 +85,7 @@ def vmap(
     """Vectorize a function over an axis of its arguments; as `jax.vmap`, with states.
 
     An axis for a Module argument splits all its states, random streams too: the module is an ensemble. None shares
-    them. States that the function makes have axis 0 outside.
+    them. States that the function makes have axis 0 outside; those of a Module that it makes and returns, the axis of `out_axes`.
 
     A random stream that is shared gives each lane a stream of its own, from the stream's key, its count and the number of
     the lane; outside, its count is one further if it was used.
@@ -91,7 +93,9 @@ def vmap(
     Args:
       f: the function, bound method, partial or callable Module.
       in_axes: as in `jax.vmap`; `mu.StateAxes` in the place of a Module's axis chooses by filter.
-      out_axes, axis_name, axis_size, spmd_axis_name, sum_match: as in `jax.vmap`.
+      out_axes: as in `jax.vmap`, for Modules that the function makes, too: an axis, or a `mu.StateAxes`. One that was there
+        before keeps the axes that it came in with.
+      axis_name, axis_size, spmd_axis_name, sum_match: as in `jax.vmap`.
       states: `mu.StateAxes` for everything that the function captures, or pairs of a node and its axes.
 
     Raises:
@@ -159,9 +163,13 @@ def vectorize(
             site.end, out, written = site.run(overlay, leaves, make=make)
             check_result(site.end, out, site.label)
             result = site.end.unflatten(out, [None] * len(site.end.nodes))
-            return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace if writes else None)
+            outside.update(_result_axes(site, site.end, out, out_axes, split))
+            return result, *_sort_by_axis(
+                site, site.end, outside, groups, written, opened[0], trace if writes else None
+            )
 
-        groups = {axis: axis for axis in {*split.values(), 0}}
+        outside: dict[Any, Any] = dict(split)  # the axes that states have outside
+        groups = {axis: axis for axis in {*split.values(), 0, *_numbers_in(out_axes)}}
         out, by_axis, shared = jax.vmap(
             pure,
             in_axes=(list(split.values()), leaf_axes, 0),
@@ -176,23 +184,70 @@ def vectorize(
         shared_left = iter(shared)
         ordered = []
         for cell in end.cells:
-            axis = 0 if cell in end.born else split.get(cell)
+            axis = outside.get(cell)
             ordered.append(next(shared_left) if axis is None else next(groups_left[axis]))
         return site.commit(end, ordered, jax.tree.leaves(out))
 
 
+def _result_axes(
+    site: CallSite, end: RunResult, out: Sequence[Any], out_axes: Any, split: dict[Variable, int]
+) -> dict[Any, Any]:
+    """The axes that the states that were made have outside: what `out_axes` says of a node that is returned, else 0.
+
+    Raises:
+      AxisError: it says something that cannot be done.
+    """
+    found: dict[Any, Any] = {}
+    result = end.unflatten(out)
+    try:
+        entries = broadcast(tuple(out_axes) if isinstance(out_axes, list) else out_axes, result, _is_axis)
+    except ValueError:  # JAX says it better
+        entries = []
+    for axes, node in entries:
+        for path, cell in variables(node).items() if is_node(node) else ():
+            axis = axes.of(path, cell) if isinstance(axes, StateAxes) else axes
+            axis = None if axis is Shared else axis
+            made = cell in end.born
+            before = found.get(cell, axis) if made else axis if axis == 0 else split.get(cell)
+            if axis != before or not (axis is None or isinstance(axis, int)):
+                raise AxisError(
+                    f"state {site.describe(cell)} cannot come out along {axis!r}",
+                    path=site.scope.locate(cell) or show_path(path),
+                    where=site.label,
+                    expected=f"{before!r}, " + ("as at another place" if made else "the axis that it came in with"),
+                    got=f"out_axes={show_value(out_axes)}",
+                    made_at=naming.made_at(cell),
+                    cure="`out_axes` is for modules that the function makes. Say the axis of others by `in_axes` or `states=`.",
+                )
+            if made:
+                found[cell] = axis
+    return dict.fromkeys(end.born, 0) | found
+
+
+def _numbers_in(out_axes: Any) -> set[int]:
+    """All axes that occur in `out_axes`."""
+    entries = jax.tree.leaves(out_axes, is_leaf=_is_axis)
+    every = [axis for entry in entries for axis in (entry.entries() if isinstance(entry, StateAxes) else [entry])]
+    return {axis for axis in every if isinstance(axis, int)}
+
+
 def _sort_by_axis(
-    site: CallSite, end: RunResult, split: dict[Variable, int], written: list[Any], tx: LaneTransaction, trace: Any
+    site: CallSite,
+    end: RunResult,
+    outside: dict[Any, Any],
+    axes: Iterable[int],
+    written: list[Any],
+    tx: LaneTransaction,
+    trace: Any,
 ) -> tuple[dict[int, list[Any]], list[Any]]:
     """The written values by the axis that they have outside, and those without one (refused if there is no `trace`)."""
-    groups: dict[int, list[Any]] = {axis: [] for axis in {*split.values(), 0}}
+    groups: dict[int, list[Any]] = {axis: [] for axis in axes}
     shared: list[Any] = []
     sown = site.sown(end)
     for cell, value in zip(end.cells, written, strict=True):
-        if cell in end.born and (trace is not None or cell not in sown):
-            groups[0].append(value)
-        elif cell in split:
-            groups[split[cell]].append(value)
+        axis = outside.get(cell)
+        if axis is not None and (trace is not None or cell not in sown):
+            groups[axis].append(value)
         elif (new := tx.outside(cell, value)) is not value:
             shared.append(new)
         elif trace is None:

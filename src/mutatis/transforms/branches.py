@@ -6,6 +6,7 @@ passes it on, so the branch that is not taken leaves states alone.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, TypeVarTuple, overload
 
@@ -22,7 +23,8 @@ from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, leaf_places
 from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
+from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage, stage_together
+from mutatis.tracing.unrolled import is_concrete, run_once
 
 _NONE = object()
 
@@ -146,12 +148,20 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
                 "`mu.vmap(lambda i: mu.cond(i, lambda: 1, lambda: 0))(index)`.",
             )
         packed = FlatTree(operands)
+        if is_concrete(index):
+            number = int(bool(index)) if name == "cond" else min(max(operator.index(index), 0), len(functions) - 1)
+            call = _caller(functions[number], packed)
+            end, leaves, changed, _ = run_once(site, "a branch", {}, lambda: call(packed.leaves))
+            access.write_many([*changed], [*changed.values()])
+            return end.unflatten(leaves)
         cells = site.scope.cells
-        branches: list[Staged] = []
-        for function in functions:
+
+        def stage_branch(function: Any) -> Staged:
             staged = stage(site, cells, {}, packed.leaves, _caller(function, packed))
             refuse_structure(site, staged.end, "a branch")
-            branches.append(staged)
+            return staged
+
+        branches: list[Staged] = stage_together(site, lambda: [stage_branch(f) for f in functions])
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
         written: list[Any] = list(

@@ -76,6 +76,8 @@ def functionalize(
             end, leaves, values = site.run({cell: state[path] for path, cell in cells.items()})
             written = dict(zip(end.cells, values, strict=True))
             site.refuse_changes("a pure function")
+            site.let_go(end)
+            site.refuse_leftovers(end)
             known = {*cells.values(), *end.born}
             for cell in written.keys() - known:
                 raise StructureError(

@@ -57,6 +57,31 @@ class Jitted(Transformed[P, R_co]):
         """
         return self._compiler.log.plan(compilations)
 
+    def trace(self, *args: Any, **kwargs: Any) -> Traced[R_co]:
+        """Trace the function for these arguments, without compiling or calling it; as `jax.jit(f).trace`.
+
+        Example:
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> w = mu.Param(2.0)
+          >>> mu.jit(lambda x: w * x).trace(jnp.ones(3)).out_info
+          ShapeDtypeStruct(shape=(3,), dtype=float32)
+        """
+        return Traced(self, *self._compiler.trace(self.__wrapped__, args, kwargs))
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The shapes and dtypes of the result; as `jax.jit(f).eval_shape`. A module that is made comes back with shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> mu.jit(lambda n: jnp.zeros(n), static_argnums=0).eval_shape(3)
+          ShapeDtypeStruct(shape=(3,), dtype=float32)
+        """
+        return self._compiler.eval_shape(self.__wrapped__, args, kwargs)
+
+    def clear_cache(self) -> None:
+        """Forget all programs that were compiled of the function; as `jax.jit(f).clear_cache`. The next call traces anew."""
+        self._compiler.clear()
+
     def lower(self, *args: Any, **kwargs: Any) -> Lowered[R_co]:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
 
@@ -73,6 +98,28 @@ class Jitted(Transformed[P, R_co]):
           (None, 2.0)
         """
         return Lowered(self, *self._compiler.lower(self.__wrapped__, args, kwargs))
+
+
+class Traced(Generic[R_co]):
+    """A function traced for given types: `lower` it, or look at the program (`jaxpr`, `out_info`).
+
+    The inputs of the jaxpr are the states and then the arguments; its outputs the written states, those that are made, and the
+    result.
+    """
+
+    def __init__(self, function: Jitted[..., R_co], program: Program, number: int, traced: Any, out_info: Any) -> None:
+        self._function = function
+        self._program = program
+        self._number = number
+        self._traced = traced
+        self.out_info = out_info  # the shapes of the user's result
+
+    def lower(self, **options: Any) -> Lowered[R_co]:
+        """Lower it."""
+        return Lowered(self._function, self._program, self._number, self._traced.lower(**options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._traced, name)
 
 
 class Lowered(Generic[R_co]):
@@ -172,8 +219,10 @@ def jit(
 
     Args:
       f: a function, bound method, partial or callable Module; without it, the result is a decorator.
-      in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device,
-        backend, inline, compiler_options: as in `jax.jit`, for the arguments that are not modules.
+      in_shardings, out_shardings: as in `jax.jit`; for a Module among the arguments or in the result a sharding for all its
+        states, a `State` of shardings, or a `mu.StateSharding`.
+      static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device, backend, inline,
+        compiler_options: as in `jax.jit`, for the arguments that are not modules.
       donate: whether the buffers of written states are reused for their new values. ``"auto"``: wherever this cannot
         be observed; a state whose array was handed out is copied first. ``True``: even when the program calls back into
         Python and can fail at run time, which then loses the states. ``False``: never.

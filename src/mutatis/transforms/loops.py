@@ -25,8 +25,17 @@ from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
 from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.axes import axes_by_cell, check_axis
-from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
+from mutatis.tracing.call_site import CallSite, RunResult
+from mutatis.tracing.staging import (
+    Staged,
+    check_kept,
+    check_same_nodes,
+    refuse_structure,
+    stage,
+    stage_together,
+    with_values,
+)
+from mutatis.tracing.unrolled import is_concrete, run_once, scan_in_python, while_in_python
 
 _OTHER_AXES = (
     "What the body writes is carried, modules among `xs` are sliced along axis 0, and other axes are said of states: "
@@ -52,6 +61,8 @@ class LoopOptions(TypedDict, total=False):
     length: int | None
     reverse: bool
     unroll: Unroll
+    states: Any
+    checkpoint_every: int | None
 
 
 class ScanOptions(TypedDict, total=False):
@@ -113,7 +124,8 @@ def scan(
 
     States that the body writes are carried along; modules among `xs` are sliced along axis 0 in each iteration (a stack
     of layers), and what is written to them is stacked back. The states are then what the last iteration left. What the body
-    sows (`mu.sow`) comes back stacked along axis 0.
+    sows (`mu.sow`), and a module that it makes and returns, come back stacked along axis 0; a Variable among the `y` gives a
+    stack of its values.
 
     Args:
       f: ``f(carry, x) -> (carry, y)``.
@@ -144,14 +156,7 @@ def scan(
         "_split_transpose": _split_transpose,
         "checkpoint_every": checkpoint_every,
     }
-    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1):
-        raise ArgumentError(
-            f"`checkpoint_every` cannot be {show_value(checkpoint_every)}",
-            where="scan",
-            expected="a positive int, or None",
-            got=show_class(checkpoint_every),
-            cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
-        )
+    _check_every("scan", checkpoint_every)
     if runs_eagerly() and states is None:
         return compiled("scan", _scan_compiled, (f,), options, init, xs, names=("init", "xs"))  # type: ignore[no-any-return]
     return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
@@ -159,7 +164,7 @@ def scan(
 
 def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
     (f,) = functions
-    return _scan("scan", f, f, *operands, states=None, **options)
+    return _scan("scan", f, f, *operands, **options)
 
 
 @overload
@@ -168,9 +173,20 @@ def for_loop(f: Callable[[jax.Array], Y], xs: ArrayLike, /, **options: Unpack[Lo
 def for_loop(f: Callable[[*Xs], Y], *xs: *Xs, **options: Unpack[LoopOptions]) -> Y: ...
 @takes("mu.for_loop(f, xs)", _=_FOR)  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
 def for_loop(
-    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: Unroll = 1
+    f: Callable[..., Any],
+    *xs: Any,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: Unroll = 1,
+    states: Any = None,
+    checkpoint_every: int | None = None,
 ) -> Any:
     """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
+
+    Args:
+      f: the function.
+      *xs: arrays, and modules, with leading axes of one size.
+      length, reverse, unroll, states, checkpoint_every: as in `mu.scan`.
 
     Returns:
       The results, stacked.
@@ -194,15 +210,27 @@ def for_loop(
             cure="Say how often, `mu.for_loop(lambda: f(x), length=10)`, or loop over the numbers: "
             "`mu.for_loop(f, jnp.arange(10))`.",
         )
-    options = {"length": length, "reverse": reverse, "unroll": unroll}
-    if runs_eagerly():
+    _check_every("for_loop", checkpoint_every)
+    options = {"length": length, "reverse": reverse, "unroll": unroll, "checkpoint_every": checkpoint_every}
+    if runs_eagerly() and states is None:
         return compiled("for_loop", _for_compiled, (f,), options, xs, names=("xs",))
-    return _for_compiled((f,), options, (xs,))
+    return _for_compiled((f,), {**options, "states": states}, (xs,))
 
 
 def _for_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
     (f,), (xs,) = functions, operands
-    return _scan("for_loop", f, lambda _, x: (None, f(*x)), None, xs, states=None, **options)[1]
+    return _scan("for_loop", f, lambda _, x: (None, f(*x)), None, xs, **options)[1]
+
+
+def _check_every(name: str, count: Any) -> None:
+    if count is not None and (type(count) is not int or count < 1):
+        raise ArgumentError(
+            f"`checkpoint_every` cannot be {show_value(count)}",
+            where=name,
+            expected="a positive int, or None",
+            got=show_class(count),
+            cure=f"`mu.{name}(f, {'init, ' if name == 'scan' else ''}xs, checkpoint_every=10)`",
+        )
 
 
 def _scan(
@@ -215,7 +243,7 @@ def _scan(
     length: int | None,
     reverse: bool,
     unroll: Unroll,
-    states: Any,
+    states: Any = None,
     _split_transpose: bool = False,
     checkpoint_every: int | None = None,
 ) -> tuple[Any, Any]:
@@ -240,18 +268,31 @@ def _scan(
                     got=show_value(result),
                     cure="Return `carry, y`, either of which may be None; or use `mu.for_loop`.",
                 )
-            return result
+            return result[0], with_values(result[1])
 
+        if _compat.jit_disabled() and count:
+            order = range(count)[:: -1 if reverse else 1]
+            end, leaves, new = scan_in_python(
+                site, "the body of a loop", one_step, carry.leaves, slices.leaves, stacks, order
+            )
+            check_same_nodes(site, carry.nodes, FlatTree(end.unflatten(leaves)[0]).nodes)
+            for cell, stack in new.items():
+                if cell in sliced:
+                    access.write(cell, _from_front(stack, sliced[cell]))
+                else:
+                    access.create(cell, stack)
+            return end.unflatten(leaves)  # type: ignore[no-any-return]
         cells = site.scope.cells
         types = {cell: jax.tree.map(_slice_type, stack) for cell, stack in stacks.items()}
         x_types = [_slice_type(leaf) for leaf in slices.leaves]
-        staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
-        while _promote(carry, staged):
-            site.undo()
+        while True:
             staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
-        end = staged.end
-        sown = site.sown(end)
-        refuse_structure(site, end, "the body of a loop", sown)
+            end = staged.end
+            sown, made = site.sown(end), site.made(end)
+            refuse_structure(site, end, "the body of a loop", [*sown, *made])
+            if not _promote(carry, staged):
+                break
+            site.undo()
         _check_carry(site, carry, staged)
 
         values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
@@ -272,7 +313,7 @@ def _scan(
                 **dict(zip(stacks, slices_now, strict=True)),
             }
             out, new = staged(now, (leaves, x_leaves))
-            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in (*stacked, *sown)])
+            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in (*stacked, *sown, *made)])
 
         def loop(start: Any, x: Any, length: int) -> Any:
             return jax.lax.scan(step, start, x, length, reverse, unroll, _split_transpose)
@@ -281,11 +322,11 @@ def _scan(
         x = [*stacks.values()], slices.leaves
         (last, leaves), (ys, new_stacks) = _in_blocks(loop, start, x, count, checkpoint_every, reverse)
         new = dict(zip(carried, last, strict=True))
-        stacks_of = dict(zip((*stacked, *sown), new_stacks, strict=True))
+        stacks_of = dict(zip((*stacked, *sown, *made), new_stacks, strict=True))
         new |= {cell: _from_front(stacks_of[cell], sliced[cell]) for cell in stacked}
         for cell in written:
             access.write(cell, new[cell])
-        for cell in sown:
+        for cell in (*sown, *made):
             access.create(cell, stacks_of[cell])
         return end.unflatten([*leaves, *ys])  # type: ignore[no-any-return]
 
@@ -356,7 +397,7 @@ def _length(where: str, length: int | None, leaves: list[Any], stacks: dict[Vari
 
 
 def _promote(carry: FlatTree, staged: Staged) -> bool:
-    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does.
+    """Give weakly typed leaves of the carry (Python numbers) the strong type of their dtype, if the body returns that.
 
     Returns:
       Whether the body has to be staged again for it. Each loop around this one would double the number of times.
@@ -364,8 +405,8 @@ def _promote(carry: FlatTree, staged: Staged) -> bool:
     again = False
     for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
         weak = jax.typeof(leaf).weak_type if hasattr(jax.typeof(leaf), "weak_type") else False
-        if weak and leaf.shape == out.shape and (leaf.dtype != out.dtype or not getattr(out, "weak_type", False)):
-            again = again or leaf.dtype != out.dtype or _weakness_matters(leaf.dtype, staged)
+        if weak and leaf.shape == out.shape and leaf.dtype == out.dtype and not getattr(out, "weak_type", False):
+            again = again or _weakness_matters(leaf.dtype, staged)
             carry.leaves[index] = jax.lax.convert_element_type(leaf, out.dtype)
     return again
 
@@ -395,8 +436,19 @@ def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
             where=site.label,
             expected=show_value(before),
             got=show_value(result[0]),
-            cure="Return a carry of the type of `init`: convert with `.astype`, or start with that type.",
+            cure=_carry_cure(carry.leaves, staged.leaves[:width]),
         )
+
+
+def _carry_cure(before: Sequence[Any], after: Sequence[Any]) -> str:
+    casts = {(str(a.dtype), str(b.dtype)) for a, b in zip(before, after, strict=False) if a.dtype != b.dtype}
+    if len(casts) != 1:
+        return "Return a carry of the type of `init`: convert with `.astype`, or start with that type."
+    ((old, new),) = casts
+    return (
+        f"Start with the type that it has later, `x.astype(jnp.{new})` (of a number: `jnp.{new}(x)`), or convert what is "
+        f"returned: `x.astype(jnp.{old})`."
+    )
 
 
 @overload
@@ -440,13 +492,35 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         carry = FlatTree(init_val)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
         site.repeats = None
+
+        def step_once(leaves: Any) -> Any:
+            return (body_fun(carry.unflatten(leaves)),)
+
+        def condition(leaves: Any) -> Any:
+            return _held(cond_fun(carry.unflatten(leaves)))
+
+        def test_once(leaves: Any) -> Any:
+            end, holds, _, _ = run_once(site, "the condition of a loop", {}, lambda: condition(leaves))
+            _refuse_condition_writes(site, end, holds)
+            return holds[0]
+
+        if _compat.jit_disabled() and is_concrete(test_once(carry.leaves)):
+            last_end, leaves = while_in_python(site, test_once, "the body of a loop", step_once, carry.leaves)
+            return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
-        body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
-        while _promote(carry, body):
-            body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
-        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: _held(cond_fun(carry.unflatten(leaves))))
-        _refuse_condition_writes(site, test)
-        refuse_structure(site, body.end, "the body of a loop")
+
+        def stage_both() -> tuple[Staged, Staged]:
+            while True:
+                body = stage(site, cells, {}, carry.leaves, step_once)
+                refuse_structure(site, body.end, "the body of a loop")
+                if not _promote(carry, body):
+                    break
+            test = stage(site, body.cells, {}, carry.leaves, condition)
+            _refuse_condition_writes(site, test.end, test.leaves)
+            refuse_structure(site, test.end, "the condition of a loop")
+            return body, test
+
+        body, test = stage_together(site, stage_both)
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
         written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]
@@ -475,21 +549,21 @@ def _held(condition: Any) -> Any:
     return condition.get() if isinstance(condition, Variable) else condition
 
 
-def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
-    for cell in test.end.cells:
-        if cell not in test.end.born:
+def _refuse_condition_writes(site: CallSite, end: RunResult, leaves: Sequence[Any]) -> None:
+    for cell in end.cells:
+        if cell not in end.born:
             raise StructureError(
                 f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition",
                 path=site.scope.locate(cell),
                 where=site.label,
                 cure="A condition is evaluated once more than the body: write the state in the body.",
             )
-    if len(test.leaves) != 1 or test.leaves[0].shape or test.leaves[0].dtype != bool:
+    if len(leaves) != 1 or jnp.shape(leaves[0]) or not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.bool_):
         raise StructureError(
             "the condition did not return one boolean",
             where=site.label,
             expected="a boolean scalar",
-            got=show_value(test.end.unflatten(test.leaves)),
+            got=show_value(end.unflatten(leaves)),
             cure="The condition comes first, and returns one comparison: `mu.while_loop(lambda x: x < 10, body_fun, init_val)`.",
         )
 
@@ -573,6 +647,5 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
         length=None,
         reverse=False,
         unroll=unroll,
-        states=None,
     )
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -11,8 +12,9 @@ from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core.calls import check_function, takes
-from mutatis.errors import ArgumentError
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.staging import with_values
 from mutatis.transforms.batching import vectorize
 from mutatis.transforms.loops import for_loop
 
@@ -77,8 +79,20 @@ def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
         )
     ((count,),) = counts
 
+    @functools.wraps(f, updated=())
+    def item(x: Any) -> Any:
+        out = with_values(f(x))
+        if FlatTree(out).nodes:
+            raise StructureError(
+                "`map` with `batch_size` cannot stack modules",
+                expected="arrays, or Variables, in the result",
+                got="a module",
+                cure="Leave out `batch_size`, or make the modules with `mu.vmap(f)(xs)`.",
+            )
+        return out
+
     def batch(x: Any) -> Any:
-        return vectorize(f, (x,), {}, name="map", writes=False)
+        return vectorize(item, (x,), {}, name="map", writes=False)
 
     whole = count // batch_size * batch_size
     parts = []

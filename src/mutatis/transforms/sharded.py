@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from mutatis import _compat
 from mutatis.core import naming
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, LaneError
 from mutatis.model.kinds import RngState
@@ -143,6 +144,16 @@ def _shard(
         if inferred:
             leaf_specs = list(map(_own_spec, site.packed.leaves))
         given = axes_by_cell(site, [(item, spec) for spec, item in entries if is_node(item)], states, StateSharding)
+        for cell, spec in given.items():
+            if isinstance(spec, jax.sharding.Sharding):
+                raise ArgumentError(
+                    f"state {site.describe(cell)} is given a sharding, where the spec alone is wanted",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    expected="a PartitionSpec, None or `mu.Shared`",
+                    got=show_value(spec),
+                    cure='`mu.StateSharding({mu.Param: P("model"), ...: P()})`; the mesh is that of the `shard_map`.',
+                )
         cells = site.scope.cells
         values = site.values(cells)
         specs = [_spec_of(value, given.get(cell)) for cell, value in zip(cells, values, strict=True)]
@@ -166,6 +177,8 @@ def _shard(
 
             overlay = {cell: value for cell, value in inputs.items() if cell not in streams}
             site.end, out, written = site.run(overlay, leaves, make=make)
+            opened[0].disown(site.end.born)
+            site.let_go(site.end)
             refuse_structure(site, site.end, "what each device runs")
             written = [value for cell, value in zip(site.end.cells, written, strict=True) if cell not in site.end.born]
             site.end.cells = [cell for cell in site.end.cells if cell not in site.end.born]

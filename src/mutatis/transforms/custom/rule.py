@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from mutatis import _compat
 from mutatis.compilation.eager_control import runs_eagerly
 from mutatis.core import access, naming
-from mutatis.core.cells import Cell
+from mutatis.core.cells import UNSET, Cell
 from mutatis.core.showing import show_structure, show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, StructureError, TraceLevelError
@@ -129,6 +129,10 @@ class _Call:
         self.packed = FlatTree([args[n] for n in self.places])
         self.nodes: list[dict[Any, Variable]] = [site.scope.cells_of(node) for node in self.packed.nodes]
         self.differentiable = {cell for cells in self.nodes for cell in cells.values() if not cell.frozen}
+        self._stage_primal()
+
+    def _stage_primal(self) -> None:
+        site, function = self.site, self.owner.__wrapped__
         self.primal = stage(
             site, site.scope.cells, {}, self.packed.leaves, lambda leaves: function(*self.with_leaves(leaves))
         )
@@ -155,11 +159,14 @@ class _Call:
         def call(leaves: Any) -> Any:
             return rule(*arguments(leaves))
 
+        late = [cell for cell in self.primal.cells if access.peek(cell) is UNSET]
         _discovering.rules[owner] = False
         try:
             staged = stage(site, site.scope.cells, {}, leaves, call)
         finally:
             recursive = _discovering.rules.pop(owner)
+        if any(access.peek(cell) is not UNSET for cell in late):
+            self._stage_primal()  # the rule uses a state for the first time, which the function gets without a value
         refuse_structure(site, staged.end, "a derivative rule")
         self._check(staged)
         both = (self.primal, staged)

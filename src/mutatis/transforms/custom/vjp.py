@@ -149,7 +149,7 @@ class _Backward(_Late):
 
     def refuse_changes(self) -> None:
         """Raise if the rule changed attributes or containers; they are put back as the transaction ends."""
-        for obj, name, _ in self.journal.entries():
+        for obj, name, _ in self.journal.changes():
             raise StructureError(
                 f"{f'`{type(obj).__name__}.{name}`' if name else f'a {type(obj).__name__}'} was changed in a backward rule",
                 where=self.label,
