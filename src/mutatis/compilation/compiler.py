@@ -464,13 +464,6 @@ class Compiler:
             new.plan = old.plan
 
     def _settle_names(self, call: PendingCall, old: Binding) -> None:
-        """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
-        self._settle_names(call, old)
-        if old.epoch == structure.epoch and old.containers.unchanged():
-            new = self._bind(call, key, old.extras, old.program)
-            new.plan = old.plan
-
-    def _settle_names(self, call: PendingCall, old: Binding) -> None:
         """Have the key of a program allow for what its own trace has changed about the names."""
         if self._note_traced(old) and call.walked is not None and not old.captures.ephemeral:
             if self.shared:  # a function with places of its own runs, and changes those
