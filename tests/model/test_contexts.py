@@ -250,7 +250,7 @@ def test_fifty_rounds_do_not_grow_caches(form: str, again: int, traces: Any) -> 
             for _ in range(again):
                 assert float(f(*args)) == 2 * k
         compiler = f._compiler
-        (program,) = compiler.programs.values()
+        (program,) = set(compiler.programs.values())  # filed before its trace, and after it
         assert len(program.records) == 1
         assert len(compiler.bindings) <= 1 and len(compiler._captured) <= 1
         assert sum(len(found) for found in (net._bindings or {}).values()) <= 1

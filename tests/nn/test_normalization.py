@@ -186,7 +186,7 @@ def test_reset(features: int | None) -> None:
 
 
 def test_initializers_that_draw_need_streams() -> None:
-    with pytest.raises(RandomStreamError, match=r"rngs=mu.Rngs\(0\)"):
+    with pytest.raises(RandomStreamError, match=r"rngs = mu.Rngs\(0\)"):
         nn.BatchNorm(3, scale_init=initializers.normal())
     norm = nn.BatchNorm(3, scale_init=initializers.normal(), rngs=mu.Rngs(0))
     assert len(set(np.asarray(norm.scale).tolist())) == 3

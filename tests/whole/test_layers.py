@@ -44,6 +44,7 @@ DERIVED = {"mapping": {"batching", "loops"}}
 # Lines of code and comments in one file. What is longer says why.
 LONGEST = 500
 LONGER = {
+    "compilation.compiler": "one class: how a call finds its binding and its program, and is made",
     "model.variables": "one class, with all operators of an array",
     "transforms.loops": "four loops on one another, with the signatures that type checkers read",
 }

@@ -457,7 +457,7 @@ class Compiler:
             self.programs = dict(filter(lambda item: item[1] is not program, self.programs.items()))
 
     def _bind_again(self, call: PendingCall, key: tuple[Hashable, ...], old: Binding) -> None:
-        """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
+        """Bind the objects anew after a trace, for the next call."""
         self._settle_names(call, old)
         if old.epoch == structure.epoch and old.containers.unchanged():
             new = self._bind(call, key, old.extras, old.program)
@@ -626,8 +626,7 @@ class Compiler:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = call.binding, call.program
         values = [access.load(cell) for cell in binding.cells]
-        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
-            ((number, (new, made, leaves)),) = program.undonated(*values, *flat).items()
+        ((number, (new, made, leaves)),) = self._run_inline(program, values, flat).items()
         record = program.records[number]
         before = [values[index] for index in record.written]
         for index, value in zip(record.written, record.new.decode(new, before), strict=True):
@@ -636,6 +635,11 @@ class Compiler:
             access.restart(binding.cells[index])
         access.note_reads(binding.cells[index] for index in record.seen)
         return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
+
+    @staticmethod
+    def _run_inline(program: Program, values: list[Any], flat: list[Any]) -> Any:
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
+            return program.undonated(*values, *flat)
 
     @staticmethod
     def _run(call: PendingCall) -> Any:

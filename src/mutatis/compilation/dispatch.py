@@ -54,11 +54,31 @@ def launch(
 
 
 def _compile(plan: DispatchPlan, jitted: Any, flat: list[Any], seconds: list[float] | None) -> None:
-    """Compile before the leases are taken: nobody waits for that. Arrays that are deleted meanwhile keep their types."""
+    """Compile before the launch, without the leases: nobody waits for that."""
     started = time.perf_counter()
-    jitted.lower(*(cell._value for cell in plan.group.cells), *flat).compile()
+    while (lowered := _lower(plan, jitted, flat)) is None:
+        pass  # a signal handler used the states meanwhile
+    lowered.compile()
     if seconds is not None:
         seconds.append(time.perf_counter() - started)
+
+
+def _lower(plan: DispatchPlan, jitted: Any, flat: list[Any]) -> Any:
+    """Lower, which looks at the arrays of the cells; None if they have been deleted."""
+    lease = my_lease()
+    box: list[Any] = []
+    exposed: list[int] = []
+    try:
+        return jitted.lower(*plan.group.take(lease, plan, box, True, exposed), *flat)
+    except RuntimeError as problem:
+        if lease.flight is box or "deleted" not in str(problem):
+            raise
+        return None
+    finally:
+        if lease.flight is box:
+            expose(lease, [plan.written[i] for i in exposed])
+        lease.flight = None
+        give_back(lease)
 
 
 def _launch(
@@ -106,10 +126,11 @@ def _launch(
                     cell._value = value
         return number, made, leaves
     except BaseException as problem:
-        if lease.flight is box:
-            _rescue(plan, lease, exposed)
-        elif not box and isinstance(problem, RuntimeError | ValueError) and "deleted" in str(problem):
-            return None  # it was recalled
+        if _rescue(plan, lease, box, exposed, problem):
+            return None
+        if isinstance(problem, RecursionError) and not box and jitted is not plan.program.undonated:
+            # A signal handler that has interrupted JAX in the middle of this very call: another `jax.jit` of the program.
+            return _launch(plan, plan.program.undonated, False, flat, None)
         raise
     finally:
         lease.flight = None  # before anything that an interrupt could keep from happening
@@ -118,16 +139,22 @@ def _launch(
             structure.changed()
 
 
-def _rescue(plan: DispatchPlan, lease: Lease, exposed: list[int]) -> None:
-    """After an exception: commit what has been computed, all in one C call; else put the leases right."""
-    box, values = lease.flight, lease.values
-    if box and values is not None and not plan.variant.waits:
-        if lease.overwritten:
-            settle(lease)
-        else:
-            deque(map(_set_value, plan.written, plan.results(box, values)), 0)
+def _rescue(plan: DispatchPlan, lease: Lease, box: list[Any], exposed: list[int], problem: BaseException) -> bool:
+    """After an exception: commit what has been computed, all in one C call; else put the leases right.
+
+    Returns:
+      Whether JAX raised because the launch was recalled: it is to begin again.
+    """
+    if lease.flight is not box:
+        return not box and isinstance(problem, RuntimeError | ValueError) and "deleted" in str(problem)
+    values = lease.values
+    if not box or values is None or plan.variant.waits:
+        expose(lease, [plan.written[i] for i in exposed])
+    elif lease.overwritten:
+        settle(lease)
     else:
-        expose([plan.written[i] for i in exposed])
+        deque(map(_set_value, plan.written, plan.results(box, values)), 0)
+    return False
 
 
 def rebuild_result(binding: Binding, program: Program, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:

@@ -66,6 +66,7 @@ class PendingCall:
         self.compilation: Any = None  # the entry of the log, if it compiles
         self.seconds: list[float] = []  # what tracing and compiling took
         self.outer = _compat.current_trace()
+        _compat.settle_settings()  # before the first look at them
         self.settings = _compat.settings()
         self.binding: Binding
         self.program: Program

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mutatis.compilation.program import Program, Variant
 from mutatis.compilation.record import TraceRecord
@@ -101,12 +102,19 @@ class DispatchPlan:
 def copy_values(values: list[Any]) -> Any:
     """New buffers with the same contents, all made by one program."""
     if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
-        return _copies(values)
+        try:
+            return _copies(values)
+        except RecursionError:  # a signal handler that has interrupted JAX in compiling this very program
+            return jax.tree.map(_copy_by_host, values)
     # A program over an array that spans processes would have to be launched by all of them: copy shard by shard.
     return jax.tree.map(_copy_shards, values)
 
 
 _copies = jax.jit(lambda values: values)
+
+
+def _copy_by_host(array: Any) -> Any:
+    return jax.device_put(np.array(array), array.sharding if array.committed else None)
 
 
 def _copy_shards(array: Any) -> Any:

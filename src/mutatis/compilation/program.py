@@ -79,7 +79,6 @@ class Program:
         placements: list[Any],
         shardings: tuple[Any, ...] | None = None,
     ) -> None:
-        _compat.settle_settings()
         self.options = options
         self.label = label
         self.settings = settings

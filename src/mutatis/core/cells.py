@@ -232,7 +232,7 @@ def _void(lease: Lease) -> None:
         lease.flight = None  # Python runs nothing between the look and this: it is not launched
         _moves.count += 1
         if lease.step is not None:
-            _expose_all([lease.step.written[i] for i in lease.exposed])
+            _expose_all(lease, [lease.step.written[i] for i in lease.exposed])
 
 
 def commit_rest(lease: Lease) -> None:
@@ -387,14 +387,15 @@ def _forget_shown(lease: Lease) -> None:
     lease.overwritten.clear()
 
 
-def expose(cells: Sequence[Cell]) -> None:
-    """Count the present values of these cells as held by user code, whoever made them."""
+def expose(lease: Lease, cells: Sequence[Cell]) -> None:
+    """Count the values of these cells as held by user code, where they still carry a lease: another step may have begun."""
     with _mutex:
         _moves.count += 1
-        _expose_all(cells)
+        _expose_all(lease, cells)
 
 
-def _expose_all(cells: Sequence[Cell]) -> None:
+def _expose_all(lease: Lease, cells: Sequence[Cell]) -> None:
     # A function of its own, as `_values` is.
     for cell in cells:
-        cell._lease = None
+        if cell._lease is lease:
+            cell._lease = None

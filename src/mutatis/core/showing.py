@@ -38,7 +38,9 @@ def show_value(value: Any) -> str:
 
 
 def show_class(value: Any) -> str:
-    """What a value is, in a word: its class, ``None``, or the type of an array."""
+    """What a value is, in a word: its class, ``None``, the type of an array, or that it is a class itself."""
+    if isinstance(value, type):
+        return "a class"
     return show_value(value) if value is None or _is_array(value) else type(value).__name__
 
 
@@ -116,7 +118,12 @@ class _Short(reprlib.Repr):
 
 def _is_array(x: Any) -> bool:
     """Whether something is an array, a tracer or an abstract array; a number of NumPy is shown as a number."""
-    return hasattr(x, "dtype") and hasattr(x, "shape") and not is_node(x) and not isinstance(x, type | np.generic)
+    if is_node(x) or isinstance(x, type | np.generic):
+        return False
+    try:
+        return hasattr(x, "dtype") and hasattr(x, "shape")
+    except Exception:  # users' classes raise what they like, and so do random streams
+        return False
 
 
 _SHORT = _Short()

@@ -547,7 +547,7 @@ def initial(variable: Variable) -> Any:
             path=naming.path_of(variable),
             where=naming.where(),
             expected="a value, or a function of no arguments",
-            got=str(error),
+            got=naming.show_name(str(error)),
             made_at=variable.made_at,
             cure="Give them: `mu.Param(init(rngs.params(), (2, 3)))`; or later, "
             "`mu.Param(init=lambda: init(rngs.params(), (2, 3)))`.",

@@ -171,7 +171,7 @@ def check_result(result: Any, leaves: Sequence[Any], label: str) -> None:
                 f"the function returned {show_value(leaf)}, which JAX has no arrays for",
                 where=label,
                 expected="arrays, numbers, modules, or pytrees of these",
-                got=f"a {show_class(leaf)}" + (f" at {place}" if place else ""),
+                got=show_class(leaf) + (f" at {place}" if place else ""),
                 cure="Return arrays. What does not depend on them is an attribute of a module, or known outside.",
             ) from None
 

@@ -36,13 +36,14 @@ _NEVER = frozenset({
 class _Entry:
     """Something whose attributes are looked at, by the names that the code loads."""
 
-    __slots__ = ("done", "name", "namespace", "number", "obj", "whole")
+    __slots__ = ("bases", "done", "name", "namespace", "number", "obj", "whole")
 
     def __init__(self, number: int, name: str, obj: Any, namespace: dict[str, Any] | None) -> None:
         self.number = number
         self.name = name
         self.obj = obj  # an object; a class; a module or a function
         self.namespace = namespace
+        self.bases: list[type] = []  # of a class: those that are the user's, in the order of a look-up
         self.done = 0  # how many of the names were looked for
         self.whole = False  # whether all of its attributes were looked at
 
@@ -164,7 +165,7 @@ class AttributeSearch:
             self._classes.add(id(kind))
             self._keep.append(kind)
             self._identity(kind)
-            self._entry(name, kind, None)
+            self._entry(name, kind, None).bases = bases
             self._methods(bases, None)
         if bases and makes and id(kind) not in self._making:
             self._making.add(id(kind))
@@ -215,7 +216,7 @@ class AttributeSearch:
     def _attribute(self, entry: _Entry, key: str) -> None:
         obj, namespace = entry.obj, entry.namespace
         if isinstance(obj, type):
-            self._of_class(entry, obj, key)
+            self._of_class(entry, key)
         elif namespace is not None and key in namespace:
             self._part("attribute", entry.number, key)
             if isinstance(obj, types.ModuleType) and is_library_data(obj, namespace[key]):
@@ -237,17 +238,14 @@ class AttributeSearch:
                 else:
                     self._absent.append((namespace, key))
 
-    def _of_class(self, entry: _Entry, kind: type, key: str) -> None:
-        for base in kind.__mro__:
-            if is_library_class(base):
-                continue
-            if key not in vars(base):
+    def _of_class(self, entry: _Entry, key: str) -> None:
+        for index, base in enumerate(entry.bases):
+            if key not in base.__dict__:
                 self._absent.append((base, key))
                 continue
-            value = vars(base)[key]
+            value = base.__dict__[key]
             self._part("of class", entry.number, key)
-            for before in kind.__mro__[: kind.__mro__.index(base)]:
-                if not is_library_class(before):
-                    self._guard(before, key, EMPTY)
+            for before in entry.bases[:index]:
+                self._guard(before, key, EMPTY)
             self._bound(f"{entry.name}.{key}", base, key, value)
             return

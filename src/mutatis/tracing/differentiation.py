@@ -201,11 +201,11 @@ class Differentiation(CallSite):
         wanted: Any = argnums if self._several else [argnums]
         if not all(hasattr(type(number), "__index__") for number in wanted):
             raise ArgumentError(
-                f"`mu.{name}` was given what are no positions of arguments as its `argnums`",
+                f"{show_value(argnums)} in `argnums` is no position of an argument",
                 path="argnums",
                 where=self.label,
                 expected="an int, or several: `argnums=0`, `argnums=(0, 1)`",
-                got=show_value(argnums),
+                got=show_class(argnums),
                 cure=f"States are chosen by another keyword: `mu.{name}(f, wrt=mu.Param)`.",
             )
         if of is not None and argnums is UNSAID:
