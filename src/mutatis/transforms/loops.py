@@ -397,7 +397,9 @@ def _length(where: str, length: int | None, leaves: list[Any], stacks: dict[Vari
 
 
 def _promote(carry: FlatTree, staged: Staged) -> bool:
-    """Give weakly typed leaves of the carry (Python numbers) the strong type of their dtype, if the body returns that.
+    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, if it is one of their sort.
+
+    A float may become a smaller one, as in JAX; an int that would become a float stays, and is an error.
 
     Returns:
       Whether the body has to be staged again for it. Each loop around this one would double the number of times.
@@ -405,10 +407,15 @@ def _promote(carry: FlatTree, staged: Staged) -> bool:
     again = False
     for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
         weak = jax.typeof(leaf).weak_type if hasattr(jax.typeof(leaf), "weak_type") else False
-        if weak and leaf.shape == out.shape and leaf.dtype == out.dtype and not getattr(out, "weak_type", False):
-            again = again or _weakness_matters(leaf.dtype, staged)
+        fits = leaf.shape == out.shape and _sort(leaf.dtype) == _sort(out.dtype)
+        if weak and fits and (leaf.dtype != out.dtype or not getattr(out, "weak_type", False)):
+            again = again or leaf.dtype != out.dtype or _weakness_matters(leaf.dtype, staged)
             carry.leaves[index] = jax.lax.convert_element_type(leaf, out.dtype)
     return again
+
+
+def _sort(dtype: Any) -> Any:
+    return next((sort for sort in (np.integer, np.floating, np.complexfloating) if jnp.issubdtype(dtype, sort)), dtype)
 
 
 def _weakness_matters(dtype: Any, staged: Staged) -> bool:
