@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from mutatis.core import naming
 from mutatis.core.avals import show_type
 from mutatis.core.naming import show_path
+from mutatis.core.nodes import declare_searched
 from mutatis.errors import StateTypeError, StructureError
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
@@ -30,6 +32,9 @@ from mutatis.tracing.transformed import Transformed
 T = TypeVar("T")
 
 _stack = Context("intercept", None)  # the innermost Interceptor
+_places: weakref.WeakKeyDictionary[Any, Places] = (
+    weakref.WeakKeyDictionary()
+)  # by Interceptor: where modules are in its `of`
 
 
 class Interceptor(Module):
@@ -43,22 +48,18 @@ class Interceptor(Module):
       below: the interceptor that was there before.
     """
 
-    __slots__ = ("_places",)
-    _places: Places
-    _searched_: ClassVar[tuple[str, ...]] = ("selects", "function", "below")  # what these name is captured too
-
     def __init__(self, selects: Any, function: Any, of: Any, store: Any, below: Any) -> None:
         self.selects = selects
         self.function = function
         self.of = of
         self.store = store
         self.below = below
-        object.__setattr__(self, "_places", Places([] if of is None else of))
+        _places[self] = Places([] if of is None else of)
 
     def run(self, module: Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call of a module, handed down from the innermost interceptor to the call itself."""
         go_on = call if self.below is None else functools.partial(self._go_on, module, call)
-        found = self._places.path_of(module)
+        found = _places[self].path_of(module)
         path: Path = () if found is None else found
         if not self.selects(path, module) or (self.store is not None and found is None):
             return go_on(*args, **kwargs)
@@ -77,6 +78,9 @@ class Interceptor(Module):
 
     def _go_on(self, module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.below.run(module, call, args, kwargs)
+
+
+declare_searched(Interceptor, "selects", "function", "below")  # what these name is captured too
 
 
 def _make_interceptable(cls: type[Module]) -> None:

@@ -122,7 +122,12 @@ class Binding:
         self.cells = scope.cells
         self.specs = (scope.specs, scope.tail)
         self.captures = captures
-        self.containers = ContainerSnapshot(scope.containers, [scope.encoder.held[id(obj)] for obj in scope.containers])
+        held = scope.encoder.held
+        by_hand = scope.encoder.cached  # nothing tells when something is put there by hand again
+        self.containers = ContainerSnapshot(
+            [*scope.containers, *(module.__dict__ for module in by_hand)],
+            [held[id(obj)] for obj in (*scope.containers, *by_hand)],
+        )
         for obj in scope.encoder.objects:
             if isinstance(obj, Module):
                 self.objects.append(weakref.ref(obj))

@@ -39,6 +39,7 @@ from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.errors import CapturedStateWarning, StructureError
 from mutatis.model import contexts
+from mutatis.model.modules import known_bindings
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.call_site import CallSite
@@ -286,6 +287,7 @@ class Compiler:
             captures = search(*call.functions, ignored=self.ignored)
             nodes = call.nodes(layout)
             scope = call.found = binding.make_scope(nodes, captures)
+            captures.ephemeral = captures.ephemeral or scope.encoder.ephemeral
             binding.keep_walk(scope, captures)
         placements = [access.placement(cell) for cell in scope.cells]
         binding.structural = (
@@ -366,9 +368,7 @@ class Compiler:
                 return
         if nodes:
             owner = nodes[0][1]
-            if owner._bindings is None:
-                object.__setattr__(owner, "_bindings", weakref.WeakKeyDictionary())
-            owner._bindings.setdefault(self, {})[key] = bindings
+            known_bindings(owner).setdefault(self, {})[key] = bindings
         else:
             self._captured[key] = bindings
         self.bindings[key] = own

@@ -17,7 +17,8 @@ from mutatis.core.cells import UNSET, Cell
 from mutatis.core.journal import ABSENT, Journal
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.model.graph import Encoder, Spec, cell_spec
+from mutatis.model.byhand import drop_traced, settle
+from mutatis.model.graph import Encoder, Spec, cell_spec, made_modules
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree
@@ -93,7 +94,10 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
         out = call.run(flat[program.count :])
         tx.note_changes_in_place()
-        record = _record(program, scope, tx, FlatTree(out), flat)
+        known, result = scope.encoder, FlatTree(out)
+        settle([obj for obj in known.objects if isinstance(obj, Module)], known.held, tx.journal)
+        drop_traced(made_modules(known, result.nodes, tx.journal))
+        record = _record(program, scope, tx, result, flat)
         tx.journal.undo()
         if tx.found:
             raise FoundStates(list(tx.found))
@@ -121,7 +125,7 @@ def _record(
         if number is not None:
             changes.append((number, None, encoder.encode_contents(container)))
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
-    encoder.encode_references()
+    tail = encoder.encode_references()
 
     # In the order of the inputs: JAX gives a result the first donated buffer of its type, which is to be its own.
     written: list[Any] = [cell for cell in known.cells if cell in tx.written]
@@ -144,6 +148,7 @@ def _record(
         made=[(encoder.cells[cell], cell_spec(cell)) for cell in made_cells],
         structure=result.structure,
         nodes=nodes,
+        tail=tail,
         changes=changes,
         marks=marks,
         restarted=[number for cell, number in known.cells.items() if cell in tx.restarted],

@@ -202,16 +202,20 @@ def birth() -> Any:
     return None if tx is not None and trace is tx.trace else _compat.weak_trace(trace)
 
 
-def check_outlived(obj: Any, name: str) -> None:
+def check_outlived(owner: str, born: Any, name: str) -> None:
     """Raise if an object is to hold a state that is made under a raw transform, which the object outlives.
+
+    Args:
+      owner: the name of the object's class.
+      born: weak reference to the raw transform that it was made in itself, or None.
+      name: the attribute.
 
     Raises:
       TraceLevelError: it is.
     """
     now = birth()
-    if now is None or (obj._birth is not None and obj._birth() is now()):
+    if now is None or (born is not None and born() is now()):
         return
-    owner = type(obj).__name__
     raw = _compat.raw_transform_name(now())
     raise TraceLevelError(
         f"`{owner}.{name}` was set to a state that is made inside a raw JAX transform ({raw})",

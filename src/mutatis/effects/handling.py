@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 
 from mutatis.core import access
 from mutatis.core.cells import UNSET
 from mutatis.core.naming import caller, show_path
+from mutatis.core.nodes import declare_searched
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.effects.renaming import rename
@@ -62,8 +63,6 @@ class WithFunctionalLocalState:
     handler_id: str
     body: Any
     variables: tuple[HandledLocalStateRef, ...] = ()
-
-    _searched_: ClassVar[tuple[str, ...]] = ("body", "_models")  # what these name is captured by transforms of Mutatis
 
     def __call__(self, argument: Any, states: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Run the layer.
@@ -139,6 +138,9 @@ class WithFunctionalLocalState:
                 ],
                 cure="Pass the dictionary that `mu.effects.handle_local_states` gave, or one that the handled layer returned.",
             )
+
+
+declare_searched(WithFunctionalLocalState, "body", "_models")  # what these name is captured by transforms of Mutatis
 
 
 jax.tree_util.register_dataclass(WithFunctionalLocalState, ["body", "variables"], ["handler_id"])

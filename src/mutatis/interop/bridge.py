@@ -346,7 +346,7 @@ def run(
       label: the door, for messages.
       build: makes the module.
       call: calls it.
-      evaluate: whether it is called in the mode ``"eval"``.
+      evaluate: whether `training` is False for the call.
       key_of: gives the key that the random streams of a name start from in this call, or None if there is none. Without
         it they go on from the values that they have.
       cure: how to give a key for the stream `{name}`.
@@ -357,7 +357,7 @@ def run(
     """
     with Transaction(label) as tx:
         model = build()
-        model = view(model, mode="eval") if evaluate else model
+        model = view(model, training=False) if evaluate else model
         pop(model, Intermediate)
         start = take_apart(model)
         keyless = _start_streams(model, start, key_of) if key_of is not None else {}

@@ -102,12 +102,7 @@ class FromHaiku(Module):
           RandomStreamError: the states have yet to be created, and there are no random streams.
         """
         self.lazy_init(*args, **kwargs)
-        if (
-            rng is None
-            and self.mode == "train"
-            and self.rngs is not None
-            and {"dropout", "default"} & {*self.rngs.streams}
-        ):
+        if rng is None and self.training and self.rngs is not None and {"dropout", "default"} & {*self.rngs.streams}:
             rng = self.rngs.stream("dropout").draw()
 
         def pure(values: dict[Path, Any]) -> Any:
@@ -115,7 +110,7 @@ class FromHaiku(Module):
             out, state = self._transformed().apply(held["params"], held["state"], rng, *args, **kwargs)
             return out, {("state", *path): value for path, value in _two_levels(state).items()}
 
-        return bridge.call(bridge.flatten(self.variables), pure, evaluate=self.mode == "eval")[0]
+        return bridge.call(bridge.flatten(self.variables), pure, evaluate=not self.training)[0]
 
     def _transformed(self) -> Any:
         if isinstance(self.function, hk.TransformedWithState):
@@ -168,7 +163,7 @@ class ToHaiku(_Module):
 
         Args:
           *args: its arguments.
-          is_training: if not, it is called in the mode ``"eval"``.
+          is_training: if not, `training` is False for its call.
           method: the name of the method to call.
           **kwargs: its keyword arguments.
 

@@ -116,7 +116,7 @@ class FromLinen(Module):
           RandomStreamError: the states have yet to be created, and there are no random streams.
         """
         self.lazy_init(*args, **kwargs)
-        streams = self.rngs if rngs is None and self.mode == "train" else rngs
+        streams = self.rngs if rngs is None and self.training else rngs
         keys = _keys(streams) if isinstance(streams, Rngs) else streams
         mutable = () if self.mutable is False else self.mutable
 
@@ -126,7 +126,7 @@ class FromLinen(Module):
             return (out, updates), bridge.flatten(meta.unbox(updates))
 
         cells = bridge.flatten(self.variables)
-        (out, updates), _ = bridge.call(cells, pure, evaluate=self.mode == "eval")
+        (out, updates), _ = bridge.call(cells, pure, evaluate=not self.training)
         self._create({path: value for path, value in bridge.flatten(updates).items() if path not in cells})
         return out
 
@@ -160,7 +160,7 @@ class ToLinen(_Module):
 
     Attributes:
       constructor: a function ``constructor(rngs)`` that makes the module, with the same structure each time.
-      deterministic: whether the module is called in the mode ``"eval"``.
+      deterministic: whether `training` is False for the module's calls.
 
     Raises:
       RandomStreamError: a call draws from a stream that it is given no key for.

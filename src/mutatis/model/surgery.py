@@ -21,7 +21,7 @@ from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, watch_of
 from mutatis.model.walks import check_node
 from mutatis.model.wrapped import Wrapped
 
@@ -159,7 +159,7 @@ class Places:
         self._paths: dict[Any, Path] = {}
         for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
             if isinstance(obj, Module):
-                obj._watch()
+                watch_of(obj)
                 self._paths[obj] = path
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import Reference, is_node
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
 
@@ -15,12 +16,9 @@ def tree_lines(module: Any, indent: str, seen: set[int]) -> list[str]:
         return [f"{type(module).__name__}(...)"]
     seen.add(id(module))
     lines = [f"{type(module).__name__}("]
-    hidden = type(module)._references_
     for name, value in dict(module.__dict__).items():
-        if name in hidden:
-            continue
-        shown = _show(value, indent + "  ", seen)
-        lines.append(f"{indent}  {name.lstrip('_') if name == '_mode' else name}={shown},")
+        if not isinstance(value, Reference):
+            lines.append(f"{indent}  {name}={_show(value, indent + '  ', seen)},")
     lines.append(f"{indent})")
     return lines if len(lines) > 2 else [f"{type(module).__name__}()"]
 
@@ -46,4 +44,4 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         seen.add(id(value))
         inner = "".join(f"{indent}  {key!r}: {_show(item, indent + '  ', seen)},\n" for key, item in value.items())
         return f"{{\n{inner}{indent}}}"
-    return getattr(value, "__name__", None) or repr(value)
+    return value.__name__ if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) else repr(value)

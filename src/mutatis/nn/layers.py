@@ -3,7 +3,7 @@
 - A size that is left out waits: the state holds its random key in place of a value (`Deferred`), and the layer creates
   the value at its first call, when the input shows the size. The key is a value like any other, so this works inside
   `jit` too, and draws the same numbers as if the size had been given.
-- A setting may be said three times: in the call, else where the layer is made, else by the module's mode.
+- A setting may be said three times: in the call, else where the layer is made, else by `training` of the module.
 - An input that does not fit is refused before JAX sees it.
 """
 

@@ -25,7 +25,7 @@ class Dropout(Module):
     Args:
       rate: the probability of an element to be set to zero, in [0, 1].
       broadcast_dims: axes along which elements are dropped together.
-      deterministic: whether to return the input as it is, unless the call says so. None goes by the module's mode:
+      deterministic: whether to return the input as it is, unless the call says so. None goes by `training` of the module:
         elements are dropped unless `model.eval()` was called.
       rngs: random streams; may be left out if nothing will be dropped, or if each call brings its own.
 
@@ -84,7 +84,7 @@ class Dropout(Module):
           RandomStreamError: there is no stream to draw from.
         """
         x = jnp.asarray(x)
-        if self.rate == 0 or first_said(deterministic, self.deterministic, self.mode == "eval"):
+        if self.rate == 0 or first_said(deterministic, self.deterministic, not self.training):
             return x
         if self.rate == 1:  # dividing by the keep rate would give NaN, in the gradient too
             return jnp.zeros_like(x)

@@ -27,9 +27,10 @@ from mutatis.core import access, naming, transactions
 from mutatis.core.journal import Journal
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
-from mutatis.model.graph import Encoder
+from mutatis.model.byhand import drop_traced, settle
+from mutatis.model.graph import Encoder, made_modules
 from mutatis.model.kinds import Intermediate
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, birth_of
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, argument_names, function_name, named_nodes, unflatten
 from mutatis.tracing.captures import Captures, search
@@ -143,7 +144,11 @@ class CallSite:
             else:
                 out = call()
             tx.note_changes_in_place()
+            encoder = self.scope.encoder
+            settle([obj for obj in encoder.objects if isinstance(obj, Module)], encoder.held, self.journal)
             packed = FlatTree(out)
+            if packed.nodes or self.journal.noted:
+                drop_traced(made_modules(encoder, packed.nodes, self.journal))
             end = RunResult(packed, tx)
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
@@ -168,7 +173,7 @@ class CallSite:
         for obj, name, _ in self.journal.noted if end.born else ():
             value = obj.__dict__.get(name) if isinstance(obj, Module) else None
             if isinstance(value, Variable) and value in end.born:
-                access.check_outlived(obj, name)
+                access.check_outlived(type(obj).__name__, birth_of(obj), name)
         access.commit_writes(end.cells, end.born, values)
         return end.unflatten(leaves)
 

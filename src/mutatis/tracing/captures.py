@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import jax
 
 from mutatis.core.containers import ContainerSnapshot
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import is_node, searched_attributes
 from mutatis.core.statics import Identity, Static, static_key
 from mutatis.model import contexts
 from mutatis.model.filters import Filter
@@ -127,7 +127,7 @@ class Captures:
             return
         if is_node(value) and not isinstance(value, Wrapped):
             self.roots.append((name, value))
-            for attribute in getattr(type(value), "_searched_", ()):
+            for attribute in searched_attributes(value) or ():
                 self.visit(attribute, value.__dict__[attribute])
         elif isinstance(value, contexts.Context):
             self.token.append(Identity(value))
@@ -172,9 +172,9 @@ class Captures:
             self.visit(name, value.__wrapped__)
             for rule in ("fwd", "bwd", "jvp"):  # of JAX's `custom_vjp` and `custom_jvp`
                 self.visit(rule, getattr(value, rule, None))
-        elif hasattr(type(value), "_searched_"):
+        elif (attributes := searched_attributes(value)) is not None:
             self.token.append(Identity(value))
-            for attribute in type(value)._searched_:
+            for attribute in attributes:
                 self.visit(attribute, getattr(value, attribute))
         elif _is_plain(value):
             self.token.append(static_key(type(value)))
