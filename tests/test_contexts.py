@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
+from mutatis.model.modules import bindings_of
 from mutatis import errors
 
 
@@ -262,7 +263,7 @@ def test_fifty_rounds_do_not_grow_caches(form: str, again: int, traces: Any) -> 
         (program,) = compiler.programs.values()
         assert len(program.records) == 1
         assert len(compiler.bindings) <= 1 and len(compiler._captured) <= 1
-        assert sum(len(found) for found in (net._bindings or {}).values()) <= 1
+        assert sum(len(found) for found in (bindings_of(net) or {}).values()) <= 1
     assert traces.total == 1
     assert int(net.calls) == 50 * again
 

@@ -73,7 +73,7 @@ def test_streams_of_other_names_and_seeds_differ() -> None:
     assert not hasattr(a, "__wrapped__")
 
 
-@pytest.mark.parametrize("name", ["fork", "split", "stream", "streams", "mode", "train", "eval"])
+@pytest.mark.parametrize("name", ["fork", "split", "stream", "streams", "training", "train", "eval"])
 def test_names_that_streams_cannot_have(name: str) -> None:
     with pytest.raises(errors.RandomStreamError, match=name):
         mu.Rngs(0, **{name: 1})

@@ -41,6 +41,7 @@ _PASSING = (Intermediate, Perturbation)  # states that a call makes where they a
 def init(
     ctor: Callable[[Rngs], Module],
     rngs: Any,
+    /,
     *inputs: Any,
     method: str | Callable[..., Any] | None = None,
     **kwargs: Any,
@@ -83,7 +84,7 @@ def init(
 
 
 def definition(
-    ctor: Callable[[Rngs], Module], *inputs: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
+    ctor: Callable[[Rngs], Module], /, *inputs: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
 ) -> Any:
     """The model of shapes that `apply` wants, with all that a first call makes; nothing is computed or allocated.
 

@@ -76,7 +76,7 @@ class Interceptor(Module):
         with _stack.set(self.below):  # what the function itself calls is not handed to it
             return self.function(module, resume, *args, **kwargs)
 
-    def _go_on(self, module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _go_on(self, module: Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return self.below.run(module, call, args, kwargs)
 
 
@@ -94,7 +94,7 @@ def _make_interceptable(cls: type[Module]) -> None:
         return
 
     @functools.wraps(call)
-    def __call__(self: Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Module, /, *args: Any, **kwargs: Any) -> Any:
         bound = call.__get__(self, type(self))
         interceptor = _stack.get()
         if interceptor is None or _outermost(type(self)) is not __call__:  # a call of `super()`

@@ -59,9 +59,9 @@ class Optimizer(Module):
         values = self._values(self._params())
         names, leaves, treedef = _named_leaves(tx.init(values))
         self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        self._made_for = _Layout(_types(values), tuple(names), tuple(map(jnp.shape, leaves)), treedef)
+        self._made_for = _Layout(_types(values), tuple(names), tuple(_struct(cell.value) for cell in self.state.values()), treedef)
 
-    def update(self, *args: Any, **extra: Any) -> None:
+    def update(self, /, *args: Any, **extra: Any) -> None:
         """Apply gradients: ``update(grads)`` or ``update(model, grads)``.
 
         Args:
@@ -138,13 +138,13 @@ class Optimizer(Module):
         layout = self._layout(values)
         if set(layout.names) != set(self.state):
             self._follow(layout, values)
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            if self.state[name].shape != shape:
+        for name, shape in zip(layout.names, layout.leaves, strict=True):
+            if self.state[name].shape != shape.shape:
                 raise OptimizerError(
                     f"a parameter has another shape than its moment `{name}`",
                     path=name,
                     expected=show_type(self.state[name].value),
-                    got=f"shape {shape}",
+                    got=show_type(shape),
                     cure="Moments do not carry over to another shape: make a new `mu.Optimizer(model, tx)`.",
                 )
         return jax.tree.unflatten(layout.treedef, [self.state[name].get() for name in layout.names])
@@ -161,12 +161,19 @@ class Optimizer(Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How optax keeps what it keeps for parameters: names and shapes of the leaves, and the structure around them."""
+    """How optax keeps what it keeps for parameters: names and types of the leaves, and the structure around them."""
 
     types: Hashable  # of the parameters
     names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
     treedef: Any
+
+    def __repr__(self) -> str:
+        return f"<{len(self.names)} leaves>"
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _types(values: State) -> Hashable:
@@ -192,7 +199,7 @@ def _layout(init: Any, values: State, types: Hashable) -> _Layout:
         known = {}
     if types not in known:
         names, leaves, treedef = _named_leaves(jax.eval_shape(init, values))
-        known[types] = _Layout(types, tuple(names), tuple(leaf.shape for leaf in leaves), treedef)
+        known[types] = _Layout(types, tuple(names), tuple(map(_struct, leaves)), treedef)
     layout: _Layout = known[types]
     return layout
 

@@ -38,7 +38,7 @@ class Rngs(Module):
       (1, 0)
     """
 
-    def __init__(self, default: Any = None, **streams: Any) -> None:
+    def __init__(self, default: Any = None, /, **streams: Any) -> None:
         if default is not None:
             streams["default"] = default
         for name in streams:
@@ -138,7 +138,7 @@ def as_key(seed: Any, name: str = "default") -> jax.Array:
     )
 
 
-def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
+def reseed(node: Any, /, *filters: FilterLike, **seeds: Any) -> None:
     """Start the streams of a node anew.
 
     Args:

@@ -369,7 +369,7 @@ LOOPS: dict[str, Any] = {
         (lambda m: m.parts.append(1), r"`m\.parts` was changed inside the body"),
         (lambda m: m.by_name.update(a=1), r"`m\.by_name` was changed inside the body"),
         (lambda m: m.late.value, r"state `m\.late` \(Param\) was created inside the body"),
-        (lambda m: m.eval(), r"`m\._?mode` was changed inside the body"),
+        (lambda m: m.eval(), r"`m\.training` was changed inside the body"),
     ],
 )
 def test_structure_does_not_change_in_a_loop(name: str, compiled: bool, change: Any, message: str) -> None:
@@ -384,7 +384,7 @@ def test_structure_does_not_change_in_a_loop(name: str, compiled: bool, change: 
         around(lambda: LOOPS[name](f), compiled)()
     assert int(m.n) == 0
     assert m.late.deferred
-    assert (m.flag, m.parts, m.by_name, m.mode) == (False, [], {}, "train")
+    assert (m.flag, m.parts, m.by_name, m.training) == (False, [], {}, True)
     assert not hasattr(m, "new")
 
 

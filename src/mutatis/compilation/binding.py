@@ -24,6 +24,11 @@ from mutatis.tracing.captures import Captures
 from mutatis.tracing.scope import Scope
 
 
+def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two sequences hold the very same objects; the `==` of states compares values."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
 class Layout:
     """How the arguments of a call are divided among nodes and JAX's positional arguments."""
 
@@ -140,7 +145,7 @@ class Binding:
 
     def is_over(self, cells: list[Variable]) -> bool:
         """Whether these are its cells."""
-        return len(self.cells) == len(cells) and all(map(is_, self.cells, cells))
+        return same_objects(self.cells, cells)
 
     def invalidate(self) -> None:
         """Have it hold no more."""
@@ -152,5 +157,5 @@ class Binding:
             self.epoch == structure.epoch
             and self.containers.unchanged()
             and self.captures.unchanged()
-            and self.ambient == contexts.cells()
+            and same_objects(self.ambient, contexts.cells())
         )

@@ -250,7 +250,7 @@ class Compiler:
             key.append(id(value))
         elif kind in _NUMBERS:
             flat.append(value)
-            key.append(kind.__name__)
+            key.append(kind)  # not its name, which may be that of a keyword argument
         else:
             packed = FlatTree(value)
             flat.append(packed.leaves if packed.nodes else value)

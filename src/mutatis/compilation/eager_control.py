@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from mutatis import _compat
 from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.core import transactions
+from mutatis.core.naming import innermost, probe
 from mutatis.core.nodes import is_node
 from mutatis.core.statics import static_key
 from mutatis.model.modules import Module
@@ -44,7 +44,7 @@ def compiled(
     plain, owners = zip(*map(_unbind, functions), strict=True)
     lifted = [_Lifted(function) for function in plain]
     plain = tuple(one.without for one in lifted)
-    codes = tuple(getattr(inspect.unwrap(f), "__code__", None) or static_key(f) for f in plain)
+    codes = tuple(probe(f if isinstance(f, functools.partial) else innermost(f), "__code__") or static_key(f) for f in plain)
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
 
@@ -105,8 +105,8 @@ def _unbind(function: Any) -> tuple[Any, Any]:
     """A bound method or a callable module as a plain function and the object it belongs to."""
     if isinstance(function, Module):
         return type(function).__call__, function
-    owner = getattr(function, "__self__", None)
-    if is_node(owner) and hasattr(function, "__func__"):
+    owner = probe(function, "__self__")
+    if is_node(owner) and isinstance(function, types.MethodType):
         return function.__func__, owner
     return function, None
 

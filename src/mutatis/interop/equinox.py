@@ -124,7 +124,7 @@ class FromEquinox(Module):
         module, state = self._filled({path: cell.value for path, cell in cells.items()})
         return (module, state) if self.stateful else module
 
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the Equinox module.
 
         Args:
@@ -250,7 +250,7 @@ class ToEquinox(_StatefulLayer):
         """Whether a call takes and returns an `eqx.nn.State`."""
         return self.index is not None
 
-    def __call__(self, *args: Any, state: Any = None, key: Any = None, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, state: Any = None, key: Any = None, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the module.
 
         Args:

@@ -68,7 +68,7 @@ class FromHaiku(Module):
         if params is not None:
             self._create(params, {} if state is None else state)
 
-    def lazy_init(self, *args: Any, **kwargs: Any) -> Self:
+    def lazy_init(self, /, *args: Any, **kwargs: Any) -> Self:
         """Create the states now, if there are none, for a call with these arguments.
 
         Args:
@@ -87,7 +87,7 @@ class FromHaiku(Module):
             self._create(*self._transformed().init(self.rngs.params(), *args, **kwargs))
         return self
 
-    def __call__(self, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
         """Call the function.
 
         Args:
@@ -158,7 +158,7 @@ class ToHaiku(_Module):
         self.constructor = constructor
         self.created = False
 
-    def __call__(self, *args: Any, is_training: bool = True, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, is_training: bool = True, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the module.
 
         Args:

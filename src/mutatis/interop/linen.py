@@ -77,7 +77,7 @@ class FromLinen(Module):
         if variables is not None:
             self._create(bridge.flatten(variables))
 
-    def lazy_init(self, *args: Any, **kwargs: Any) -> Self:
+    def lazy_init(self, /, *args: Any, **kwargs: Any) -> Self:
         """Create the states now, if there are none, for a call with these arguments; `jax.ShapeDtypeStruct` will do for arrays.
 
         Args:
@@ -101,7 +101,7 @@ class FromLinen(Module):
             self._create(bridge.flatten(init(keys, *args, **kwargs)))
         return self
 
-    def __call__(self, *args: Any, rngs: Rngs | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, rngs: Rngs | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Call the Linen module, or the method of it that `method` says.
 
         Args:
@@ -179,7 +179,7 @@ class ToLinen(_Module):
     deterministic: bool = False
 
     @nn.compact
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the module.
 
         Args:

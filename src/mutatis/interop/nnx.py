@@ -69,7 +69,7 @@ class FromNnx(Module):
         """An NNX module with the present values."""
         return self._merged({path: cell.value for path, cell in bridge.flatten(self.variables).items()})
 
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the NNX module, in its evaluation mode after `eval()`, else as it was made.
 
         Args:
@@ -191,7 +191,7 @@ class ToNnx(_Module):
             variables[names[path]] = variable
         self.variables = nnx.data(bridge.nest(variables))
 
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the module.
 
         Args:

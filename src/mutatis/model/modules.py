@@ -63,10 +63,10 @@ class Module(Node):
 
     training: bool = True
 
-    def __new__(cls: type[M], *_args: Any, **_kwargs: Any) -> M:
+    def __new__(cls: type[M], /, *_args: Any, **_kwargs: Any) -> M:
         return new_module(cls)
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, /, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.__dict__.get("__slots__"):
             raise StructureError(

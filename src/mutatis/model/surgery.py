@@ -93,7 +93,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
             got=", ".join(show_path(path) or "." for path in every) or "no modules",
             cure="`mu.modules(model)` lists them by path.",
         )
-    paths = {module: path for path, module in every.items()}
+    paths = {id(module): path for path, module in every.items()}
     others: dict[int, Any] = {}
 
     def swap(item: Any) -> Any:
@@ -104,7 +104,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
         for module in reversed(chosen):
             other = fn(module)
             if not is_node(other) and not isinstance(other, list | tuple | dict | jax.Array | np.ndarray):
-                check_static(other, "replace", show_path(paths[module]))
+                check_static(other, "replace", show_path(paths[id(module)]))
             others = {id(module): other}
             rewrite(holders, swap)
             node = swapped(node, swap, ())
@@ -148,7 +148,7 @@ class Places:
         """The first path of a module that is somewhere in the node."""
         if self._epoch != structure.epoch or not self._contents.unchanged():
             self._look()
-        return self._paths.get(module)
+        return self._paths.get(id(module))
 
     def _look(self) -> None:
         encoder = Encoder()
@@ -156,11 +156,11 @@ class Places:
             self._epoch = structure.epoch
             encoder.encode(check_node(self._node))
         self._contents = ContainerSnapshot([obj for obj in encoder.objects if not isinstance(obj, Module)])
-        self._paths: dict[Any, Path] = {}
+        self._paths: dict[int, Path] = {}  # by `id`: users' modules may compare as they like
         for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
             if isinstance(obj, Module):
                 watch_of(obj)
-                self._paths[obj] = path
+                self._paths[id(obj)] = path
 
 
 def holders_of(node: Any) -> list[tuple[Path, Any]]:

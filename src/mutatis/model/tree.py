@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
+from mutatis.core.naming import probe
 from mutatis.core.nodes import Reference, is_node
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
@@ -44,4 +44,5 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         seen.add(id(value))
         inner = "".join(f"{indent}  {key!r}: {_show(item, indent + '  ', seen)},\n" for key, item in value.items())
         return f"{{\n{inner}{indent}}}"
-    return value.__name__ if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) else repr(value)
+    name = probe(value, "__name__")
+    return name if isinstance(name, str) else repr(value)

@@ -90,6 +90,8 @@ class Variable(Cell, Node, metaclass=_Kind):
         self.sharding = sharding
         self.fixed = type(self)._fixed_by_kind if fixed is None else fixed
         self.metadata = metadata
+        if metadata:
+            _check_metadata(type(self), metadata)
         if value is UNSET and init is None:
             raise StateTypeError(
                 f"a {type(self).__name__} needs a value",
@@ -100,7 +102,7 @@ class Variable(Cell, Node, metaclass=_Kind):
 
     _fixed_by_kind: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, /, **options: Any) -> None:
         super().__init_subclass__(**options)
         declared = cls.__dict__.get("fixed")
         if isinstance(declared, bool):
@@ -174,22 +176,23 @@ class Variable(Cell, Node, metaclass=_Kind):
         return f"{os.path.basename(file)}:{line} in {function}"
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for names that are neither slots nor methods: metadata.
+        # Only reached for names that are neither slots nor methods: metadata, and what arrays have.
         if not name.startswith("_"):
-            try:
+            if name in self.metadata:
                 return self.metadata[name]
-            except KeyError:
-                pass
-        if hasattr(jax.Array, name):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; the array has: `v.value.{name}`")
+            if hasattr(jax.Array, name):
+                return getattr(self.get(), name)
+            if (equivalent := FORMER.get(name)) is not None:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: write `{equivalent}`")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its metadata are {[*self.metadata]}")
 
     # -- as an array -----------------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Any:
-        return self.get() if index is ... else self.get()[index]
+        return self.get() if index is ... else self.get()[plain_index(index)]
 
     def __setitem__(self, index: Any, item: Any) -> None:
+        index = plain_index(index)
         item = item.get() if isinstance(item, Variable) else item
         if index is ...:
             new = as_value(item, self)
@@ -216,6 +219,11 @@ class Variable(Cell, Node, metaclass=_Kind):
                 cure=f"Convert the item: `v[i] = x.astype(jnp.{old.dtype})`.",
             )
         self.set(old.at[index].set(item))
+
+    @property
+    def at(self) -> At:
+        """As of an array: ``v.at[i].set(x)`` is an array with another element; the state stays."""
+        return At(self.get().at)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -277,14 +285,11 @@ class Variable(Cell, Node, metaclass=_Kind):
     def __format__(self, spec: str) -> str:
         return format(self.get(), spec) if spec else str(self)
 
-    def __hash__(self) -> int:
+    def __round__(self, ndigits: int | None = None) -> Any:
+        return round(self.get(), ndigits)
+
+    def __hash__(self) -> int:  # by identity, though `==` compares values: two cells never have one hash
         return id(self) >> 4
-
-    def __eq__(self, other: object) -> Any:
-        return self is other if isinstance(other, Variable) else self.get() == other
-
-    def __ne__(self, other: object) -> Any:
-        return self is not other if isinstance(other, Variable) else self.get() != other
 
     if TYPE_CHECKING:  # made by `_forward`, below the class
 
@@ -304,6 +309,8 @@ class Variable(Cell, Node, metaclass=_Kind):
         def __imul__(self, other: Any) -> Self: ...
         def __itruediv__(self, other: Any) -> Self: ...
         def __neg__(self) -> Any: ...
+        def __eq__(self, other: object) -> Any: ...
+        def __ne__(self, other: object) -> Any: ...
         def __lt__(self, other: Any) -> Any: ...
         def __le__(self, other: Any) -> Any: ...
         def __gt__(self, other: Any) -> Any: ...
@@ -356,7 +363,7 @@ _FIELDS = ("_frozen", "_behind", "_init", "_made_at", "name", "sharding", "fixed
 
 def _forward(name: str) -> None:
     """Give Variable a binary operator that works on the value, and its reflected and in-place forms."""
-    apply = getattr(operator, name)
+    apply = divmod if name == "divmod" else getattr(operator, name)
 
     def binary(self: Variable, other: Any) -> Any:
         return apply(self.get(), other.get() if isinstance(other, Variable) else other)
@@ -370,6 +377,8 @@ def _forward(name: str) -> None:
 
     stem = name.rstrip("_")
     for prefix, method in (("", binary), ("r", reflected), ("i", in_place)):
+        if (prefix, name) == ("i", "divmod"):
+            continue  # there is no such operator
         setattr(Variable, f"__{prefix}{stem}__", method)
 
 
@@ -387,6 +396,7 @@ for _name in (
     "xor",
     "lshift",
     "rshift",
+    "divmod",
 ):
     _forward(_name)
 
@@ -403,8 +413,59 @@ def _forward_plain(name: str) -> None:
         )
 
 
-for _name in ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge"):
+for _name in ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
     _forward_plain(_name)
+
+
+class At:
+    """What `Variable.at` is: that of its array, with states among the indices."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self, at: Any) -> None:
+        self._at = at
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._at[plain_index(index)]
+
+
+def plain_index(index: Any) -> Any:
+    """An index with the values of states in their place."""
+    if isinstance(index, Variable):
+        return index.get()
+    if isinstance(index, tuple):
+        return tuple(map(plain_index, index))
+    if isinstance(index, slice):
+        return slice(plain_index(index.start), plain_index(index.stop), plain_index(index.step))
+    return index
+
+
+def _check_metadata(kind: type, metadata: dict[str, Any]) -> None:
+    """Raise if metadata could not be read, as every state has an attribute of their name."""
+    for name in metadata:
+        if hasattr(kind, name):
+            raise StateTypeError(
+                f"metadata of a {kind.__name__} cannot be named `{name}`: every state has an attribute of that name",
+                path=name,
+                expected="a name that is no attribute of `mu.Variable`",
+                got=name,
+                cure=f"Give it another name: `{spelled(kind)}(x, {name}_=...)`.",
+            )
+
+
+# What the states of other libraries have, and how it is written here.
+FORMER = {
+    "get_value": "v.get()",
+    "set_value": "v.set(x)",
+    "raw_value": "v.value",
+    "get_raw_value": "v.get()",
+    "set_raw_value": "v.set(x)",
+    "get_metadata": "v.metadata",
+    "set_metadata": "mu.Param(v.value, key=...)",
+    "copy_from": "v.set(other.value)",
+    "update_from_state": "v.set(other.value)",
+    "unbox": "v.value",
+}
 
 
 # -- pytree: the child is the value, the kind is static --------------------------------------------------------

@@ -12,7 +12,7 @@ from mutatis.model.surgery import modules
 from mutatis.model.walks import variables
 
 
-def view(module: Module, **statics: Any) -> Any:
+def view(module: Module, /, **statics: Any) -> Any:
     """Another module over the same cells with other static attributes, such as ``training=False``.
 
     Each attribute is set on every submodule that has it; `training` on all.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from mutatis.core.naming import innermost, probe
 from mutatis.core.nodes import is_node
 
 
@@ -73,7 +74,7 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     """The parameter names that arguments go by, for messages."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
+    except Exception:  # of a user's class, too
         parameters = []
     names: list[str] = []
     for index in range(len(args)):
@@ -89,10 +90,6 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 def function_name(function: Any) -> str:
     """A function's name, for messages."""
-    function = (
-        inspect.unwrap(function, stop=lambda f: not hasattr(f, "__wrapped__")) if callable(function) else function
-    )
-    while hasattr(function, "func"):  # partials
-        function = function.func
-    name = getattr(function, "__qualname__", None) or type(function).__name__
-    return str(name).replace("<locals>.", "").replace("<lambda>", "lambda")
+    function = innermost(function)
+    name = probe(function, "__qualname__")
+    return (name if isinstance(name, str) else type(function).__name__).replace("<locals>.", "").replace("<lambda>", "lambda")

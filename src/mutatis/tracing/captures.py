@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 import jax
 
 from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.naming import probe, wrapped
 from mutatis.core.nodes import is_node, searched_attributes
 from mutatis.core.statics import Identity, Static, static_key
 from mutatis.model import contexts
@@ -167,11 +168,11 @@ class Captures:
                 self.visit(name, part)
         elif _is_container(value):
             self._container(name, value)
-        elif isinstance(getattr(value, "__wrapped__", None), types.FunctionType):
+        elif isinstance(wrapped(value), types.FunctionType):
             self.token.append(Identity(value))
             self.visit(name, value.__wrapped__)
             for rule in ("fwd", "bwd", "jvp"):  # of JAX's `custom_vjp` and `custom_jvp`
-                self.visit(rule, getattr(value, rule, None))
+                self.visit(rule, probe(value, rule))
         elif (attributes := searched_attributes(value)) is not None:
             self.token.append(Identity(value))
             for attribute in attributes:
@@ -252,7 +253,7 @@ def search(*functions: Any, ignored: frozenset[Slot] = frozenset()) -> Captures:
         if isinstance(function, Module):
             found.roots.append(("model", function))
         else:
-            found.enter(getattr(function, "__name__", "f"), function)
+            found.enter(str(probe(function, "__name__", "f")), function)
     for context, entry in contexts.active():
         found.visit(context.name, entry.value if isinstance(entry, Static) else entry)
     found.complete()

@@ -14,7 +14,7 @@ from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
 
-def eval_shape(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """The shapes and dtypes of a function's result; as `jax.eval_shape`, with states.
 
     Nothing is computed, allocated or written. A module that `f` makes comes back with shapes for values.

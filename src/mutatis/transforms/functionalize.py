@@ -46,7 +46,7 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
     """
     node = _named_nodes(f) if of is None else of
 
-    def pure(state: State, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+    def pure(state: State, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
         cells = variables(node)
         if set(state) != set(cells):
             differences = [f"missing:    {show_path(p)}" for p in cells if p not in set(state)]

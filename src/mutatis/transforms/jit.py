@@ -25,10 +25,10 @@ class Jitted(Transformed):
         super().__init__(function, functools.partial(jit, **options))
         self._compiler = Compiler("jit", _options(function, options))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._compiler(self.__wrapped__, args, kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+    def lower(self, /, *args: Any, **kwargs: Any) -> Lowered:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
 
         Arrays may be `jax.ShapeDtypeStruct`; modules are given as they are.
@@ -79,7 +79,7 @@ class Compiled:
         self._number = number
         self._compiled = compiled
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call it.
 
         Raises:
@@ -183,7 +183,7 @@ def _both(
         return _numbers(numbers), _names(names)
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
+    except Exception:  # of a user's class, too
         return _numbers(numbers), _names(names)
     either = [p.name if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None for p in parameters]
     if numbers is not None:

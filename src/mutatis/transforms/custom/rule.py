@@ -53,7 +53,7 @@ class CustomRule(Transformed):
         self._options = options
         self.set_recipe(functools.partial(_remake, type(self), *self._nondiff, rules=rules, **options))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         function = self.__wrapped__
         name = function_name(function)
         if not self.rules:
