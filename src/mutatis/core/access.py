@@ -98,6 +98,17 @@ def placement(cell: Cell) -> tuple[Any, ...] | None:
     return None if cell._birth is not None else avals.placement(cell._value)
 
 
+def split_axes(cell: Cell) -> list[int]:
+    """The axes along which the code that runs now sees a slice of a cell, the outermost transform's first."""
+    axes = []
+    tx: Transaction | None = here.top
+    while tx is not None:
+        if cell in tx.split:
+            axes.append(tx.split[cell])
+        tx = tx.parent
+    return axes[::-1]
+
+
 def note_reads(states: Iterable[Cell]) -> None:
     """Note that a compiled program, which has been called for the code that runs now, reads these cells."""
     if (tx := here.top) is not None:

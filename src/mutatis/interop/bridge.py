@@ -27,7 +27,7 @@ from mutatis.model.kinds import Intermediate, Param, RngState
 from mutatis.model.modules import Module
 from mutatis.model.operations import merge, pop, split
 from mutatis.model.state import State
-from mutatis.model.variables import Variable, initial
+from mutatis.model.variables import Variable, started
 from mutatis.model.views import view
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
@@ -268,7 +268,7 @@ def construct(constructor: Callable[[Rngs], Module], rngs: Rngs) -> Module:
     model = constructor(rngs)
     for cell in variables(model).values():
         if access.load(cell) is UNSET:
-            cell.value = initial(cell)
+            cell.value = started(cell)
     return model
 
 

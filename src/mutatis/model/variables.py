@@ -64,7 +64,7 @@ class Variable(Cell, Node, metaclass=_Kind):
       3
     """
 
-    __slots__ = ("_behind", "_frozen", "_init", "_made_at", "fixed", "metadata", "name", "sharding")
+    __slots__ = ("_behind", "_frozen", "_init", "_lanes", "_made_at", "fixed", "metadata", "name", "sharding")
     __array_priority__ = 100  # NumPy leaves `array + variable` to us, as it does with JAX arrays
 
     collection: ClassVar[str] = "variables"
@@ -85,6 +85,7 @@ class Variable(Cell, Node, metaclass=_Kind):
         self._frozen: str | None = None
         self._behind = False
         self._init = init
+        self._lanes: tuple[tuple[int, int], ...] = ()  # axes that transforms put into it, and their sizes; see `note_stacked`
         self._made_at: tuple[str, int, str] | None = caller()
         self.name = name
         self.sharding = sharding
@@ -139,7 +140,7 @@ class Variable(Cell, Node, metaclass=_Kind):
     value = property(get, set, doc="The value, read and written through the current transaction.")
 
     def _create(self) -> Any:
-        start = Deferred(None) if self._init is None else initial(self)
+        start = Deferred(None) if self._init is None else started(self)
         if type(start) is Deferred:
             raise DeferredStateError(
                 f"state {naming.describe(self)} was read before its layer created it",
@@ -350,7 +351,7 @@ class Variable(Cell, Node, metaclass=_Kind):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Cell.__init__(self)
         for name in _FIELDS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, ()))  # what was pickled earlier has no lanes
         leaves = [from_bytes(leaf) for leaf in state["leaves"]]
         access.create(self, jax.tree.unflatten(jax.tree.structure(state["tree"]), leaves))
 
@@ -358,7 +359,7 @@ class Variable(Cell, Node, metaclass=_Kind):
         return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
 
-_FIELDS = ("_frozen", "_behind", "_init", "_made_at", "name", "sharding", "fixed", "metadata")
+_FIELDS = ("_frozen", "_behind", "_init", "_lanes", "_made_at", "name", "sharding", "fixed", "metadata")
 
 
 def _forward(name: str) -> None:
@@ -493,6 +494,7 @@ def detached(kind: type[V]) -> V:
     variable._frozen = "detached"
     variable._behind = False
     variable._init = None
+    variable._lanes = ()
     variable._made_at = None
     variable.name = variable.sharding = None
     variable.fixed = kind._fixed_by_kind
@@ -519,8 +521,48 @@ def spelled(kind: type) -> str:
 
 
 def initial(variable: Variable) -> Any:
-    """The value that a state with `init` starts with."""
-    return variable._init() if callable(variable._init) else variable._init
+    """The value that a state with `init` starts with.
+
+    Raises:
+      DeferredStateError: its `init` captured a value of the transform in which the state was made.
+    """
+    try:
+        return variable._init() if callable(variable._init) else variable._init
+    except jax.errors.UnexpectedTracerError as error:
+        raise DeferredStateError(
+            f"state {naming.describe(variable)} cannot be started: its `init` uses a value of the transform it was made in",
+            path=naming.path_of(variable),
+            made_at=variable.made_at,
+            expected="an `init` that can be called again later",
+            cure="Keep what it needs as a state, `self.start = mu.Buffer(x)`, and use that: `init=lambda: self.start.value`.",
+        ) from error
+
+
+def note_stacked(variable: Variable, axis: int, size: int) -> None:
+    """Note that a transform has stacked the states of its runs along a new axis: the state starts anew with it, too."""
+    moved = [(at + (at >= axis), n) for at, n in variable._lanes]
+    variable._lanes = tuple(sorted([*moved, (axis, size)]))
+
+
+def started(variable: Variable, batch_shape: tuple[int, ...] = ()) -> Any:
+    """The value that a state with `init` starts with where it is: as often as the model that it is in is stacked.
+
+    Args:
+      variable: the state.
+      batch_shape: further axes, in front of each single one.
+    """
+    value = as_value(initial(variable), variable)
+    lanes = variable._lanes
+    for axis in access.split_axes(variable):  # of these the code that runs now sees one slice
+        lanes = tuple((at - (at > axis), size) for at, size in lanes if at != axis)
+
+    def stack(x: Any) -> Any:
+        x = jnp.broadcast_to(x, (*batch_shape, *x.shape)) if batch_shape else x
+        for axis, size in lanes:
+            x = jnp.repeat(jnp.expand_dims(x, axis), size, axis)
+        return x
+
+    return jax.tree.map(stack, value) if lanes or batch_shape else value
 
 
 def check_same_type(variable: Variable, new: Any, what: str) -> None:

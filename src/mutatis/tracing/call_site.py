@@ -96,6 +96,7 @@ class CallSite:
         self.outer = _compat.current_trace()
         self.end: RunResult
         self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
+        self.split: dict[Any, int] = {}  # cells of which each run sees a slice, along this axis
         self.journal = Journal(self.scope.containers)  # of all runs
 
     def __enter__(self) -> Self:
@@ -137,7 +138,7 @@ class CallSite:
         """
         with make(self.label, locate=self.scope.locate, outer=self.outer, journal=self.journal) as tx:
             tx.preload(overlay)
-            tx.repeats = self.repeats
+            tx.repeats, tx.split = self.repeats, self.split
             if call is None:
                 args, kwargs = self.packed.unflatten(self.packed.leaves if leaves is None else leaves)
                 out = self.function(*args, **kwargs)

@@ -19,7 +19,7 @@ from mutatis.core import naming
 from mutatis.core.nodes import is_node
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
-from mutatis.model.variables import Variable, spelled
+from mutatis.model.variables import Variable, note_stacked, spelled
 from mutatis.tracing.arguments import broadcast
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
@@ -101,6 +101,7 @@ def vectorize(
             if cell not in axes and type(cell).vmap_axis is not None:
                 axes[cell] = type(cell).vmap_axis
         split: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
+        site.split = split
         alike = {cell for cell, axis in axes.items() if axis is Shared}
         values = [check_axis(site, cell, axis) for cell, axis in split.items()]
         lanes = np.arange(_count(site, leaf_axes, split, values, axis_size), dtype=np.uint32)
@@ -134,6 +135,8 @@ def vectorize(
         ordered = []
         for cell in end.cells:
             axis = 0 if cell in end.born else split.get(cell)
+            if cell in end.born:
+                note_stacked(cell, 0, lanes.size)
             ordered.append(next(shared_left) if axis is None else next(groups_left[axis]))
         return site.commit(end, ordered, jax.tree.leaves(out))
 
