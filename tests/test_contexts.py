@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-from mutatis.model.modules import bindings_of
 from mutatis import errors
+from mutatis.model.modules import bindings_of
 
 
 class Net(mu.Module):

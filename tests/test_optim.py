@@ -202,7 +202,9 @@ def test_frozen_parameters_are_left_alone() -> None:
     moments = optimizer.state["0.mu.w"].value
     mu.thaw(model.w)
     step()
-    np.testing.assert_allclose(optimizer.state["0.mu.w"].value, 0.9 * moments + 0.1 * np.asarray(mu.grad(loss)(model)[("w",)]), atol=1)
+    np.testing.assert_allclose(
+        optimizer.state["0.mu.w"].value, 0.9 * moments + 0.1 * np.asarray(mu.grad(loss)(model)[("w",)]), atol=1
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True])

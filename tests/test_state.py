@@ -662,7 +662,12 @@ def test_a_view_is_another_module_over_the_same_cells() -> None:
     assert type(other) is Net
     assert other.w is net.w
     assert other.x_tied is net.w
-    assert (other.training, net.training, other.blocks[0].training, net.blocks[0].training) == (False, True, False, True)
+    assert (other.training, net.training, other.blocks[0].training, net.blocks[0].training) == (
+        False,
+        True,
+        False,
+        True,
+    )
     net.w.value = jnp.full(2, 7.0)
     np.testing.assert_array_equal(other.w, [7, 7])
     mu.jit(lambda m: m.w.set(m.w + 1))(other)

@@ -96,6 +96,10 @@ class OptionError(MutatisError, ValueError):
     """An option of a transform is none of those there are."""
 
 
+class ContextError(MutatisError, LookupError):
+    """A context without a default was read where it is not set."""
+
+
 class FilterError(MutatisError, ValueError):
     """A filter is not one, selects nothing, or leaves states over."""
 

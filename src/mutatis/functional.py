@@ -32,7 +32,7 @@ from mutatis.model.state import State
 from mutatis.model.surgery import modules
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
-from mutatis.random import Rngs, as_key, restarted
+from mutatis.random import Rngs, as_key, restarted, stream_of
 from mutatis.transforms.abstract import eval_shape
 
 _PASSING = (Intermediate, Perturbation)  # states that a call makes where they are missing
@@ -354,7 +354,7 @@ def _stream(path: Path, cell: RngState, rngs: Any) -> Any:
         return UNSET
     name = cell.metadata.get("tag", "default")
     if isinstance(rngs, Rngs):
-        return restarted(path, rngs.stream(name).draw(), access.peek(cell))
+        return restarted(path, stream_of(rngs, name).draw(), access.peek(cell))
     seeds = rngs if isinstance(rngs, Mapping) else {"default": rngs}
     seed = seeds.get(name, seeds.get("default", UNSET))
     return UNSET if seed is UNSET else restarted(path, as_key(seed, name), access.peek(cell))

@@ -44,7 +44,9 @@ def compiled(
     plain, owners = zip(*map(_unbind, functions), strict=True)
     lifted = [_Lifted(function) for function in plain]
     plain = tuple(one.without for one in lifted)
-    codes = tuple(probe(f if isinstance(f, functools.partial) else innermost(f), "__code__") or static_key(f) for f in plain)
+    codes = tuple(
+        probe(f if isinstance(f, functools.partial) else innermost(f), "__code__") or static_key(f) for f in plain
+    )
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
 

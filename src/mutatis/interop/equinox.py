@@ -23,7 +23,7 @@ from mutatis.model.kinds import BatchStat, Buffer, Param
 from mutatis.model.modules import Module
 from mutatis.model.operations import merge
 from mutatis.model.state import State
-from mutatis.random import Rngs, as_key
+from mutatis.random import Rngs, as_key, stream_of
 
 eqx = bridge.require("equinox")
 
@@ -139,7 +139,7 @@ class FromEquinox(Module):
           StructureError: it has a state, and does not return a pair of something and the new state.
         """
         if self.training and self.rngs is not None and "key" not in kwargs:
-            kwargs["key"] = self.rngs.stream("dropout").draw()
+            kwargs["key"] = stream_of(self.rngs, "dropout").draw()
 
         def pure(values: dict[Path, Any]) -> Any:
             module, state = self._filled(values)
@@ -250,7 +250,9 @@ class ToEquinox(_StatefulLayer):
         """Whether a call takes and returns an `eqx.nn.State`."""
         return self.index is not None
 
-    def __call__(self, /, *args: Any, state: Any = None, key: Any = None, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(
+        self, /, *args: Any, state: Any = None, key: Any = None, method: str = "__call__", **kwargs: Any
+    ) -> Any:
         """Call the module.
 
         Args:

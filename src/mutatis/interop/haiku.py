@@ -18,7 +18,7 @@ from mutatis.model.filters import Path
 from mutatis.model.kinds import BatchStat, Param
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
-from mutatis.random import Rngs, as_key
+from mutatis.random import Rngs, as_key, stream_of, streams_of
 from mutatis.transforms.abstract import eval_shape
 
 hk = bridge.require("haiku")
@@ -102,8 +102,13 @@ class FromHaiku(Module):
           RandomStreamError: the states have yet to be created, and there are no random streams.
         """
         self.lazy_init(*args, **kwargs)
-        if rng is None and self.training and self.rngs is not None and {"dropout", "default"} & {*self.rngs.streams}:
-            rng = self.rngs.stream("dropout").draw()
+        if (
+            rng is None
+            and self.training
+            and self.rngs is not None
+            and {"dropout", "default"} & {*streams_of(self.rngs)}
+        ):
+            rng = stream_of(self.rngs, "dropout").draw()
 
         def pure(values: dict[Path, Any]) -> Any:
             held = {"params": {}, "state": {}, **bridge.nest(values)}

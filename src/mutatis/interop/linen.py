@@ -18,7 +18,7 @@ from mutatis.errors import StructureError
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
 from mutatis.model.modules import Module
-from mutatis.random import Rngs
+from mutatis.random import Rngs, streams_of
 from mutatis.transforms.abstract import eval_shape
 
 flax = bridge.require("flax")
@@ -144,7 +144,7 @@ class FromLinen(Module):
 
 def _keys(rngs: Rngs) -> dict[str, Any]:
     """A key for each stream but `params`; the default stream stands for those that Linen does not find: that is `params`."""
-    keys = {name: state.draw() for name, state in rngs.streams.items() if name != "params"}
+    keys = {name: state.draw() for name, state in streams_of(rngs).items() if name != "params"}
     if "default" in keys:
         keys["params"] = keys.pop("default")
     return keys

@@ -1,7 +1,7 @@
 """Attributes: what may be an attribute of a module, and what is stored for it.
 
-States, modules and transformed functions are stored as they are. An array, or another registered pytree that holds arrays, becomes
-a `Buffer` behind the attribute. Everything else is static, and refused if it cannot be.
+States, modules and transformed functions are stored as they are. An array, or another registered pytree that
+holds arrays, becomes a `Buffer` behind the attribute. Everything else is static, and refused if it cannot be.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mutatis.core.statics import PLAIN, StaticObject, check_static, static_key
 from mutatis.errors import StaticAttributeError, StructureError
 from mutatis.model.behind import install
 from mutatis.model.kinds import Buffer
-from mutatis.model.strangers import refuse_layer
+from mutatis.model.strangers import door, refuse_stranger
 
 ARRAYS = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -46,7 +46,7 @@ def admit(owner: type, name: str, value: Any, old: Any) -> Any:
         if isinstance(value, list | tuple | dict):
             check_container(owner, name, value)
             return value
-        refuse_layer(owner, name, value)
+        refuse_stranger(owner, name, value)
         if holds_arrays(value):
             return _behind(owner, name, value)
         check_static(value, owner.__name__, name)
@@ -60,6 +60,15 @@ def _behind(owner: type, name: str, value: Any) -> Buffer:
     buffer._behind = True
     install(owner, name)
     return buffer
+
+
+def _is_pytree_of_arrays(item: Any) -> bool:
+    return (
+        type(item) not in PLAIN
+        and not isinstance(item, list | tuple | dict)
+        and door(item) is None
+        and holds_arrays(item)
+    )
 
 
 def holds_arrays(value: Any) -> bool:
@@ -101,7 +110,7 @@ def check_container(owner: type, name: str, value: Any, above: tuple[int, ...] =
         )
     inside = (*above, id(value))
     for item in value.values() if isinstance(value, dict) else value:
-        if isinstance(item, jax.Array | np.ndarray):
+        if isinstance(item, jax.Array | np.ndarray) or (not is_node(item) and _is_pytree_of_arrays(item)):
             raise StructureError(
                 f"`{owner.__name__}.{name}` is a {type(value).__name__} of bare arrays",
                 path=f"{owner.__name__}.{name}",
@@ -114,7 +123,7 @@ def check_container(owner: type, name: str, value: Any, above: tuple[int, ...] =
             if id(item) not in inside:  # else it holds itself
                 check_container(owner, name, item, inside)
         elif not is_node(item) and not isinstance(item, StaticObject | Reference):
-            refuse_layer(owner, name, item)
+            refuse_stranger(owner, name, item)
             check_static(item, owner.__name__, name)
 
 

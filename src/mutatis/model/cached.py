@@ -1,8 +1,8 @@
 """`functools.cached_property` in modules: its value is kept beside the structure, not in it.
 
-A value that is computed in ordinary Python is kept while the states that it was computed from keep their values. Inside a transform
-it is computed anew and not kept: it would hold tracers, or be a constant in a program that another model shares. So code
-that runs eagerly and the same code compiled always agree.
+A value that is computed in ordinary Python is kept while the states that it was computed from keep their values. Inside a
+transform it is computed anew and not kept: it would hold tracers, or be a constant in a program that another model shares. So
+code that runs eagerly and the same code compiled always agree.
 """
 
 from __future__ import annotations

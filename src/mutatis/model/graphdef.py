@@ -69,7 +69,7 @@ class GraphDef:
 
 
 def describe_graph(node: Any, *, marks: bool = True) -> tuple[GraphDef, list[Variable]]:
-    """The static description of a node (with or without the marks on frozen cells), and its cells in the order of their numbers."""
+    """The static description of a node (without `marks`, not of which cells are frozen), and its cells by number."""
     parts, cells = _find(node, described=True, marks=marks)
     return GraphDef(*parts, tuple(map(_type, access.peek_many(cells)))), cells
 

@@ -40,8 +40,9 @@ _flips = threading.RLock()  # so that an old value and the epoch's change from i
 class Module(Node):
     """Base class of models and layers. Assign states, modules and static values as attributes, in any order.
 
-    `training` says how layers behave that differ in training: dropout, batch norm and whatever listens. `train()` and `eval()` set
-    it on a module and all that it holds.
+    An array that is assigned is read and assigned as an array, and is a state of kind `Buffer` behind the attribute:
+    ``mu.variables(model)`` has it. `training` says how layers behave that differ in training: dropout, batch norm and whatever
+    listens. `train()` and `eval()` set it on a module and all that it holds.
 
     Raises:
       StructureError: a subclass declares `__slots__`.

@@ -20,6 +20,7 @@ from mutatis.model.graph import make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
 from mutatis.model.kinds import RngState
 from mutatis.model.state import State, first_filters
+from mutatis.model.strangers import plain_value
 from mutatis.model.surgery import GONE, held_fast, holders_of, rewrite, swapped
 from mutatis.model.values import as_value
 from mutatis.model.variables import Variable, spelled, started
@@ -223,7 +224,7 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
         if isinstance(value, Mapping) and path not in ends:
             pending.extend(((*path, key), inner) for key, inner in value.items())
         else:
-            flat[path] = value
+            flat[path] = plain_value(value)
     return flat
 
 
@@ -276,7 +277,7 @@ def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) ->
             made_at=cell.made_at,
             cure="`mu.reseed(model, default=0)` starts random streams anew."
             if streams
-            else f"Say how it starts, `{spelled(type(cell))}(init=lambda: jnp.zeros(3))`; `mu.reset(model)` resets those that do.",
+            else f"Say how it starts, `{spelled(type(cell))}(init=lambda: jnp.zeros(3))`; `mu.reset(model)` takes those that do.",
         )
     cells = [cell for cell in chosen.values() if cell.init is not None]
     values = [_placed_like(cell, started(cell, batch_shape)) for cell in cells]

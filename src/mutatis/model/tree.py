@@ -28,7 +28,7 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         if id(value) in seen:
             return f"{value!r} (shared)"
         seen.add(id(value))
-        return repr(value)
+        return f"{value!r}, read as an array" if value._behind else repr(value)
     if isinstance(value, Wrapped):
         return f"{type(value).__name__}({_show(value.__wrapped__, indent, seen)})"
     if is_node(value):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mutatis._equivalents import equivalent
 from mutatis.core import access, naming, transactions
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Cell, Deferred
@@ -85,7 +86,9 @@ class Variable(Cell, Node, metaclass=_Kind):
         self._frozen: str | None = None
         self._behind = False
         self._init = init
-        self._lanes: tuple[tuple[int, int], ...] = ()  # axes that transforms put into it, and their sizes; see `note_stacked`
+        self._lanes: tuple[
+            tuple[int, int], ...
+        ] = ()  # axes that transforms put into it, and their sizes; see `note_stacked`
         self._made_at: tuple[str, int, str] | None = caller()
         self.name = name
         self.sharding = sharding
@@ -183,8 +186,8 @@ class Variable(Cell, Node, metaclass=_Kind):
                 return self.metadata[name]
             if hasattr(jax.Array, name):
                 return getattr(self.get(), name)
-            if (equivalent := FORMER.get(name)) is not None:
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: write `{equivalent}`")
+            if (instead := equivalent("Variable", name)) is not None:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: write `{instead}`")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its metadata are {[*self.metadata]}")
 
     # -- as an array -----------------------------------------------------------------------------------------
@@ -452,21 +455,6 @@ def _check_metadata(kind: type, metadata: dict[str, Any]) -> None:
                 got=name,
                 cure=f"Give it another name: `{spelled(kind)}(x, {name}_=...)`.",
             )
-
-
-# What the states of other libraries have, and how it is written here.
-FORMER = {
-    "get_value": "v.get()",
-    "set_value": "v.set(x)",
-    "raw_value": "v.value",
-    "get_raw_value": "v.get()",
-    "set_raw_value": "v.set(x)",
-    "get_metadata": "v.metadata",
-    "set_metadata": "mu.Param(v.value, key=...)",
-    "copy_from": "v.set(other.value)",
-    "update_from_state": "v.set(other.value)",
-    "unbox": "v.value",
-}
 
 
 # -- pytree: the child is the value, the kind is static --------------------------------------------------------

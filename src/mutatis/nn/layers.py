@@ -19,10 +19,10 @@ from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
 from mutatis.core.cells import Deferred
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.errors import StructureError
 from mutatis.model.kinds import Param
 from mutatis.model.variables import Variable
-from mutatis.random import Rngs
+from mutatis.random import Rngs, stream_of
 
 Shape = tuple[int, ...]
 
@@ -33,15 +33,7 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
     Raises:
       RandomStreamError: there is no stream to draw from.
     """
-    if not isinstance(rngs, Rngs):
-        raise RandomStreamError(
-            f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
-            path="params",
-            expected="Rngs",
-            got=type(rngs).__name__,
-            cure=f"`nn.{layer}(..., rngs=mu.Rngs(0))`",
-        )
-    return rngs.stream("params").draw()
+    return stream_of(rngs, "params", f"`nn.{layer}`").draw()
 
 
 def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike) -> Param:

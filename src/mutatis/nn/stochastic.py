@@ -13,7 +13,7 @@ from mutatis.errors import RandomStreamError, StructureError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.nn.layers import first_said
-from mutatis.random import Rngs
+from mutatis.random import Rngs, stream_of
 
 
 class Dropout(Module):
@@ -67,7 +67,11 @@ class Dropout(Module):
         self.rate = rate
         self.broadcast_dims = tuple(broadcast_dims)
         self.deterministic = deterministic
-        self.stream = None if rngs is None else RngState(stream_value(rngs.stream("dropout").draw()), tag="dropout")
+        self.stream = (
+            None
+            if rngs is None
+            else RngState(stream_value(stream_of(rngs, "dropout", "`nn.Dropout`").draw()), tag="dropout")
+        )
 
     def __call__(self, x: ArrayLike, *, deterministic: bool | None = None, rngs: Rngs | None = None) -> jax.Array:
         """Drop elements.
@@ -96,7 +100,7 @@ class Dropout(Module):
 
     def _stream(self, rngs: Rngs | None) -> RngState:
         if rngs is not None:
-            return rngs.stream("dropout")
+            return stream_of(rngs, "dropout", "`nn.Dropout`")
         if self.stream is None:
             raise RandomStreamError(
                 "`nn.Dropout` has no random stream `dropout` to draw from",

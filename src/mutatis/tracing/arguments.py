@@ -92,4 +92,8 @@ def function_name(function: Any) -> str:
     """A function's name, for messages."""
     function = innermost(function)
     name = probe(function, "__qualname__")
-    return (name if isinstance(name, str) else type(function).__name__).replace("<locals>.", "").replace("<lambda>", "lambda")
+    return (
+        (name if isinstance(name, str) else type(function).__name__)
+        .replace("<locals>.", "")
+        .replace("<lambda>", "lambda")
+    )
