@@ -202,7 +202,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name in _LATER:
         return pkgutil.resolve_name(_LATER[name])
-    raise _equivalents.missing(__name__, name, __all__)
+    raise _equivalents.missing(__name__, name)
 
 
 def __dir__() -> list[str]:

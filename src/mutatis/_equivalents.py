@@ -5,8 +5,7 @@ Each module of the package that has a ``__getattr__`` ends it with `missing`, an
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 
@@ -153,12 +152,9 @@ def equivalent(place: str, name: str) -> str | None:
     return known
 
 
-def missing(place: str, name: str, names: Iterable[str]) -> AttributeError:
-    """The error for a name that a module does not have: it says what is written instead, or the nearest name."""
+def missing(place: str, name: str) -> AttributeError:
+    """The error for a name that a module does not have: it says what is written instead."""
     text = f"module {place!r} has no attribute {name!r}"
-    if name.startswith("_"):
-        return AttributeError(text)
     if (instead := equivalent(place, name)) is not None:
         return AttributeError(f"{text}: write {instead if '`' in instead else f'`{instead}`'}")
-    near = difflib.get_close_matches(name, names, 1)
-    return AttributeError(f"{text}. Did you mean {near[0]!r}?" if near else text)
+    return AttributeError(text)  # Python itself suggests a near one

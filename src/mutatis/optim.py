@@ -59,9 +59,8 @@ class Optimizer(Module):
         values = self._values(self._params())
         names, leaves, treedef = _named_leaves(tx.init(values))
         self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        self._made_for = _Layout(
-            _types(values), tuple(names), tuple(_struct(cell.value) for cell in self.state.values()), treedef
-        )
+        types = tuple(_struct(cell.value) for cell in self.state.values())
+        self._made_for = _Layout(_types(values), tuple(names), types, treedef)
 
     def update(self, /, *args: Any, **extra: Any) -> None:
         """Apply gradients: ``update(grads)`` or ``update(model, grads)``.

@@ -115,7 +115,7 @@ def stream_of(rngs: Any, name: str, layer: str | None = None) -> RngState:
       RandomStreamError: there is no default stream either, or `rngs` are no random streams.
     """
     if not isinstance(rngs, Rngs):
-        owner = "" if layer is None else f"{layer} cannot draw: "
+        owner = "" if layer is None else f"{layer} cannot draw from stream `{name}`: "
         raise RandomStreamError(
             f"{owner}`rngs` holds no random streams",
             path=name,

@@ -12,7 +12,7 @@ __all__ = ["BatchNorm", "Conv", "Dropout", "Linear"]
 
 
 def __getattr__(name: str) -> Any:
-    raise _equivalents.missing(__name__, name, __all__)
+    raise _equivalents.missing(__name__, name)
 
 
 _homes.publish(__name__, {name: globals()[name] for name in __all__})

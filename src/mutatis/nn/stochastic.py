@@ -67,11 +67,10 @@ class Dropout(Module):
         self.rate = rate
         self.broadcast_dims = tuple(broadcast_dims)
         self.deterministic = deterministic
-        self.stream = (
-            None
-            if rngs is None
-            else RngState(stream_value(stream_of(rngs, "dropout", "`nn.Dropout`").draw()), tag="dropout")
-        )
+        self.stream = None
+        if rngs is not None:
+            key = stream_of(rngs, "dropout", "`nn.Dropout`").draw()
+            self.stream = RngState(stream_value(key), tag="dropout")
 
     def __call__(self, x: ArrayLike, *, deterministic: bool | None = None, rngs: Rngs | None = None) -> jax.Array:
         """Drop elements.
