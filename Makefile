@@ -41,7 +41,7 @@ test-leaks: $(READY)
 	MUTATIS_TEST_LEAKS=1 $(PYTEST) $(ARGS)
 
 docs: $(READY)
-	$(PYTEST) tests/test_docs.py $(ARGS)
+	$(PYTEST) tests/whole/test_docs.py $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check $(ARGS) .

@@ -71,13 +71,13 @@ class _FormerModule(types.ModuleType):
 
 
 class _Former(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds former modules, but not for an `import` statement: to that, they do not exist."""
+    """Finds former modules for `pickle`. To everybody else they do not exist."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         known = fullname.startswith("mutatis.") and fullname.removeprefix("mutatis.") in _FORMER
-        return importlib.machinery.ModuleSpec(fullname, self) if known and not _is_imported_by_statement() else None
+        return importlib.machinery.ModuleSpec(fullname, self) if known and _is_unpickling() else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _FormerModule(spec.name)
@@ -94,11 +94,13 @@ class _Package(types.ModuleType):
             super().__setattr__(name, value)
 
 
-def _is_imported_by_statement() -> bool:
+def _is_unpickling() -> bool:
+    """Whether a module is asked for by a plain call, as `pickle` does, and not by an `import` statement or by `importlib`."""
     frame: Any = sys._getframe(1)
     while frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
-    return bool(dis.opname[frame.f_code.co_code[frame.f_lasti]] == "IMPORT_NAME")
+    by_statement = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "IMPORT_NAME"
+    return not by_statement and frame.f_globals.get("__name__", "").partition(".")[0] != "importlib"
 
 
 def read_former_pickles(package: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
+from mutatis.core.naming import show_path
 
 pytest.importorskip("equinox")
 
@@ -64,7 +65,7 @@ def over_batch(net: Any) -> Any:
 def test_leaves_become_states(given: str) -> None:
     made = eqx.nn.make_with_state(Net)(jax.random.key(0)) if given == "pair" else (Net(jax.random.key(0)),)
     net = FromEquinox(*made, rngs=mu.Rngs(0))
-    kinds = {mu.graph.show_path(path[1:]): type(cell) for path, cell in mu.variables(net).items() if path[0] != "rngs"}
+    kinds = {show_path(path[1:]): type(cell) for path, cell in mu.variables(net).items() if path[0] != "rngs"}
     stats = {path for path, kind in kinds.items() if kind is mu.BatchStat}
     assert stats and all(path.startswith("norm.") for path in stats)
     assert {path: kind for path, kind in kinds.items() if path not in stats} == {

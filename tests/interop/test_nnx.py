@@ -15,6 +15,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
+from mutatis.core.naming import show_path
 
 pytest.importorskip("flax")
 
@@ -71,7 +72,7 @@ def test_variables_become_kinds() -> None:
     module.spikes = Spikes(jnp.ones(2))
     module.plain = nnx.Variable(jnp.ones(2))
     net = FromNnx(module)
-    kinds = {mu.graph.show_path(path[1:]): type(cell) for path, cell in mu.variables(net).items()}
+    kinds = {show_path(path[1:]): type(cell) for path, cell in mu.variables(net).items()}
     spikes = kinds.pop("spikes")
     assert spikes.collection == "Spikes" and [*mu.state(net, "Spikes")] == [("variables", "spikes")]
     assert kinds == {

@@ -1,1 +1,1 @@
-"""Programs that are kept: how a call finds the one that was compiled for it, and runs it."""
+"""How `mu.jit` compiles a function over models once, and calls it again at the cost of threading its states by hand."""

@@ -1,1 +1,1 @@
-"""Cells, and the transactions that are laid over them. Nothing here knows of models, or of any transform."""
+"""The engine: cells that hold one value each, and transactions that catch reads and writes, and keep or drop them."""

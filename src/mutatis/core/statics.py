@@ -44,6 +44,9 @@ class StaticObject:
     def __repr__(self) -> str:
         return f"static({self.value!r})"
 
+    def __reduce__(self) -> Any:
+        return static, (self.value,)
+
 
 def static(obj: Any) -> Any:
     """Mark an object as static when it is assigned to an attribute: kept by identity, its changes unseen.
@@ -77,6 +80,9 @@ class Static:
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        Static.__init__(self, state[1]["value"])  # hashes differ from process to process, and so may keys
 
 
 class Identity:

@@ -1,1 +1,1 @@
-"""What users hold: variables and modules, filters to choose among them, and operations on their states."""
+"""What users build: variables of several kinds in modules, and all that can be asked of a model or done to it."""

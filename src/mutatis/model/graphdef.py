@@ -56,6 +56,11 @@ class GraphDef:
             self._hash = hash((self.spec, self.tail))
         return self._hash
 
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self._hash = None  # it may come from another process, whose hashes are others
+
     def __repr__(self) -> str:
         kind = self.spec[1].__name__ if self.spec[0] == "m" else "tree"
         return f"GraphDef({kind}, {len(self.paths)} states)"

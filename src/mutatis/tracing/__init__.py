@@ -1,1 +1,1 @@
-"""One call of a transform: what it can reach, and the user's function run over JAX's values."""
+"""How a function over models becomes a pure one for JAX, and how what it wrote gets back into the models."""

@@ -1,1 +1,1 @@
-"""The transforms: one page for each of JAX's, on top of `tracing` and `compilation`. None knows another."""
+"""The transforms of JAX for functions that read and write state: one page each."""

@@ -18,7 +18,7 @@ import pytest
 
 import mutatis as mu
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "mnist.py"
 
 

@@ -1,6 +1,6 @@
-"""The public surface: each name, each signature, as tests/public.txt lists them.
+"""The public surface: each name, each signature, as tests/whole/public.txt lists them.
 
-A change of the surface thus shows in review. After one that is meant: `python tests/test_public.py --write`.
+A change of the surface thus shows in review. After one that is meant: `python tests/whole/test_public.py --write`.
 Annotations are left out: the type checker holds those.
 """
 
@@ -136,7 +136,7 @@ def test_surface_is_as_listed() -> None:
         changes = "\n".join((*gone, *new)) or "(another order)"
         pytest.fail(
             f"the public surface is not as listed:\n{changes}\n"
-            "If that is meant: python tests/test_public.py --write, and a line in CHANGELOG.md",
+            "If that is meant: python tests/whole/test_public.py --write, and a line in CHANGELOG.md",
             pytrace=False,
         )
 

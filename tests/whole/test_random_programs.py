@@ -6,7 +6,7 @@ is written out as Python source that uses Mutatis as a user would, and run; an i
 nothing of Mutatis and hands a dictionary of values around says what should come out: results, gradients and all states.
 
 `check(seed)` runs one case again, `print(source(make_case(seed)))` shows it, and `shrink(case, fails)` makes it smaller.
-`MUTATIS_PROGRAMS=5000 pytest -m slow tests/test_random_programs.py` runs that many fresh ones.
+`MUTATIS_PROGRAMS=5000 pytest -m slow tests/whole/test_random_programs.py` runs that many fresh ones.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_twins as twins
 
 import mutatis as mu
+from tests.whole import test_twins as twins
 
 SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "debug_nans": lambda: jax.debug_nans(True),
