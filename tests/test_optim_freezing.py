@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +48,6 @@ def train(net: dict[str, Any], optimizer: mu.Optimizer) -> None:
     optimizer.update(mu.grad(lambda: loss(net), of=net)())
 
 
-@functools.partial(mu.jit, static_argnums=2)
 def looped(net: dict[str, Any], optimizer: mu.Optimizer, n: int) -> None:
     mu.for_loop(lambda _: train(net, optimizer), jnp.arange(n))
 
@@ -57,7 +55,7 @@ def looped(net: dict[str, Any], optimizer: mu.Optimizer, n: int) -> None:
 WAYS: dict[str, Callable[[Any, Any, int], None]] = {
     "eager": lambda net, optimizer, n: [train(net, optimizer) for _ in range(n)] and None,
     "jit": lambda net, optimizer, n: [mu.jit(train)(net, optimizer) for _ in range(n)] and None,
-    "for_loop in jit": lambda net, optimizer, n: looped(net, optimizer, n),
+    "for_loop in jit": lambda net, optimizer, n: mu.jit(looped, static_argnums=2)(net, optimizer, n),
 }
 
 

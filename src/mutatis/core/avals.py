@@ -81,6 +81,6 @@ def show_type(value: Any) -> str:
 
 
 def _show_leaf_type(leaf: Any) -> str:
-    if not hasattr(leaf, "dtype"):
+    if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
         return type(leaf).__name__
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

@@ -332,7 +332,7 @@ def _first_value(key: str, definition: Any) -> Any:
     if isinstance(definition, FrozenLocalStateRequest):
         return as_value(definition.state, _live(key))
     value = access.load(definition)
-    return as_value(initial(definition), definition) if value is UNSET and definition.init is not None else value
+    return initial(definition) if value is UNSET and definition.init is not None else value
 
 
 # -- checks ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 from mutatis.core.journal import ABSENT
 from mutatis.core.statics import StaticObject
+from mutatis.errors import StructureError
 from mutatis.model.variables import Variable
 
 
@@ -44,7 +45,19 @@ class _Behind:
 
 
 def install(cls: type, name: str) -> None:
-    """Have the attribute of this name, in instances of a class, show what is behind it."""
+    """Have the attribute of this name, in instances of a class, show what is behind it.
+
+    Raises:
+      StructureError: Python itself uses the name for classes.
+    """
+    if hasattr(type(type.__dict__.get(name)), "__set__") or name in ("__module__", "__doc__", "__annotations__"):
+        raise StructureError(
+            f"`{cls.__name__}.{name}` cannot hold an array: Python uses the name for the class",
+            path=f"{cls.__name__}.{name}",
+            expected="another name",
+            got=name,
+            cure=f"`self.{name.strip('_')}_ = ...`",
+        )
     default = class_attribute(cls, name)
     if not isinstance(default, _Behind):
         setattr(cls, name, _Behind(name, ABSENT if isinstance(default, types.MemberDescriptorType) else default))

@@ -134,7 +134,8 @@ class Module(Node):
         fill(self, state)
 
     def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
+        arguments = type(self).__getnewargs__(self) if hasattr(type(self), "__getnewargs__") else ()
+        return copyreg.__newobj__, (type(self), *arguments), self.__getstate__()  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         with structure_lock:

@@ -512,18 +512,22 @@ def initial(variable: Variable) -> Any:
     """The value that a state with `init` starts with.
 
     Raises:
-      DeferredStateError: its `init` captured a value of the transform in which the state was made.
+      DeferredStateError: its `init` uses a value of the transform in which the state was made.
     """
+    cause = None
     try:
-        return variable._init() if callable(variable._init) else variable._init
+        value = as_value(variable._init() if callable(variable._init) else variable._init, variable)
+        if not (access.is_outside() and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value))):
+            return value
     except jax.errors.UnexpectedTracerError as error:
-        raise DeferredStateError(
-            f"state {naming.describe(variable)} cannot be started: its `init` uses a value of the transform it was made in",
-            path=naming.path_of(variable),
-            made_at=variable.made_at,
-            expected="an `init` that can be called again later",
-            cure="Keep what it needs as a state, `self.start = mu.Buffer(x)`, and use that: `init=lambda: self.start.value`.",
-        ) from error
+        cause = error
+    raise DeferredStateError(
+        f"state {naming.describe(variable)} cannot be started: its `init` uses a value of the transform it was made in",
+        path=naming.path_of(variable),
+        made_at=variable.made_at,
+        expected="a function that makes the value when it is called, or a number or NumPy array",
+        cure="Write `init=lambda: jnp.zeros(3)`, which makes the value each time, of nothing that was computed there.",
+    ) from cause
 
 
 def note_stacked(variable: Variable, axis: int, size: int) -> None:
@@ -539,7 +543,7 @@ def started(variable: Variable, batch_shape: tuple[int, ...] = ()) -> Any:
       variable: the state.
       batch_shape: further axes, in front of each single one.
     """
-    value = as_value(initial(variable), variable)
+    value = initial(variable)
     lanes = variable._lanes
     for axis in access.split_axes(variable):  # of these the code that runs now sees one slice
         lanes = tuple((at - (at > axis), size) for at, size in lanes if at != axis)
