@@ -89,7 +89,7 @@ EQUIVALENTS: Mapping[str, Mapping[str, str]] = {
         "vmap_new_states": "mu.vmap",
         "ifelse": "mu.switch",
         "checkpointed_scan": "mu.scan(f, init, xs, checkpoint_every=10)",
-        "checkpointed_for_loop": "mu.for_loop(f, xs, checkpoint_every=10)",
+        "checkpointed_for_loop": "mu.scan(f, init, xs, checkpoint_every=10)",
         # PyTorch, JAX
         "no_grad": "with mu.freeze(model)",
         "Parameter": "mu.Param",
@@ -124,7 +124,6 @@ EQUIVALENTS: Mapping[str, Mapping[str, str]] = {
         "jit": "mu.jit",
         "ReLU": "jax.nn.relu",
         "GELU": "jax.nn.gelu",
-        "tanh": "jax.numpy.tanh",
         "initializers": "jax.nn.initializers",
     },
     "Variable": {

@@ -17,7 +17,7 @@ from mutatis.core.statics import static
 from mutatis.errors import StructureError
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, set_attribute
 from mutatis.random import Rngs, streams_of
 from mutatis.transforms.abstract import eval_shape
 
@@ -68,7 +68,7 @@ class FromLinen(Module):
     ) -> None:
         try:
             hash(module)
-            self.module = module
+            set_attribute(self, "module", module)  # by its value; of a user, `module` would be a stranger
         except TypeError:  # a field holds what cannot be compared
             self.module = static(module)
         self.rngs = None if rngs is None else rngs.fork()

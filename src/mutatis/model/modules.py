@@ -27,7 +27,7 @@ from mutatis.core.statics import PLAIN, StaticObject
 from mutatis.core.structure import Watch, structure, structure_lock
 from mutatis.errors import StructureError
 from mutatis.model import cached
-from mutatis.model.attributes import admit
+from mutatis.model.attributes import admit, holds_arrays
 from mutatis.model.behind import class_attribute, install, takes_assignment
 from mutatis.model.tree import tree_lines
 from mutatis.model.variables import Variable
@@ -361,4 +361,6 @@ def _is_array_like(value: Any) -> bool:
     """Whether a value assigned over a state is written to it, and does not replace it."""
     if isinstance(value, list | tuple | dict):
         return not any(is_node(item) for item in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex | jax.ShapeDtypeStruct)
+    if isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex | jax.ShapeDtypeStruct):
+        return True
+    return type(value) not in PLAIN and not is_node(value) and holds_arrays(value)
