@@ -49,7 +49,9 @@ def test_the_default_and_what_is_set() -> None:
             assert dt.get() == 0.25
         assert dt.get() == 0.5
     assert dt.get() == 1.0
-    assert mu.Context("other").get() is None
+    assert mu.Context("other", None).get() is None
+    with pytest.raises(errors.ContextError, match="context `other` is not set"):
+        mu.Context("other").get()
 
 
 def test_contexts_are_told_apart_by_identity() -> None:
@@ -76,7 +78,7 @@ def test_none_can_be_set_and_hides_the_default() -> None:
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, {1}, bytearray(b"x"), [f32(1), 2.0]])
 def test_what_cannot_be_static(value: Any) -> None:
-    dt = mu.Context("dt")
+    dt = mu.Context("dt", None)
     with pytest.raises(errors.StaticAttributeError, match="dt"), dt.set(value):
         raise AssertionError
     assert dt.get() is None

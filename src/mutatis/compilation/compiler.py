@@ -47,7 +47,8 @@ from mutatis.tracing.captures import Captures, Slot, search
 
 _ARRAY = _compat.ARRAY
 _PATIENCE = 20  # traces
-_NUMBERS = frozenset({bool, int, float, complex})
+# In a key; a string alone is the name of a keyword argument.
+_NUMBERS: dict[Any, Hashable] = {kind: (kind.__name__,) for kind in (bool, int, float, complex)}
 
 
 def _type_of(leaf: Any) -> Any:
@@ -250,7 +251,7 @@ class Compiler:
             key.append(id(value))
         elif kind in _NUMBERS:
             flat.append(value)
-            key.append(kind)  # not its name, which may be that of a keyword argument
+            key.append(_NUMBERS[kind])
         else:
             packed = FlatTree(value)
             flat.append(packed.leaves if packed.nodes else value)

@@ -73,8 +73,9 @@ def _is_pytree_of_arrays(item: Any) -> bool:
 
 def holds_arrays(value: Any) -> bool:
     """Whether a value is a registered pytree with arrays among its leaves."""
-    leaves = jax.tree.leaves(value, is_leaf=is_node)
-    return not (len(leaves) == 1 and leaves[0] is value) and any(isinstance(leaf, ARRAYS) for leaf in leaves)
+    if jax.tree_util.default_registry.flatten_one_level(value) is None:
+        return False  # a leaf
+    return any(isinstance(leaf, ARRAYS) for leaf in jax.tree.leaves(value, is_leaf=is_node))
 
 
 def _check_counting(owner: type, name: str, value: Any, old: Any) -> None:

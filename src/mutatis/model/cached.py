@@ -20,7 +20,7 @@ from mutatis.core.transactions import Transaction
 Kept = dict[str, tuple[Any, list[tuple[Any, list[Any]]]]]  # by name: the value; states with the leaves that they had
 
 
-class CachedProperty(functools.cached_property):
+class CachedProperty(functools.cached_property[Any]):
     """A cached property of a module.
 
     Args:

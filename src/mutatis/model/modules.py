@@ -134,7 +134,8 @@ class Module(Node):
         fill(self, state)
 
     def __reduce__(self) -> Any:
-        arguments = type(self).__getnewargs__(self) if hasattr(type(self), "__getnewargs__") else ()
+        given = getattr(type(self), "__getnewargs__", None)
+        arguments = () if given is None else given(self)
         return copyreg.__newobj__, (type(self), *arguments), self.__getstate__()  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
