@@ -28,7 +28,7 @@ from mutatis.core.structure import Watch, structure, structure_lock
 from mutatis.errors import StructureError
 from mutatis.model import cached
 from mutatis.model.attributes import admit, holds_arrays
-from mutatis.model.behind import class_attribute, install, takes_assignment
+from mutatis.model.behind import install, takes_assignment
 from mutatis.model.tree import tree_lines
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
@@ -266,7 +266,7 @@ def _disturb(*modules: Module) -> None:
 
 def is_training(module: Module) -> bool:
     """What `training` of a module is; a class may have something else of its own under that name."""
-    value = module.__dict__.get("training", class_attribute(type(module), "training"))
+    value = module.__dict__.get("training", type(module).training)
     return value if isinstance(value, bool) else True
 
 
@@ -281,14 +281,12 @@ def _set_flag(module: Module, value: Any) -> None:
             cure="The attribute `training` says how layers behave, and `train()` and `eval()` set it; give yours another name.",
         )
     if bool(value) != is_training(module):
-        set_attribute(
-            module, "training", ABSENT if class_attribute(type(module), "training") is bool(value) else bool(value)
-        )
+        set_attribute(module, "training", ABSENT if type(module).training is bool(value) else bool(value))
 
 
 def _set_training(root: Module, training: bool) -> None:
     # A class may have something of its own under the name.
-    modules = [m for m in _submodules(root) if isinstance(class_attribute(type(m), "training"), bool)]
+    modules = [m for m in _submodules(root) if isinstance(type(m).training, bool)]
     if transactions.current() is not None:
         for module in modules:
             _set_flag(module, training)
@@ -302,9 +300,9 @@ def _set_training(root: Module, training: bool) -> None:
 def _flip_training(modules: list[Module], training: bool) -> list[Module]:
     # A function: from CPython 3.12 on an interrupt in a loop directly inside `with` may leave the lock locked.
     mark, difference = structure.begin(), 0
-    others = [module for module in modules if is_training(module) != training]
+    others = [m for m in modules if m.__dict__.get("training", type(m).training) is not training]
     for module in others:
-        if class_attribute(type(module), "training") is training:
+        if type(module).training is training:
             del module.__dict__["training"]
         else:
             module.__dict__["training"] = training
