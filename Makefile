@@ -11,8 +11,9 @@ VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-PIP = $(@D)/bin/python -m pip --disable-pip-version-check -qq install -c constraints.txt
-PYTEST := $(RUN) -m pytest -n 2
+# Python compiles what it imports; most of what is installed here is never imported.
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
+PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
 
 .PHONY: help demo test test-all test-leaks lint format types bench bench-peers docs clean
 
@@ -21,7 +22,7 @@ help:
 	@echo 'make test      the tests (test-all: the slow ones too)'
 	@echo 'make test-leaks  the tests under the leak check of JAX'
 	@echo 'make lint      ruff (format: let ruff rewrite the files)'
-	@echo 'make types     mypy --strict'
+	@echo 'make types     mypy --strict; mypy and pyright over a user'\''s program'
 	@echo 'make docs      run the examples in docstrings, README.md and docs/'
 	@echo 'make bench     measure everything that docs/performance.md shows (ARGS=--write: write it there)'
 	@echo 'make bench-peers  the same beside other libraries'
@@ -35,7 +36,7 @@ test: $(READY)
 	$(PYTEST) $(ARGS)
 
 test-all: $(READY)
-	$(PYTEST) -m "" -o faulthandler_timeout=3600 $(ARGS)
+	$(PYTEST) -m "" $(ARGS)
 
 test-leaks: $(READY)
 	MUTATIS_TEST_LEAKS=1 $(PYTEST) $(ARGS)
@@ -53,6 +54,7 @@ format: $(READY)
 
 types: $(READY)
 	$(RUN) -m mypy $(ARGS)
+	$(RUN) -m pytest -q tests/whole/test_typing.py
 
 bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)
@@ -69,7 +71,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(@D)
 	@$(PIP) hatchling editables
 	@$(PIP) --no-build-isolation -e '.[dev]'
-	@for peer in $(PEERS); do \
+	@[ -z "$(PEERS)" ] || $(PIP) $(PEERS) 2>/dev/null || for peer in $(PEERS); do \
 	  $(PIP) $$peer || echo "$$peer is left out: it does not install here" >&2; done
 	@touch $@
 

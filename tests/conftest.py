@@ -1,7 +1,11 @@
-"""What every test stands on: the JAX it runs under, and two counters.
+"""What every test stands on: the JAX it runs under, two counters, and a reader of every error (`plain_words`).
 
 JAX is set up by environment variables, before its first import, so that the subprocesses of a test get the
-same: four CPU devices, strict dtype promotion, no rank promotion, no compilation cache on disk.
+same: four CPU devices, strict dtype promotion, no rank promotion, and a cache of what XLA compiled.
+
+Most of the time of the tests is XLA's, and most of what it compiles it has compiled before: in another test, on the other
+worker, in the run before. What is compiled again by our fault is counted all the same: JAX asks for each compilation,
+and `traces.compilations()` counts what it asks for, wherever the program then comes from.
 
 - `MUTATIS_TEST_PLATFORM=cuda` runs on that platform (tests marked `gpu` are skipped elsewhere).
 - `--leaks`, or `MUTATIS_TEST_LEAKS=1`, runs everything under JAX's leak check. Not by default: it turns
@@ -11,11 +15,14 @@ same: four CPU devices, strict dtype promotion, no rank promotion, no compilatio
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
+import gc
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +34,16 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("MUTATIS_TEST_PLATFORM", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import hypothesis
 import jax
 import jax.monitoring
+
+from tests import plain_words
 
 # Compiling makes the time of an example uneven; CI finds the same examples each time.
 hypothesis.settings.register_profile(
@@ -65,6 +76,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs a GPU, runs on {jax.default_backend()}")
     if item.get_closest_marker("jax_leaks") and item.config.getoption("--leaks"):
         pytest.skip("JAX finds a leak in this program when it is threaded by hand, too")
+    if item.get_closest_marker("slow"):
+        faulthandler.cancel_dump_traceback_later()  # the limit for tests that hang: these take as long as they take
+
+
+def pytest_collection_finish() -> None:
+    _keep_from_the_collector()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and nextitem.path != item.path:
+        _keep_from_the_collector()
+
+
+def _keep_from_the_collector() -> None:
+    """Have the garbage collector no longer look at what is there: libraries, tests, and what JAX keeps of earlier files.
+
+    It is half a million objects, and many tests collect garbage on purpose.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    with plain_words.checked():
+        return (yield)
 
 
 class Compilations:
@@ -130,6 +167,20 @@ def _on_duration(event: str, _seconds: float, **facts: Any) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+@pytest.fixture
+def compiled_afresh() -> Iterator[None]:
+    """XLA compiles whatever the test needs: nothing is read from or written to a disk."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(cache: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()  # whether it is used is asked once
+
+    use(False)
+    yield
+    use(True)
 
 
 @pytest.fixture

@@ -194,12 +194,40 @@ def no_axis_cured(net: Net, _: Path) -> None:
     mu.vmap(make)(keys)
 
 
-def bad_option(net: Net, _: Path) -> None:
-    mu.jit(Block.__init__, donate="sometimes")
+def wrong_argument(net: Net, _: Path) -> None:
+    mu.nn.Dropout(2, rngs=mu.Rngs(0))
 
 
-def bad_option_cured(net: Net, _: Path) -> None:
-    mu.jit(lambda x: x, donate="auto")(1)
+def unplanned(net: Net, _: Path) -> None:
+    step = mu.jit(lambda x: x)
+    with step.expect(compilations=1):
+        step(jnp.ones(2))
+        step(jnp.ones(3))
+
+
+def unplanned_cured(net: Net, _: Path) -> None:
+    step = mu.jit(lambda x: x)
+    with step.expect(compilations=2):
+        step(jnp.ones(2))
+        step(jnp.ones(3))
+
+
+def wrong_argument_cured(net: Net, _: Path) -> None:
+    rngs = mu.Rngs(0)
+    eval("nn.Dropout(0.5, rngs=rngs)", {"nn": mu.nn, "rngs": rngs})(jnp.ones(3))
+
+
+def out_of_turn(net: Net, _: Path) -> None:
+    with mu.transaction(net) as tx:
+        pass
+    with tx:
+        pass
+
+
+def out_of_turn_cured(model: Net, _: Path) -> None:
+    for _ in range(2):
+        with mu.transaction(model) as tx:
+            tx.rollback()
 
 
 def bad_gradients(net: Net, _: Path) -> None:
@@ -274,7 +302,7 @@ TABLE: dict[type[errors.MutatisError], Row] = {
     errors.LaneError: Row(
         per_lane,
         """
-        state `net.w` (Param) is shared by all lanes and was given a value that differs per lane inside `vmap(per_lane.lambda)`
+        state `net.w` (Param) is shared by all lanes and was given a value that differs per lane inside `vmap(lambda in per_lane)`
           expected: the same value in all lanes, or an axis for the state
           got:      a value per lane
           made at:  test_errors.py:LINE in Net.__init__
@@ -289,7 +317,7 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         """
         `Net.parts` is a dict of bare arrays
           expected: Variables, Modules, static values, or containers of these
-          got:      ArrayImpl
+          got:      float32[2]
         Say what kind of state they are: `self.parts = [mu.Param(x) for x in arrays]`, or hold them in one state: `self.parts = mu.Variable(arrays)`.
         """,  # noqa: E501
         bare_arrays_cured,
@@ -354,8 +382,8 @@ TABLE: dict[type[errors.MutatisError], Row] = {
     errors.MissingPackageError: Row(
         missing_package,
         """
-        `mu.interop` needs the package `haiku`, which is not installed
-        pip install dm-haiku  # or all of them: pip install 'mutatis[interop]'
+        `mu.interop` needs the package `dm-haiku`, which is not installed
+        pip install 'mutatis[interop]'  # or alone: pip install dm-haiku
         """,
         lambda _, __: None,  # nothing is installed in a test
         ImportError,
@@ -364,7 +392,7 @@ TABLE: dict[type[errors.MutatisError], Row] = {
     errors.AxisError: Row(
         no_axis,
         """
-        state `model.scale` (Cache) has no axis 0 inside `vmap(no_axis.lambda)`
+        state `model.scale` (Cache) has no axis 0 inside `vmap(lambda in no_axis)`
           expected: at least 1 axis
           got:      shape ()
           made at:  test_errors.py:LINE in no_axis
@@ -374,16 +402,39 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         ValueError,
         "model.scale",
     ),
-    errors.OptionError: Row(
-        bad_option,
+    errors.CompilationError: Row(
+        unplanned,
         """
-        `donate` cannot be 'sometimes' inside `jit(Block.__init__)`
-          expected: "auto", True or False
-          got:      'sometimes'
-        `mu.jit(f, donate="auto")`
+        `jit(lambda in unplanned)` is compiled once more than planned
+          expected: 1 compilation
+          got:      2
+          x: float32[2] -> float32[3]
+        Keep that the same, pass it as an array, or plan for it: `step.expect(compilations=2)`.
         """,
-        bad_option_cured,
+        unplanned_cured,
+        RuntimeError,
+        None,
+    ),
+    errors.ArgumentError: Row(
+        wrong_argument,
+        """
+        `nn.Dropout` cannot drop with rate 2
+          expected: a probability, from 0 to 1
+          got:      2
+        `nn.Dropout(0.5, rngs=rngs)`
+        """,
+        wrong_argument_cured,
         ValueError,
+        "rate",
+    ),
+    errors.TransactionError: Row(
+        out_of_turn,
+        """
+        a transaction was entered a second time
+        Make one for each block: `with mu.transaction(model) as tx: ...`.
+        """,
+        out_of_turn_cured,
+        RuntimeError,
         None,
     ),
     errors.OptimizerError: Row(

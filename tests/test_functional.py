@@ -408,7 +408,7 @@ def test_an_exception_leaves_nothing_open(net: Any, variables: Any) -> None:
 
 
 def test_a_constructor_that_makes_no_module() -> None:
-    with pytest.raises(errors.StructureError, match="`ctor` gave a int"):
+    with pytest.raises(errors.ArgumentError, match="`ctor` did not make a Module"):
         init(lambda rngs: 3, 0)
 
 

@@ -708,27 +708,27 @@ def test_nothing_is_kept() -> None:
 
 # -- what is refused ------------------------------------------------------------------------------------------------
 
-S, T, F = errors.StructureError, errors.StateTypeError, errors.FilterError
+S, T, F, A = errors.StructureError, errors.StateTypeError, errors.FilterError, errors.ArgumentError
 KEEP = "Return the value from there, and keep it outside."
 BEFORE = "Make states and change attributes before; inside, write to states."
 REFUSED: list[tuple[Callable[[Any], Any], type[Exception], str, str]] = [
     (
         lambda m: mu.capture(lambda x: m(x), Scale),
-        S,
+        A,
         "`capture` of a function needs the model",
         "mu.capture(model, nn.L",
     ),
-    (lambda m: mu.capture(m, of=3)(X), S, "int is not a node", ""),
+    (lambda m: mu.capture(m, of=3)(X), A, "3 is not a node", ""),
     (lambda m: mu.capture(m, 3), F, "3 is not a filter", "a function of (path, variable)"),
     (lambda m: mu.intercept(3, scaled).__enter__(), F, "3 is not a filter", "a function of (path, variable)"),
-    (lambda m: mu.intercept(Scale, 3).__enter__(), S, "`intercept` needs a function", "call(x)"),
-    (lambda m: mu.sow(3, "seen", ONE), S, "int cannot hold state `seen`", "mu.sow(self"),
+    (lambda m: mu.intercept(Scale, 3).__enter__(), A, "`intercept` needs a function", "call(x)"),
+    (lambda m: mu.sow(3, "seen", ONE), A, "3 cannot hold state `seen`", "mu.sow(self"),
     (lambda m: mu.sow(m, "number", ONE), S, "`Scale.number` is no Intermediate", "Give it another name."),
     (lambda m: mu.sow(m, "w", ONE), S, "`Scale.w` is no Intermediate", "got:      Param"),
     (lambda m: mu.perturb(m, "w", ONE), S, "`Scale.w` is no Perturbation", "Give it another name."),
     (lambda m: mu.sow(m, "seen", "text"), T, "Intermediate cannot hold 'text'", "plain attributes of the module"),
-    (lambda m: mu.cond(True, lambda: mu.sow(m, "seen", ONE), lambda: None), S, "inside a branch of `cond`", KEEP),
-    (lambda m: mu.capture(lambda: mu.cond(True, m, lambda x: x, X), of=m)(), S, "inside a branch of `cond`", KEEP),
+    (lambda m: mu.cond(True, lambda: mu.sow(m, "seen", ONE), lambda: None), S, "in a branch", KEEP),
+    (lambda m: mu.capture(lambda: mu.cond(True, m, lambda x: x, X), of=m)(), S, "in a branch", KEEP),
     (
         lambda m: mu.for_loop(lambda k: mu.sow(m, "s", k, reduce=jnp.add), X),
         S,
@@ -737,7 +737,7 @@ REFUSED: list[tuple[Callable[[Any], Any], type[Exception], str, str]] = [
     ),
     (lambda m: mu.map(lambda x: mu.sow(m, "s", x), XS, batch_size=2), errors.LaneError, "no order", "Leave out `b"),
     (lambda m: mu.while_loop(lambda x: x < 2, lambda x: (mu.sow(m, "seen", x), x + 1)[1], ONE), S, "the body", KEEP),
-    (lambda m: mu.for_loop(lambda x: mu.perturb(m, "eps", x), X), S, "`m.eps` was changed inside the body", BEFORE),
+    (lambda m: mu.for_loop(lambda x: mu.perturb(m, "eps", x), X), S, "`m.eps` was changed in the body", BEFORE),
     (
         lambda m: mu.grad(lambda m: mu.perturb(m, "eps", m(ONE)), wrt=mu.Perturbation)(m),
         F,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.metrics import Accuracy, Average, Metric, MultiMetric
 
 LOGITS = jnp.array([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.9, 0.05, 0.05]])
@@ -132,5 +132,5 @@ def test_metrics_are_abstract() -> None:
     ],
 )
 def test_input_that_does_not_fit(use: Callable[[], Any], text: str) -> None:
-    with pytest.raises(StructureError, match=text):
+    with pytest.raises(ArgumentError, match=text):
         use()

@@ -268,7 +268,7 @@ def test_gradients_that_do_not_fit_are_refused(bad: Any, lines: list[str]) -> No
         assert line in str(caught.value)
     assert mu.state((model, optimizer)) == before
     optimizer.update(grads)
-    with pytest.raises(errors.OptimizerError, match="takes gradients"):
+    with pytest.raises(errors.ArgumentError, match="takes gradients"):
         optimizer.update()
 
 

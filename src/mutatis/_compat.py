@@ -6,7 +6,9 @@ Each name says which internal it stands for and why there is no public way. Both
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import importlib
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -19,17 +21,25 @@ from jax._src.sharding_impls import UNSPECIFIED
 __all__ = [
     "ARRAY",
     "EVAL_TRACE",
+    "NO_STAMP",
     "UNSPECIFIED",
     "Trace",
     "at_trace",
     "current_trace",
+    "dtypes_in",
     "has_host_callback",
     "hide_frames",
     "is_batched",
-    "is_staging",
     "raw_transform_name",
     "restore_eager_trace",
     "scan_inputs",
+    "set_stamp_of_all",
+    "settings",
+    "settle_settings",
+    "staging_trace",
+    "stamp",
+    "swap_stamp",
+    "trace_settings",
     "type_of",
     "varying_axes",
     "weak_trace",
@@ -67,9 +77,37 @@ def at_trace(trace: Any) -> Iterator[None]:
         yield
 
 
-def is_staging(trace: Any) -> bool:
-    """Whether the trace builds a program that JAX may reuse (jit, scan, while, cond, checkpoint)."""
-    return isinstance(trace, partial_eval.DynamicJaxprTrace)
+def staging_trace(trace: Any, ours: Any = None, local: Any = None) -> Any:
+    """The innermost trace, from `trace` out to `ours` or `local`, that builds a program which JAX may reuse; None without one.
+
+    Those are jit, scan, while, cond, checkpoint, as opposed to grad, vmap, jvp. `ours` and `local` themselves do not count.
+    """
+    while trace is not None and trace is not ours and trace is not local and trace is not EVAL_TRACE:
+        if isinstance(trace, partial_eval.DynamicJaxprTrace):
+            return trace
+        trace = getattr(trace, "parent_trace", None)
+    return None
+
+
+# `jax.make_user_context` is public, but it cannot be changed inside its own block.
+_stamps = jax.make_user_context()._obj
+NO_STAMP = _stamps.swap_local(None)  # what says that a thread has none of its own
+_stamps.set_local(NO_STAMP)
+
+
+def stamp() -> Any:
+    """This thread's part of the keys of JAX's traces that is ours."""
+    return _stamps.value
+
+
+def swap_stamp(value: Any) -> Any:
+    """Set it; what to set it to, to have it as it was."""
+    return _stamps.swap_local(value)
+
+
+def set_stamp_of_all(value: Any) -> None:
+    """Set it for all threads that have none of their own."""
+    _stamps.set_global(value)
 
 
 _RAW_NAMES = {
@@ -105,17 +143,46 @@ def type_of(value: Any, drop: int = 0) -> jax.ShapeDtypeStruct:
 
 def has_host_callback(jaxpr: Any) -> bool:
     """Whether a program calls back into Python code of the user's (a debug print does not count)."""
+    return any(equation.primitive.name in _CALLBACKS for equation in _equations(jaxpr))
+
+
+def dtypes_in(jaxpr: Any) -> set[Any]:
+    """The dtypes of all values in a program."""
+    variables = [*jaxpr.invars, *jaxpr.constvars, *jaxpr.outvars]
+    for equation in _equations(jaxpr):
+        variables += [*equation.invars, *equation.outvars]
+    return {variable.aval.dtype for variable in variables if hasattr(variable.aval, "dtype")}
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a program, and of those in it."""
     pending = [jaxpr]
     seen = {id(jaxpr)}
     while pending:
         for equation in pending.pop().eqns:
-            if equation.primitive.name in _CALLBACKS:
-                return True
+            yield equation
             for inner in core.jaxprs_in_params(equation.params):
                 if id(inner) not in seen:  # most are there several times
                     seen.add(id(inner))
                     pending.append(inner)
-    return False
+
+
+def trace_settings() -> int:
+    """A number for the settings that are part of JAX's trace keys, the same for the same ones."""
+    return _settings_seen.setdefault(settings(), len(_settings_seen) + 1)
+
+
+_settings_seen: dict[Hashable, int] = {}
+
+
+@functools.cache
+def settle_settings() -> None:
+    """Have the settings of Pallas be part of JAX's trace keys from now on.
+
+    They become so when Pallas is imported, and Orbax imports it: all that was traced before is traced again then.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("jax._src.pallas.core")
 
 
 def scan_inputs(params: Any) -> tuple[int, int]:
@@ -137,6 +204,11 @@ def jit_disabled() -> bool:
 def checks_results() -> bool:
     """Whether `jax_debug_nans` or `jax_debug_infs` is on: then a call may fail after it has run."""
     return bool(_config.debug_nans.value or _config.debug_infs.value)
+
+
+def settings() -> Hashable:
+    """JAX's settings, as far as they are part of the keys of its traces: this thread's and the global ones."""
+    return _config.trace_context()  # type: ignore[no-any-return]
 
 
 def hide_frames(folder: str) -> None:

@@ -3,12 +3,19 @@
 Every error says, in this order: what went wrong, in a line that starts with the state's path; where it
 happened; what was expected and what was found; and what to do, as code that runs. The same facts are fields
 of the exception, so a program can act on them. Each class is a `MutatisError` and a fitting built-in.
+
+Errors travel: they are pickled, copied and handed from one process to another with all their fields. A field that another
+process could not read (a tracer, a lock) goes as its text, a class that is made in a function as the class that it is made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import copy
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+_E = TypeVar("_E", bound="MutatisError")
 
 
 class MutatisError(Exception):
@@ -61,11 +68,53 @@ class MutatisError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.__dict__)
+        """Rebuilt from its fields, not by its constructor, which a subclass may have changed."""
+        cls = next(cls for cls in type(self).__mro__ if _portable(cls) is cls)
+        return _rebuild, (cls, _each(self.__dict__, _portable), _each(self.args, _portable))
+
+    def __copy__(self: _E) -> _E:
+        return _rebuild(type(self), self.__dict__, self.args)
+
+    def __deepcopy__(self: _E, memo: dict[int, Any]) -> _E:
+        memo[id(self)] = new = _rebuild(type(self), {}, self.args)
+        new.__dict__.update(_each(self.__dict__, lambda value: _copied(value, memo)))
+        return new
 
 
-def _rebuild(cls: type[MutatisError], fields: dict[str, Any]) -> MutatisError:
-    return cls(**fields)
+def _rebuild(cls: type[_E], fields: Any, args: Any = None) -> _E:
+    error = cls.__new__(cls)
+    error.__dict__.update(fields)
+    args = (error._text(),) if args is None else args  # which earlier versions did not write
+    super(MutatisError, error).__init__(*args)  # that of the built-in
+    return error
+
+
+def _each(values: Any, change: Callable[[Any], Any]) -> Any:
+    """A dict or tuple of fields, each changed."""
+    if isinstance(values, dict):
+        return {name: change(value) for name, value in values.items()}
+    return tuple(change(value) for value in values)
+
+
+def _portable(value: Any) -> Any:
+    """The value, or its text if no other process could have it."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return _or_text(lambda: (pickle.loads(pickle.dumps(value)), value)[1], value)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    return _or_text(lambda: copy.deepcopy(value, memo), value)
+
+
+def _or_text(make: Callable[[], Any], value: Any) -> Any:
+    try:
+        return make()
+    except Exception:  # users' classes raise what they like
+        try:
+            return str(value)
+        except Exception:
+            return f"a {type(value).__name__}"
 
 
 class StateTypeError(MutatisError, TypeError):
@@ -85,15 +134,26 @@ class LaneError(MutatisError, ValueError):
 
 
 class StructureError(MutatisError, ValueError):
-    """Modules, attributes or containers cannot be what they were made to be, or change where they may not."""
+    """Modules, containers, trees of states or results are not made of what they must be, or change where they may not."""
 
 
 class StaticAttributeError(MutatisError, TypeError):
     """A static attribute holds something that cannot be static, or changes inside a compiled transform."""
 
 
-class OptionError(MutatisError, ValueError):
-    """An option of a transform is none of those there are."""
+class ArgumentError(MutatisError, ValueError, TypeError):
+    """An argument of a call is not one that it takes: another type, or a value or option that does not exist.
+
+    It is a `ValueError` and a `TypeError`, so code that expects either for a wrong argument catches it.
+    """
+
+
+class CompilationError(MutatisError, RuntimeError):
+    """A function would have been compiled more often than `expect` allows."""
+
+
+class TransactionError(MutatisError, RuntimeError):
+    """A transaction was entered, rolled back or ended when it was not its turn."""
 
 
 class ContextError(MutatisError, LookupError):

@@ -19,8 +19,9 @@ from mutatis.core import access, naming
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.journal import ABSENT
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import DeferredStateError, FrozenStateError, StructureError
+from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, StructureError
 from mutatis.interventions import capture
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graphdef import describe_graph
@@ -63,7 +64,7 @@ def init(
       ``{collection: nested dictionary by path}``, with arrays at the leaves; without random streams.
 
     Raises:
-      StructureError: `ctor` makes no Module.
+      ArgumentError: `ctor` makes no Module.
       DeferredStateError: states wait for an input.
 
     Example:
@@ -153,6 +154,14 @@ def apply(
       >>> updates
       {'batch_stats': {'mean': Array([1.], dtype=float32), 'var': Array([1.], dtype=float32)}}
     """
+    if not isinstance(variables, Mapping):
+        raise ArgumentError(
+            "`functional.apply` was given what is no dictionary of states as its `variables`",
+            path="variables",
+            expected="a model, what `init` gave for it, and then the inputs",
+            got=show_class(variables),
+            cure="`mu.functional.apply(model, variables, x)`",
+        )
     captures = capture_intermediates is not False
     selects = as_filter([mutable, Intermediate] if captures else mutable)
     module = _build(definition, variables, rngs)
@@ -251,12 +260,20 @@ def _started(
     ctor: Callable[[Rngs], Module], rngs: Any, inputs: Any, method: Any, kwargs: Any
 ) -> tuple[Module, dict[Cell, None]]:
     """A new model after its first call, with every state as it started, and the states that the call made."""
+    if isinstance(ctor, Module):
+        raise ArgumentError(
+            "`ctor` is a model already, and not what makes one",
+            path="ctor",
+            expected="a class, or a function of random streams",
+            got=show_class(ctor),
+            cure="`mu.functional.init(lambda rngs: Net(rngs=rngs), key, x)`",
+        )
     module = ctor(_as_rngs(rngs))
     if not isinstance(module, Module):
-        raise StructureError(
-            f"`ctor` gave a {type(module).__name__}",
+        raise ArgumentError(
+            "`ctor` did not make a Module",
             expected="a Module",
-            got=f"{module!r:.60}",
+            got=show_value(module),
             cure="`init(lambda rngs: Net(rngs=rngs), key, x)`",
         )
     if not (inputs or kwargs or method is not None):

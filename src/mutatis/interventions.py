@@ -8,28 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from operator import is_
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from mutatis.core import naming
+from mutatis.core import naming, transactions
 from mutatis.core.avals import show_type
+from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import declare_searched
-from mutatis.errors import StateTypeError, StructureError
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, RecompilationWarning, StateTypeError, StructureError
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import Intermediate, Perturbation
 from mutatis.model.modules import Module, for_each_class
+from mutatis.model.operations import pop
 from mutatis.model.state import State
 from mutatis.model.surgery import Places, modules
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Variable, spelled, unsubscripted
+from mutatis.model.walks import variables
 from mutatis.tracing.transformed import Transformed
 
 T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _stack = Context("intercept", None)  # the innermost Interceptor
 _places: weakref.WeakKeyDictionary[Any, Places] = (
@@ -134,7 +143,7 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       of: the node in which `where` finds paths; without it they are empty.
 
     Raises:
-      StructureError: `fn` is no function.
+      ArgumentError: `fn` is no function.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -145,10 +154,10 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
       Array([0., 0., 0.], dtype=float32)
     """
     if not callable(fn):
-        raise StructureError(
+        raise ArgumentError(
             "`intercept` needs a function to hand the calls to",
             expected="a function of (module, call, *args, **kwargs)",
-            got=f"{fn!r:.60}",
+            got=show_value(fn),
             cure="`mu.intercept(nn.Linear, lambda module, call, x: call(x))`",
         )
     for_each_class(_make_interceptable)  # those that were given another `__call__` since
@@ -156,15 +165,17 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
         yield
 
 
-def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
+def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transformed[P, tuple[R, State]]:
     """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
 
     `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
-    or `mu.scan` within the model come back stacked.
+    or `mu.scan` within the model come back stacked. Of a kind of states, ``mu.capture(model, mu.Intermediate)``, it gives what
+    the call sowed, and takes it out of the model.
 
     Args:
       f: a callable Module, or a function.
-      *filters: which modules: types, predicates on (path, module), any filters; all, if there are none.
+      *filters: which modules: types, predicates on (path, module), any filters; all, if there are none. Kinds of states, such as
+        `mu.Intermediate`, select what is sown.
       of: the node in which the modules are, if that is not `f`.
 
     Example:
@@ -181,39 +192,64 @@ def capture(f: Callable[..., Any], *filters: FilterLike, of: Any = None) -> Any:
     """
     node = f if of is None else of
     if not isinstance(node, Module) and of is None:
-        raise StructureError(
+        raise ArgumentError(
             "`capture` of a function needs the model that is looked into",
             expected="a callable Module, or `of=model`",
-            got=f"{f!r:.60}",
+            got=show_value(f),
             cure="`mu.capture(model, nn.Linear)(x)`, or `mu.capture(f, nn.Linear, of=model)(x)`.",
         )
-    selects = as_filter(filters if filters else ...)
+    kinds = tuple(f for f in filters if isinstance(f, type) and issubclass(f, Variable))
+    rest = tuple(f for f in filters if f not in kinds)
+    selects = as_filter(rest if rest else None if kinds else ...)
 
     def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         store = Module()
         for_each_class(_make_interceptable)
+        before = {cell: cell.get() for cell in variables(node, *kinds).values()} if kinds else {}
         with _stack.set(Interceptor(selects, None, node, store, _stack.get())):
             out = function(*args, **kwargs)
         paths = {show_path(path) or ".": path for path in modules(node)}
         kept = {paths[name]: cell.get() for name, cell in vars(store).items()}
-        return out, State(kept, dict.fromkeys(kept, Intermediate))
+        activations = State(kept, dict.fromkeys(kept, Intermediate))
+        return out, activations | _take_sown(node, kinds, before) if kinds else activations
 
     return Transformed(f, functools.partial(capture, *filters, of=of), call)
 
 
+def _take_sown(node: Any, kinds: tuple[type[Variable], ...], before: dict[Variable, Any]) -> State:
+    """Take out of a node the states that were made since, and what was added to those that were there before."""
+    made: State = pop(node, lambda path, cell: isinstance(cell, kinds) and cell not in before)
+    added: dict[Path, Any] = {}
+    cells = variables(node, *kinds)
+    for path, cell in cells.items():
+        then, now = before[cell], cell.get()
+        if not isinstance(then, tuple) or not isinstance(now, tuple) or now is then:
+            continue
+        count = len(then) if len(now) > len(then) and all(map(is_, then, now)) else 0
+        added[path] = now[count:]
+        cell.set(then)
+    return made | State(added, {path: type(cells[path]) for path in added})
+
+
+@takes(
+    "mu.sow(model, 'activation', x)",
+    _="A name says where the value is kept, and no collection: `mu.sow(model, 'activation', x)`. Its kind says "
+    "of what sort it is: `mu.sow(model, 'total', x, kind=mu.Variable)`.",
+)
 def sow(
     module: Module,
     name: str,
     value: T,
     *,
-    kind: type[Variable] = Intermediate,
+    kind: type[Variable[Any]] = Intermediate,
     reduce: Callable[[Any, T], Any] | None = None,
 ) -> None:
     """Keep a value from inside a computation as a state of a module.
 
-    The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. One that is
-    left in the model grows with each call, and so compiles each call anew. What the body of a `mu.scan` sows comes back stacked;
-    branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there before.
+    The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. In a compiled
+    program those of the latest call only: one that grew with each call would compile each call anew, so a warning says it. What
+    the body of a `mu.scan` sows comes back stacked; branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there
+    before, unless it is popped there again.
 
     Args:
       module: the module.
@@ -223,7 +259,7 @@ def sow(
       reduce: ``reduce(old, value)`` gives the state's next value, in place of the tuple; the first is `value` itself.
 
     Raises:
-      StructureError: the attribute is something else.
+      StructureError: the attribute is something else, or the class has a method or property of this name.
 
     Example:
       >>> import mutatis as mu
@@ -233,16 +269,28 @@ def sow(
       >>> [float(value) for value in mu.pop(net, mu.Intermediate)["activation"]]
       [1.0, 2.0]
     """
-    held = _held(module, name)
+    kind = unsubscripted(kind)
+    held = _held(module, name, kind)
     if held is None:
         setattr(module, name, kind((value,)) if reduce is None else kind(value, reduced=True))
-    elif isinstance(held, kind):
-        held.set((*held.get(), value) if reduce is None else reduce(held.get(), value))
+    elif not isinstance(held, kind):
+        raise _occupied(module, name, type(held).__name__, kind)
+    elif reduce is not None:
+        held.set(reduce(held.get(), value))
+    elif _is_of_earlier_call(held):
+        warnings.warn(
+            f"state {naming.describe(held)} still held what an earlier call had sown, which gives way to what this one sows: "
+            "else it would grow, and compile, with each call. Take the values out after each call: "
+            f"`mu.pop(model, {spelled(kind)})`.",
+            RecompilationWarning,
+            stacklevel=2,
+        )
+        held.set((value,))
     else:
-        raise _occupied(module, name, held, kind)
+        held.set((*held.get(), value))
 
 
-def perturb(module: Module, name: str, value: Any) -> Any:
+def perturb(module: Module, name: str, value: T) -> T:
     """Add a state of zeros to a value, so that gradients with respect to the value can be taken.
 
     The state is made at the first call; ``mu.grad(loss, wrt=mu.Perturbation)(model)`` then gives the gradients.
@@ -266,12 +314,12 @@ def perturb(module: Module, name: str, value: Any) -> Any:
       >>> float(mu.grad(lambda net: net(3.0), wrt=mu.Perturbation)(net)["hidden"])
       12.0
     """
-    held = _held(module, name)
+    held = _held(module, name, Perturbation)
     if held is None:
         held = Perturbation(jax.tree.map(jnp.zeros_like, value))
         setattr(module, name, held)
     elif not isinstance(held, Perturbation):
-        raise _occupied(module, name, held, Perturbation)
+        raise _occupied(module, name, type(held).__name__, Perturbation)
     zeros = held.get()
     if jax.tree.map(jnp.shape, zeros) != jax.tree.map(jnp.shape, value):
         raise StateTypeError(
@@ -283,32 +331,54 @@ def perturb(module: Module, name: str, value: Any) -> Any:
             made_at=held.made_at,
             cure="Take it out, `mu.pop(model, mu.Perturbation)`, and call the model once: it is made anew.",
         )
-    return jax.tree.map(jnp.add, value, zeros)
+    perturbed: T = jax.tree.map(jnp.add, value, zeros)
+    return perturbed
 
 
-def _held(module: Any, name: str) -> Any:
+def _is_of_earlier_call(held: Variable) -> bool:
+    """Whether a program is traced that has sown nothing into the state yet; what a loop repeats goes by the first time."""
+    tx = transactions.current()
+    compiled = tx is not None and tx.compiled
+    while compiled and tx is not None:
+        if held in tx.written or tx.repeats != 1:
+            return False
+        tx = tx.parent
+    return compiled
+
+
+def _held(module: Any, name: Any, kind: type[Variable]) -> Any:
     """What the attribute of a module holds, or None.
 
     Raises:
-      StructureError: it is no module.
+      ArgumentError: it is no module.
+      StructureError: its class has a method or property of this name.
     """
-    if isinstance(module, Module):
-        return module.__dict__.get(name)
-    raise StructureError(
-        f"{type(module).__name__} cannot hold state `{name}`",
-        path=name,
-        expected="a Module",
-        got=f"{module!r:.60}",
-        cure="Name the module that the value belongs to: `mu.sow(self, 'activation', x)`.",
+    if isinstance(module, Module) and isinstance(name, str):
+        held = module.__dict__.get(name)
+        of_class = inspect.getattr_static(type(module), name, None)
+        if held is None and (callable(of_class) or isinstance(of_class, _COMPUTED)):
+            raise _occupied(module, name, f"a {type(of_class).__name__} of the class", kind)
+        return held
+    named = isinstance(name, str)
+    raise ArgumentError(
+        f"{show_value(module)} cannot hold state {f'`{name}`' if named else show_value(name)}",
+        path=name if named else None,
+        expected="a Module, and then a name",
+        got=f"{show_class(module)}, {show_class(name)}",
+        cure="Name the module that the value belongs to, and then where: `mu.sow(self, 'activation', x)`, "
+        "`mu.perturb(self, 'hidden', x)`.",
     )
 
 
-def _occupied(module: Module, name: str, held: Any, kind: type[Variable]) -> StructureError:
+_COMPUTED = (property, functools.cached_property, classmethod, staticmethod)
+
+
+def _occupied(module: Module, name: str, got: str, kind: type[Variable]) -> StructureError:
     owner = type(module).__name__
     return StructureError(
         f"`{owner}.{name}` is no {kind.__name__}",
         path=f"{owner}.{name}",
         expected=f"no attribute of this name, or a {kind.__name__}",
-        got=type(held).__name__,
+        got=got,
         cure="Give it another name.",
     )

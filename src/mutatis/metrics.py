@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mutatis.errors import StructureError
+from mutatis.core.calls import takes
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError
 from mutatis.model.kinds import MetricState
 from mutatis.model.modules import Module
 from mutatis.model.operations import reset
@@ -58,19 +60,20 @@ class Average(Metric):
         self.total = MetricState(0.0, init=0.0)
         self.count = MetricState(0, init=0)
 
+    @takes("metric.update(values=x)", _="Say what it is: `metric.update(values=x)`.")
     def update(self, *, mask: ArrayLike | None = None, **values: Any) -> None:
         """Take in a batch of values.
 
         Args:
-          mask: which of them count; broadcast to their shape. All, if it is left out.
-          **values: the values, an array or number, under the metric's `argname`; other keywords are not for it.
+          mask: which of them count: booleans that broadcast to their shape. All, if it is left out.
+          **values: the values, an array of any shape, under the metric's `argname`; other keywords are not for it.
 
         Raises:
-          StructureError: there are no values of that name.
+          ArgumentError: there are no values of that name.
         """
         if self.argname not in values:
-            raise StructureError(
-                f"a metric that takes `{self.argname}` was updated without",
+            raise ArgumentError(
+                f"a metric that takes `{self.argname}` was updated without it",
                 path=self.argname,
                 expected=f"{self.argname}=...",
                 got=", ".join(f"{name}=..." for name in values) or "no values",
@@ -105,22 +108,23 @@ class Accuracy(Average):
         super().__init__("right")
         self.threshold = threshold
 
+    @takes("metric.update(logits=logits, labels=labels)")
     def update(self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any) -> None:  # type: ignore[override]  # names what it takes of **values
         """Take in a batch of predictions.
 
         Args:
           logits: an array of shape (..., classes), or (...) with a threshold.
           labels: the right classes: integers of shape (...).
-          mask: which predictions count; all, if it is left out.
+          mask: which predictions count: booleans that broadcast to shape (...); all, if it is left out.
 
         Raises:
-          StructureError: the shapes do not fit.
+          ArgumentError: the shapes do not fit.
         """
         logits, labels = jnp.asarray(logits), jnp.asarray(labels)
         guesses = jnp.argmax(logits, -1) if self.threshold is None else logits >= self.threshold
         truth = labels if self.threshold is None else labels > 0
         if guesses.shape != truth.shape:
-            raise StructureError(
+            raise ArgumentError(
                 "the logits do not fit the labels of `Accuracy`",
                 path="logits",
                 expected=f"labels of shape {guesses.shape}",
@@ -137,7 +141,7 @@ class MultiMetric(Metric):
       **metrics: the metrics; each becomes an attribute of its name.
 
     Raises:
-      StructureError: a name is taken, or names something that is not a metric.
+      ArgumentError: a name is taken, or names something that is not a metric.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -150,11 +154,11 @@ class MultiMetric(Metric):
     def __init__(self, **metrics: Any) -> None:
         for name, metric in metrics.items():
             if not isinstance(metric, Metric) or hasattr(MultiMetric, name):
-                raise StructureError(
+                raise ArgumentError(
                     f"`{name}` cannot be an attribute of `MultiMetric`",
                     path=name,
                     expected="a metric, under a name that is not one of its methods",
-                    got=f"{name}={type(metric).__name__}",
+                    got=f"{name}={show_class(metric)}",
                     cure="`mu.metrics.MultiMetric(loss=mu.metrics.Average('loss'))`",
                 )
             setattr(self, name, metric)
@@ -164,9 +168,26 @@ class MultiMetric(Metric):
         return {name: metric for name, metric in vars(self).items() if isinstance(metric, Metric)}
 
     def update(self, **values: Any) -> None:
-        """Give every metric all values; each takes its own."""
-        for metric in self._metrics.values():
-            metric.update(**values)
+        """Give every metric all values; each takes its own.
+
+        Args:
+          **values: the values. `mask` may be a dict with a mask for each metric that needs one, by the metric's name.
+
+        Raises:
+          ArgumentError: a mask is for a metric that there is not.
+        """
+        by_name = isinstance(values.get("mask"), dict)
+        masks: dict[str, Any] = values["mask"] if by_name else {}
+        if strangers := masks.keys() - self._metrics.keys():
+            raise ArgumentError(
+                f"there is no metric `{min(map(str, strangers))}` for a mask",
+                path="mask",
+                expected=", ".join(self._metrics),
+                got=", ".join(map(str, masks)),
+                cure="Give masks by the names of the metrics, or one mask for all: `metrics.update(..., mask=mask)`.",
+            )
+        for name, metric in self._metrics.items():
+            metric.update(**({**values, "mask": masks.get(name)} if by_name else values))
 
     def compute(self) -> dict[str, Any]:
         """The value of each metric by name."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 
 from mutatis.core import naming
 from mutatis.core.avals import show_type
+from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
-from mutatis.core.nodes import Reference
-from mutatis.errors import DeferredStateError, OptimizerError
+from mutatis.core.nodes import Reference, is_node
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, DeferredStateError, OptimizerError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import OptState, Param
 from mutatis.model.modules import Module
@@ -51,7 +53,9 @@ class Optimizer(Module):
       (Array([0.8, 1.6], dtype=float32), 1)
     """
 
+    @takes("mu.Optimizer(model, optax.adam(1e-3))")
     def __init__(self, model: Any, tx: Any, wrt: FilterLike = Param) -> None:
+        _check_transformation(model, tx)
         self.step = OptState(0)
         self.tx = tx
         self.wrt = as_filter(wrt)
@@ -62,6 +66,10 @@ class Optimizer(Module):
         types = tuple(_struct(cell.value) for cell in self.state.values())
         self._made_for = _Layout(_types(values), tuple(names), types, treedef)
 
+    @overload
+    def update(self, grads: Any, /, **extra: Any) -> None: ...
+    @overload
+    def update(self, model: Any, grads: Any, /, **extra: Any) -> None: ...
     def update(self, /, *args: Any, **extra: Any) -> None:
         """Apply gradients: ``update(grads)`` or ``update(model, grads)``.
 
@@ -76,7 +84,13 @@ class Optimizer(Module):
         import optax
 
         if len(args) not in (1, 2):
-            raise OptimizerError("`update` takes gradients, or a model and gradients", cure="`optimizer.update(grads)`")
+            raise ArgumentError(
+                "`update` takes gradients, or a model and gradients",
+                expected="optimizer.update(grads), or optimizer.update(model, grads)",
+                got=f"{len(args)} arguments",
+                cure="The optimizer keeps optax's state, and writes to the model: `optimizer.update(grads)`.",
+            )
+        _check_are_gradients(args[-1])
         params = self._params()
         if len(args) == 2:
             self._check_model(args[0], params)
@@ -182,6 +196,48 @@ def _types(values: State) -> Hashable:
     return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
+def _check_transformation(model: Any, tx: Any) -> None:
+    """Refuse what is no optax transformation.
+
+    Raises:
+      ArgumentError: it is none.
+    """
+    if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)) and not is_node(tx):
+        return
+    if is_node(tx) and callable(getattr(model, "update", None)):
+        cure = "The model comes first: `mu.Optimizer(model, tx)`."
+    elif callable(tx):
+        cure = "Make the transformation: `mu.Optimizer(model, optax.adam(1e-3))`."
+    else:
+        cure = "`mu.Optimizer(model, optax.adam(1e-3))`"
+    raise ArgumentError(
+        f"{show_value(tx)} is not an optax transformation",
+        path="tx",
+        expected="an object with the methods `init` and `update`, such as `optax.adam(1e-3)`",
+        got=show_class(tx),
+        cure=cure,
+    )
+
+
+def _check_are_gradients(given: Any) -> None:
+    """Refuse what people give in the place of gradients.
+
+    Raises:
+      ArgumentError: it is a model, or a loss and gradients.
+    """
+    if is_node(given):
+        got = show_class(given)
+        cure = "Differentiate it first: `optimizer.update(mu.grad(loss_fn)(model, x))`; with a model, that comes first."
+    elif (
+        isinstance(given, tuple) and len(given) == 2 and not isinstance(given[0], State) and isinstance(given[1], State)
+    ):
+        got = "a pair, as `mu.value_and_grad` gives it"
+        cure = "Take it apart: `loss, grads = mu.value_and_grad(loss_fn)(model, x)`, then `optimizer.update(grads)`."
+    else:
+        return
+    raise ArgumentError("`update` was given what are no gradients", expected="what `mu.grad` gives", got=got, cure=cure)
+
+
 def _named_leaves(state: Any) -> tuple[list[str], list[Any], Any]:
     """The leaves of an optax state with names that end in the parameters' paths: ``0.mu.blocks[0].kernel``."""
     entries, treedef = jax.tree_util.tree_flatten_with_path(state)
@@ -213,7 +269,11 @@ def _check_gradients(grads: Any, values: State) -> State:
     """
     flat = dict(_gradients_by_path(grads, (), frozenset(values.flat())))
     problems = [f"missing:    {show_path(path)}" for path in values if path not in flat]
-    problems += [f"unexpected: {show_path(path)}" for path in flat if path not in values.flat()]
+    problems += [
+        f"unexpected: {show_path(path) or f'one value for all, {show_value(value)}'}"
+        for path, value in flat.items()
+        if path not in values.flat()
+    ]
     for path, value in values.flat().items():
         if path in flat and _shapes(flat[path]) != _shapes(value):
             problems.append(f"{show_path(path)}: expected {show_type(value)}, got {show_type(flat[path])}")

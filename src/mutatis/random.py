@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from mutatis.core import access, naming
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import RandomStreamError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.kinds import RngState, stream_value
@@ -149,6 +150,16 @@ class _Stream:
         return self.state.draw()
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("dtype", "ndim", "shape"):  # by which `jax.random` looks whether something is a key
+            stream = self.state.metadata.get("tag", "default")
+            raise RandomStreamError(
+                f"random stream `{stream}` was used as a key",
+                path=naming.path_of(self.state) or stream,
+                where=naming.where(),
+                expected="a key, drawn from it",
+                got="the stream itself",
+                cure=f"Call it: `jax.random.normal(rngs.{stream}(), (3,))`.",
+            )
         return getattr(self.state, name)
 
     def __repr__(self) -> str:
@@ -171,12 +182,24 @@ def as_key(seed: Any, name: str = "default") -> jax.Array:
     elif isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         return jax.random.key(int(seed))
     raise RandomStreamError(
-        f"random stream `{name}` cannot start from {seed!r:.60}",
+        f"random stream `{name}` cannot start from {show_value(seed)}",
         path=name,
         expected="an integer seed, `jax.random.key(0)` or `jax.random.PRNGKey(0)`",
-        got=type(seed).__name__,
-        cure=f"`mu.Rngs({name}=0)`",
+        got=show_class(seed),
+        cure=_streams_of(seed, name),
     )
+
+
+def _streams_of(seed: Any, name: str) -> str:
+    """How to make streams of what was given as a seed."""
+    if isinstance(seed, dict):
+        return f"Name the streams: `mu.Rngs({', '.join(f'{key}=0' for key in seed)})`."
+    if isinstance(seed, str):
+        name = seed if name == "default" and seed.isidentifier() else name
+        return f"Name the stream, and give it a seed: `mu.Rngs({name}=0)`."
+    if isinstance(seed, Rngs):
+        return "Streams of their own, from a draw of each: `rngs.fork()`."
+    return f"`mu.Rngs({name}=0)`"
 
 
 def reseed(node: Any, /, *filters: FilterLike, **seeds: Any) -> None:

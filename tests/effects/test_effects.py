@@ -109,9 +109,9 @@ def two() -> Chain:
 
 
 def by_hand(x: Any, states: dict[str, Any]) -> Any:
-    first = states[".parts[0].state"] + x
+    first = states["Chain.parts[0]/Total.state"] + x
     second = states["second"] + 0.5 * first
-    return second, {".parts[0].state": first, "second": second}
+    return second, {"Chain.parts[0]/Total.state": first, "second": second}
 
 
 ROUNDS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
@@ -136,7 +136,7 @@ ROUNDS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
 def test_a_handled_layer_is_a_pure_function(through: str, form: str) -> None:
     handled, states = handle(two(), "a")
     call = handled if form == "two arguments" else lambda x, s: handled((x, s))
-    assert set(states) == {".parts[0].state", "second"}
+    assert set(states) == {"Chain.parts[0]/Total.state", "second"}
     with jax.checking_leaks():
         same(ROUNDS[through](call, states), ROUNDS[through](by_hand, states))
 
@@ -197,7 +197,7 @@ def test_states_may_be_trees() -> None:
 
     handled, states = handle(Buffer(Initial(lambda: {"last": 0.0, "n": 1}, "a")), "a")
     out, new = jax.jit(handled)((2.0, states))
-    assert (out, new[".cache"]["last"], states[".cache"]["last"]) == (1, 2.0, 0.0)
+    assert (out, new["Buffer.cache"]["last"], states["Buffer.cache"]["last"]) == (1, 2.0, 0.0)
 
 
 @pytest.mark.parametrize("outer", ["a", "b"])
@@ -206,8 +206,8 @@ def test_handlers_nest_one_per_category(outer: str) -> None:
     inner = "b" if outer == "a" else "a"
     handled, first = handle(body, inner)
     handled, second = handle(handled, outer)
-    place = {"a": "parts[0].state", "b": "parts[1].state"}
-    assert ([*first], [*second]) == ([f".{place[inner]}"], [f".body.{place[outer]}"])
+    place = {"a": "Chain.parts[0]/Total.state", "b": "Chain.parts[1]/Total.state"}
+    assert ([*first], [*second]) == ([place[inner]], [f"WithFunctionalLocalState.body/{place[outer]}"])
     (out, first), second = jax.jit(handled)(((3.0, first), second))
     assert (float(out), [*first.values()], [*second.values()]) == (3.0, [3.0], [3.0])
     once = effects.freeze_local_states(handled, second)
@@ -230,8 +230,8 @@ def test_a_handler_in_a_handler_of_the_same_name_has_its_own() -> None:
     outer, states = handle(Chain([Total(Initial(zero, "a"))]), "a")
     assert inner.handler_id == outer.handler_id
     moved = dataclasses.replace(outer, body=Chain([*outer.body.parts, lambda x: inner((x, inside))[0], inner]))
-    assert moved._names() == [".parts[0].state"]
-    with pytest.raises(errors.EffectError, match="was called without states"):
+    assert moved._names() == ["Chain.parts[0]/Total.state"]
+    with pytest.raises(errors.ArgumentError, match="was called without states"):
         moved((1.0, states))
     inner, _ = handle(inner, "b", handler_id="mine")
     with pytest.raises(errors.EffectError, match="has a handler 'local_state_0' already"):
@@ -281,7 +281,7 @@ def test_transforms_understand_the_state(how: str, through: str) -> None:
     with jax.checking_leaks() if through == "leaks" else contextlib.nullcontext():
         out, new = run((jnp.arange(3.0), states))
         out, new = run((jnp.arange(3.0), new))
-    assert (float(out), float(new[".state"]), float(states[".state"])) == (7.0, 7.0, 1.0)
+    assert (float(out), float(new["Inside.state"]), float(states["Inside.state"])) == (7.0, 7.0, 1.0)
 
 
 @pytest.mark.parametrize("through", [lambda f: f, jax.jit, mu.jit])
@@ -290,7 +290,7 @@ def test_raw_transforms_inside_a_layer_are_refused(how: str, through: Any) -> No
     handled, states = handle(Inside(Initial(zero, "a", "sum"), how), "a")
     with pytest.raises(errors.TraceLevelError, match=r"states\['sum'\]"):
         through(handled)((jnp.arange(3.0), states))
-    assert handle(Inside(Initial(zero, "a"), "mu.scan"), "a")[0]((jnp.arange(3.0), {".state": zero()}))[0] == 3.0
+    assert handle(Inside(Initial(zero, "a"), "mu.scan"), "a")[0]((jnp.arange(3.0), {"Inside.state": zero()}))[0] == 3.0
 
 
 def test_an_exception_leaves_nothing_behind() -> None:
@@ -305,7 +305,7 @@ def test_an_exception_leaves_nothing_behind() -> None:
         with pytest.raises(KeyError, match="in the middle"):
             through(handled)((1.0, states))
     assert len(kept) == 3
-    assert states == {".parts[0].state": 0.0}
+    assert states == {"Chain.parts[0]/Total.state": 0.0}
 
 
 # -- sharing ---------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ SHARED: dict[str, tuple[list[Any], dict[str, Any]]] = {
         {"forbidden": "share", "allowed": "before it is defined", "unsafe": "before it is defined"},
     ),
     "a position for a name": (
-        [Initial(zero, "a"), Initial(zero, "a", ".parts[0].state")],
+        [Initial(zero, "a"), Initial(zero, "a", "Chain.parts[0]/Total.state")],
         {"forbidden": "definitions", "allowed": "definitions", "unsafe": "definitions"},
     ),
 }
@@ -506,9 +506,12 @@ def test_handlers_around_one_module() -> None:
     net = Net()
     handled, first = handle(net, mu.BatchStat)
     handled, second = handle(handled, category_predicate=lambda collection: True)
-    assert ([*first], {*second}) == (["total"], {".body.steps", ".body.w"})
+    assert ([*first], {*second}) == (
+        ["total"],
+        {"WithFunctionalLocalState.body.steps", "WithFunctionalLocalState.body.w"},
+    )
     (out, first), second = jax.jit(handled)(((1.0, first), second))
-    assert (out, first["total"], second[".body.steps"]) == (2.0, 2.0, 1.0)
+    assert (out, first["total"], second["WithFunctionalLocalState.body.steps"]) == (2.0, 2.0, 1.0)
     assert net.steps.deferred
     once = effects.freeze_local_states(handled, second)
     frozen = effects.freeze_local_states(once, first)
@@ -575,15 +578,15 @@ def test_modules_in_other_trees() -> None:
 
     body = Both({"a": net, "b": net}, Initial(one, "hidden"), seen)
     handled, states = handle(body, "hidden")
-    assert states == {".nets['a'].steps": 0.0, ".state": 1.0}
+    assert states == {"Both.nets['a'].steps": 0.0, "Both.state": 1.0}
     out, new = handled((1.0, states))
-    assert (out, new[".nets['a'].steps"], net.total.value, seen.value) == (2.0 + 4.0 + 1.0, 2.0, 4.0, 1)
+    assert (out, new["Both.nets['a'].steps"], net.total.value, seen.value) == (2.0 + 4.0 + 1.0, 2.0, 4.0, 1)
     frozen = effects.freeze_local_states(handled, new)
     assert frozen.nets["a"] is frozen.nets["b"] is not net
     assert frozen.seen is not seen
     assert type(frozen.state) is Frozen
     handled, states = handle(body, "variables")
-    assert states == {".seen": 0 + 1}
+    assert states == {"Both.seen": 0 + 1}
 
 
 def test_a_method_is_handled_as_its_module() -> None:
@@ -703,25 +706,29 @@ def changed() -> None:
 @pytest.mark.parametrize(
     ("act", "error", "text"),
     [
-        (lambda: handle(two()), errors.EffectError, "said nowhere"),
-        (lambda: handle(two(), "a", lambda c: True), errors.EffectError, "said twice"),
-        (lambda: handle(two(), "a", state_sharing="some"), errors.EffectError, "`state_sharing` cannot be 'some'"),  # type: ignore[arg-type]
+        (lambda: handle(two()), errors.ArgumentError, "said nowhere"),
+        (lambda: handle(two(), "a", lambda c: True), errors.ArgumentError, "said twice"),
+        (lambda: handle(two(), "a", state_sharing="some"), errors.ArgumentError, "`state_sharing` cannot be 'some'"),  # type: ignore[arg-type]
         (lambda: handle(Asks(), "a"), errors.EffectError, r"`layers\[0\]|`layers` is a request in a Module"),
         (lambda: handle(Twice(), mu.Cache), errors.EffectError, "two states have the name 'n': a and b"),
         (lambda: handle(Net(), object()), errors.FilterError, "is not a filter"),
-        (lambda: handle(two(), "a")[0](1.0), errors.EffectError, "without states"),
-        (lambda: handle(two(), "a")[0](1.0, {}), errors.EffectError, r"missing:    \.parts\[0\]\.state"),
+        (lambda: handle(two(), "a")[0](1.0), errors.ArgumentError, "without states"),
+        (lambda: handle(two(), "a")[0](1.0, {}), errors.EffectError, r"missing:    Chain\.parts\[0\]/Total\.state"),
         (lambda: handle(two(), "b")[0](1.0, {"x": 1}), errors.EffectError, "unexpected: x"),
         (lambda: effects.freeze_local_states(handle(two(), "a")[0], {}), errors.EffectError, "missing"),
-        (lambda: handle(Counts(), "variables")[0](1.0, {"v": 1.0}), errors.StructureError, "changed inside a handled"),
+        (lambda: handle(Counts(), "variables")[0](1.0, {"v": 1.0}), errors.StructureError, "changed in a handled"),
         (changed, errors.EffectError, r"has changed since it was handled[\s\S]*missing: total"),
         (
             lambda: handle(places(Frozen("text", "a")), "a"),
             errors.StateTypeError,
-            r"`\.parts\[0\]\.state` \(.*\) cannot hold 'text'",
+            r"`Chain\.parts\[0\]/Total\.state` \(.*\) cannot hold 'text'",
         ),
         (lambda: handle(two(), "b")[0](1.0, {}), errors.EffectError, "outside of its handler"),
-        (lambda: handle(Total(Frozen(0, "a")), "a")[0](1.0, {".state": "x"}), errors.StateTypeError, r"`\.state` \("),
+        (
+            lambda: handle(Total(Frozen(0, "a")), "a")[0](1.0, {"Total.state": "x"}),
+            errors.StateTypeError,
+            r"`Total\.state` \(",
+        ),
     ],
 )
 def test_refusals(act: Callable[[], Any], error: Any, text: str) -> None:
@@ -750,8 +757,8 @@ def test_renaming_trees() -> None:
     assert tree.parts[0].state.name == "x"
     handled, states = handle(tree, "a", state_sharing="allowed")
     other = handled.with_renamed_parameters(str.upper)
-    assert {*other._names()} == {"X", "Y", "Z", ".parts[2].state"}
-    values = {name if name[0] == "." else name.upper(): value for name, value in states.items()}
+    assert {*other._names()} == {"X", "Y", "Z", "Chain.parts[2]/Total.state"}
+    values = {name if "." in name else name.upper(): value for name, value in states.items()}
     same(other((1.0, values))[0], handled((1.0, states))[0])
     frozen = effects.freeze_local_states(other, values)
     assert [part.state.name for part in frozen.parts] == ["X", "Y", None, "Z", "Z"]
@@ -821,7 +828,7 @@ def test_renaming_modules_is_a_mark() -> None:
             lambda name: "c",
             "`y` cannot be renamed to 'c'",
         ),
-        (lambda: handle(two(), "a")[0], lambda name: ".parts[0].state", "cannot be renamed"),
+        (lambda: handle(two(), "a")[0], lambda name: "Chain.parts[0]/Total.state", "cannot be renamed"),
         (lambda: mu.Variable(0, name="a"), lambda name: None, "cannot be renamed to None"),
         (lambda: mu.Variable(0, name="a"), lambda name: [], "cannot be renamed to"),
     ],
@@ -939,8 +946,10 @@ def test_equinox_modules_are_trees() -> None:
 
     body = eqx.nn.Sequential([eqx.nn.Lambda(Layer(Initial(zero, "a"), jnp.float32(2.0))), eqx.nn.Lambda(jnp.tanh)])
     handled, states = handle(body, "a")
-    assert states == {".layers[0].fn.state": 0.0}
+    assert states == {"Sequential.layers[0]/Lambda.fn/Layer.state": 0.0}
     out, states = eqx.filter_jit(handled)((1.0, states))
-    same((out, states), (jnp.tanh(2.0), {".layers[0].fn.state": 2.0}))
-    gradient = eqx.filter_grad(lambda handled: handled((1.0, states))[1][".layers[0].fn.state"])(handled)
+    same((out, states), (jnp.tanh(2.0), {"Sequential.layers[0]/Lambda.fn/Layer.state": 2.0}))
+    gradient = eqx.filter_grad(lambda handled: handled((1.0, states))[1]["Sequential.layers[0]/Lambda.fn/Layer.state"])(
+        handled
+    )
     assert jax.tree.leaves(gradient)[0] == 1.0

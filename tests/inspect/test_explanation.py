@@ -198,5 +198,5 @@ def test_methods_and_what_is_not_jitted() -> None:
     counter.step()
     assert len(mu.inspect.explain(counter.step).compilations) == 1
     for wrong in (len, mu.grad(lambda x: x), 3):
-        with pytest.raises(errors.StructureError, match=r"mu\.jit"):
+        with pytest.raises(errors.ArgumentError, match=r"mu\.jit"):
             mu.inspect.explain(wrong)

@@ -22,6 +22,7 @@ pytest.importorskip("equinox")
 import equinox as eqx
 
 from mutatis.interop.equinox import FromEquinox, ToEquinox
+from tests.nets import Layers
 
 
 class Net(eqx.Module):
@@ -244,23 +245,6 @@ def test_a_state_that_does_not_come_back() -> None:
 # -- ours in theirs ------------------------------------------------------------------------------------------------
 
 
-class Ours(mu.Module):
-    def __init__(self, rngs: mu.Rngs, rate: float = 0.5) -> None:
-        self.layers = [mu.nn.Linear(3, 4, rngs=rngs), mu.nn.BatchNorm(4, momentum=0.9)]
-        self.tied = self.layers[0]
-        self.drop = mu.nn.Dropout(rate, rngs=rngs)
-        self.calls = mu.Cache(0)
-
-    def __call__(self, x: Any) -> Any:
-        self.calls += 1
-        for layer in self.layers:
-            x = layer(x)
-        return self.drop(x)
-
-    def features(self, x: Any) -> Any:
-        return self.tied(x)
-
-
 def test_a_stateless_module() -> None:
     layer = mu.nn.Linear(3, 2, rngs=mu.Rngs(0))
     net = ToEquinox(layer)
@@ -272,7 +256,7 @@ def test_a_stateless_module() -> None:
 
 
 def test_training_in_equinox_equals_ours() -> None:
-    ours = Ours(mu.Rngs(0), rate=0.0)
+    ours = Layers(mu.Rngs(0), rate=0.0, features=3)
     net, state = eqx.nn.make_with_state(ToEquinox)(ours)
     assert net.is_stateful()
     tx = optax.sgd(0.1, momentum=0.9)
@@ -317,7 +301,7 @@ def test_keys_in_equinox() -> None:
 
 def test_in_a_sequential_and_in_ours_again() -> None:
     def make() -> Any:
-        return eqx.nn.Sequential([eqx.nn.Lambda(jnp.negative), ToEquinox(Ours(mu.Rngs(0), rate=0.0))])
+        return eqx.nn.Sequential([eqx.nn.Lambda(jnp.negative), ToEquinox(Layers(mu.Rngs(0), rate=0.0, features=3))])
 
     model, state = eqx.nn.make_with_state(make)()
     out, after = model(batch(), state)
@@ -328,11 +312,11 @@ def test_in_a_sequential_and_in_ours_again() -> None:
 
 
 def test_methods_and_state_by_name() -> None:
-    ours = Ours(mu.Rngs(0))
+    ours = Layers(mu.Rngs(0), features=3)
     net, state = eqx.nn.make_with_state(ToEquinox)(ours)
     out, state = net(batch(), state=state, method="features")
     assert_equal(out, ours.features(batch()))
-    with pytest.raises(errors.StructureError, match="without its state"):
+    with pytest.raises(errors.ArgumentError, match="without its state"):
         net(batch(), key=jax.random.key(0))
 
 
@@ -356,5 +340,5 @@ def test_two_of_a_structure_are_the_same_program(traces: Any) -> None:
 def test_refusals() -> None:
     with pytest.raises(errors.DeferredStateError, match=r"`kernel` has no value"):
         ToEquinox(mu.nn.Linear(None, 3, rngs=mu.Rngs(0)))
-    with pytest.raises(errors.StructureError, match="holds a Mutatis module"):
+    with pytest.raises(errors.ArgumentError, match="holds a Mutatis module"):
         ToEquinox(eqx.nn.Linear(3, 3, key=jax.random.key(0)))

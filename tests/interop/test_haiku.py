@@ -22,6 +22,7 @@ pytest.importorskip("haiku")
 import haiku as hk
 
 from mutatis.interop.haiku import FromHaiku, ToHaiku
+from tests.nets import Layers
 
 
 @pytest.fixture(autouse=True)
@@ -174,11 +175,11 @@ def test_no_streams() -> None:
 # -- ours in theirs ------------------------------------------------------------------------------------------------
 
 
-class Ours(mu.Module):
-    def __init__(self, rngs: mu.Rngs, rate: float = 0.0) -> None:
-        self.layers = [mu.nn.Linear(None, 4, rngs=rngs), mu.nn.BatchNorm(4, momentum=0.9)]
-        self.tied = self.layers[0]
-        self.drop = mu.nn.Dropout(rate, rngs=rngs)
+class Ours(Layers):
+    """With a state that is a pytree."""
+
+    def __init__(self, rngs: mu.Rngs) -> None:
+        super().__init__(rngs, rate=0.0)
         self.calls = mu.Cache({"n": 0})
 
     def __call__(self, x: Any) -> Any:
@@ -262,7 +263,7 @@ def test_refusals() -> None:
             return x
 
     transformed = hk.transform_with_state(lambda x: ToHaiku(WritesParam)(x))
-    with pytest.raises(errors.StructureError, match="constant in a call"):
+    with pytest.raises(errors.FrozenStateError, match="constant in a call"):
         transformed.apply(*transformed.init(jax.random.key(0), jnp.ones(2)), None, jnp.ones(2))
     with pytest.raises(errors.StructureError, match=r"missing: layers\[0\]\.kernel"):
         hk.transform_with_state(host).apply({"linear": {}}, {}, None, batch())

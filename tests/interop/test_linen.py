@@ -21,6 +21,7 @@ pytest.importorskip("flax")
 from flax import linen as nn
 
 from mutatis.interop.linen import FromLinen, ToLinen
+from tests.nets import Layers
 
 
 class Block(nn.Module):
@@ -369,25 +370,8 @@ def test_no_streams() -> None:
 # -- ours in theirs ------------------------------------------------------------------------------------------------
 
 
-class Ours(mu.Module):
-    def __init__(self, rngs: mu.Rngs, rate: float = 0.5) -> None:
-        self.layers = [mu.nn.Linear(None, 4, rngs=rngs), mu.nn.BatchNorm(4, momentum=0.9)]
-        self.tied = self.layers[0]
-        self.drop = mu.nn.Dropout(rate, rngs=rngs)
-        self.calls = mu.Cache(0)
-
-    def __call__(self, x: Any) -> Any:
-        self.calls += 1
-        for layer in self.layers:
-            x = layer(x)
-        return self.drop(x)
-
-    def features(self, x: Any) -> Any:
-        return self.tied(x)
-
-
-def plain(rngs: mu.Rngs) -> Ours:
-    return Ours(rngs, rate=0.0)
+def plain(rngs: mu.Rngs) -> Layers:
+    return Layers(rngs, rate=0.0)
 
 
 class Host(nn.Module):
@@ -395,7 +379,7 @@ class Host(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        return nn.Dense(2)(ToLinen(Ours, deterministic=not self.train, name="ours")(x))
+        return nn.Dense(2)(ToLinen(Layers, deterministic=not self.train, name="ours")(x))
 
 
 def test_states_are_in_collections() -> None:

@@ -22,6 +22,7 @@ pytest.importorskip("flax")
 from flax import nnx
 
 from mutatis.interop.nnx import FromNnx, ToNnx
+from tests.nets import Layers
 
 
 class Net(nnx.Module):
@@ -308,22 +309,15 @@ def test_copies(how: str, tmp_path: Path) -> None:
 # -- ours in theirs ------------------------------------------------------------------------------------------------
 
 
-class Ours(mu.Module):
-    def __init__(self, rngs: mu.Rngs, rate: float = 0.5) -> None:
-        self.layers = [mu.nn.Linear(3, 4, rngs=rngs), mu.nn.BatchNorm(4, momentum=0.9)]
-        self.tied = self.layers[0]
-        self.drop = mu.nn.Dropout(rate, rngs=rngs)
+class Ours(Layers):
+    """With an array that is no parameter."""
+
+    def __init__(self, rngs: mu.Rngs) -> None:
+        super().__init__(rngs, features=3)
         self.scale = jnp.full(4, 2.0)
-        self.calls = mu.Cache(0)
 
     def __call__(self, x: Any) -> Any:
-        self.calls += 1
-        for layer in self.layers:
-            x = layer(x)
-        return self.drop(x) * self.scale[None]
-
-    def features(self, x: Any) -> Any:
-        return self.tied(x)
+        return super().__call__(x) * self.scale[None]
 
 
 class Host(nnx.Module):
@@ -462,7 +456,7 @@ def test_lower_precision() -> None:
 def test_refusals() -> None:
     with pytest.raises(errors.DeferredStateError, match=r"`kernel` has no value"):
         ToNnx(mu.nn.Linear(None, 3, rngs=mu.Rngs(0)))
-    with pytest.raises(errors.StructureError, match="holds a Mutatis module"):
+    with pytest.raises(errors.ArgumentError, match="holds a Mutatis module"):
         ToNnx(jnp.ones(3))  # type: ignore[arg-type]
     both = mu.Module()
     both.held = {1: mu.Param(1.0), "1": mu.Param(2.0)}

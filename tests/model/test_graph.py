@@ -101,7 +101,7 @@ def test_every_operation_takes_every_node(kind: str) -> None:
 @pytest.mark.parametrize("bad", [3, "text", None, jnp.zeros(2), object(), lambda: None, {1, 2}])
 def test_what_is_no_node_is_refused(bad: Any) -> None:
     for use in (mu.state, mu.split, mu.variables, mu.graphdef, mu.clone, mu.snapshot, mu.freeze, mu.reset):
-        with pytest.raises(errors.StructureError, match="is not a node") as caught:
+        with pytest.raises(errors.ArgumentError, match="is not a node") as caught:
             use(bad)
         assert "class Net(mu.Module)" in str(caught.value)
 

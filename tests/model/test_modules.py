@@ -17,14 +17,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
-
-
-class Norm(mu.Module):
-    scale: Any
-
-    def __init__(self) -> None:
-        self.scale = mu.Param(jnp.ones(2))
-        self.mean = mu.BatchStat(jnp.zeros(2))
+from tests.nets import Norm
 
 
 class Net(mu.Module):

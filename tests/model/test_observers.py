@@ -13,18 +13,7 @@ import pytest
 
 import mutatis as mu
 from mutatis.core import committed
-
-
-class Net(mu.Module):
-    def __init__(self) -> None:
-        self.w = mu.Param(jnp.arange(3.0))
-        self.items = [mu.Variable(0)]
-        self.tree = mu.Variable({"x": jnp.zeros(2)})
-
-    def step(self) -> None:
-        self.w.value = self.w * 2
-        self.items[0].value += 1
-        self.tree.value["x"] = self.tree.value["x"] + 1
+from tests.nets import Mixed as Net
 
 
 @pytest.fixture
@@ -138,5 +127,5 @@ def test_an_observation_lasts_as_long_as_its_states(log: list[Any]) -> None:
 
 
 def test_observers_have_to_be_functions() -> None:
-    with pytest.raises(mu.errors.StructureError, match="needs a function"):
+    with pytest.raises(mu.errors.ArgumentError, match="needs a function"):
         mu.on_commit(Net(), 3)

@@ -95,7 +95,7 @@ def test_what_is_no_array_is_refused(bad: Any) -> None:
 
 
 def test_a_variable_needs_a_value_or_a_start() -> None:
-    with pytest.raises(errors.StateTypeError, match="a Param needs a value"):
+    with pytest.raises(errors.ArgumentError, match="a Param needs a value"):
         mu.Param()
 
 
@@ -441,7 +441,7 @@ def test_a_deferred_state_may_be_made_in_a_transform(around: Any) -> None:
 
 def test_a_deferred_state_in_a_loop_is_refused() -> None:
     v = mu.Hidden(init=lambda: jnp.zeros(()))
-    with pytest.raises(errors.StructureError, match="was created inside") as caught:
+    with pytest.raises(errors.StructureError, match="was created in") as caught:
         mu.for_loop(lambda x: v.set(v.value + x), jnp.arange(3.0))
     assert "v" in str(caught.value)
     assert v.deferred

@@ -13,7 +13,7 @@ from jax.nn import initializers
 
 import mutatis as mu
 from mutatis import nn
-from mutatis.errors import FrozenStateError, RandomStreamError, StructureError
+from mutatis.errors import ArgumentError, AxisError, FrozenStateError, RandomStreamError
 
 EAGER_AND_JIT = pytest.mark.parametrize("transform", [lambda f: f, mu.jit], ids=["eager", "jit"])
 
@@ -81,7 +81,7 @@ def test_lanes_average_their_statistics() -> None:
 
 def test_lanes_that_do_not_exist() -> None:
     norm = nn.BatchNorm(4, axis_name="lanes")
-    with pytest.raises(StructureError, match=r"(?s)mean.*axis `lanes` that does not exist.*axis_name='lanes'\)"):
+    with pytest.raises(AxisError, match=r"(?s)mean.*axis `lanes` that does not exist.*axis_name='lanes'\)"):
         norm(noise(3, 4))
     assert norm(noise(3, 4), use_running_average=True).shape == (3, 4)
 
@@ -169,7 +169,7 @@ def test_size_from_the_first_input(transform: Callable[..., Any]) -> None:
     x = noise(5, 3)
     np.testing.assert_array_equal(transform(waiting)(x), transform(given)(x))
     assert mu.state(waiting) == mu.state(given)
-    with pytest.raises(StructureError, match=r"(?s)mean.*3 features along axis -1.*\(5, 4\)"):
+    with pytest.raises(ArgumentError, match=r"(?s)mean.*3 features along axis -1.*\(5, 4\)"):
         waiting(noise(5, 4))
 
 
@@ -186,12 +186,12 @@ def test_reset(features: int | None) -> None:
 
 
 def test_initializers_that_draw_need_streams() -> None:
-    with pytest.raises(RandomStreamError, match=r"rngs=mu.Rngs\(0\)"):
+    with pytest.raises(RandomStreamError, match=r"rngs = mu.Rngs\(0\)"):
         nn.BatchNorm(3, scale_init=initializers.normal())
     norm = nn.BatchNorm(3, scale_init=initializers.normal(), rngs=mu.Rngs(0))
     assert len(set(np.asarray(norm.scale).tolist())) == 3
 
 
 def test_no_such_axis() -> None:
-    with pytest.raises(StructureError, match=r"(?s)features along axis 2.*\(5, 3\)"):
+    with pytest.raises(ArgumentError, match=r"(?s)features along axis 2.*\(5, 3\)"):
         nn.BatchNorm(3, axis=2)(noise(5, 3))

@@ -13,7 +13,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import nn
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.errors import ArgumentError, RandomStreamError
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, mu.jit], ids=["eager", "jit"])
@@ -130,5 +130,5 @@ def test_no_stream() -> None:
 
 @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
 def test_rate_is_a_probability(rate: float) -> None:
-    with pytest.raises(StructureError, match="expected: a probability"):
+    with pytest.raises(ArgumentError, match="expected: a probability"):
         nn.Dropout(rate, rngs=mu.Rngs(0))

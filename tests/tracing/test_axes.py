@@ -129,7 +129,7 @@ def test_a_state_without_such_an_axis_is_told() -> None:
 
 def test_sizes_have_to_agree() -> None:
     pair = Pair()
-    with pytest.raises(errors.AxisError, match="axes of different sizes") as caught:
+    with pytest.raises(errors.AxisError, match="mapped axes have different sizes") as caught:
         mu.vmap(lambda p, x: x, in_axes=(mu.StateAxes({mu.Param: 0}), 0))(pair, jnp.zeros(5))
     assert "5" in str(caught.value)
     assert "state p.w: 3" in str(caught.value)

@@ -13,19 +13,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-
-
-class Counter(mu.Module):
-    def __init__(self, n: int = 0) -> None:
-        self.n = mu.Variable(n)
-        self.step = 1
-
-    def count(self) -> Any:
-        self.n += self.step
-        return self.n.value
-
-    def __call__(self) -> Any:
-        return self.count()
+from tests.nets import Counter
 
 
 class Plain:
@@ -312,17 +300,29 @@ def test_a_function_that_is_named_is_noticed() -> None:
     assert float(step(0.0)) == 7
 
 
-def test_a_class_attribute_found_by_tracing_is_threaded_with_a_warning() -> None:
-    class Registry:
-        counter = Counter()
+def test_a_state_found_by_tracing_is_threaded_with_a_warning() -> None:
+    @functools.cache
+    def registry() -> Counter:
+        return Counter()
 
-    step = mu.jit(lambda: Registry.counter.count())
+    registry()
+    step = mu.jit(lambda: registry().count())
     with pytest.warns(mu.CapturedStateWarning, match=r"`Counter\.n` \(Variable\)") as caught:
         step()
     text = str(caught[0].message)
     assert "jit(" in text
     assert "Pass it as an argument, or name it" in text
     assert [int(step()) for _ in range(2)] == [2, 3], "threaded, and warned about once"
+
+
+def test_rebinding_a_class_attribute_is_noticed() -> None:
+    class Registry:
+        counter = Counter()
+
+    step = mu.jit(lambda: Registry.counter.count())
+    assert [int(step()) for _ in range(2)] == [1, 2]
+    Registry.counter = Counter(10)
+    assert int(step()) == 11
 
 
 @pytest.mark.parametrize("kind", ["registry", "factory"])
@@ -345,20 +345,22 @@ def test_other_ways_to_hide_a_state(kind: str) -> None:
 
 
 def test_the_warning_names_each_state_once() -> None:
-    class Registry:
-        a = mu.Variable(0)
-        b = mu.Variable(0)
+    @functools.cache
+    def registry(_: str) -> mu.Variable:
+        return mu.Variable(0)
+
+    a, b = registry("a"), registry("b")
 
     def step() -> None:
-        Registry.a.value += 1
-        Registry.b.value += Registry.a.value
+        registry("a").value += 1
+        registry("b").value += registry("a").value
 
     compiled = mu.jit(step)
     with pytest.warns(mu.CapturedStateWarning) as caught:
         compiled()
     assert len(caught) == 2
     compiled()
-    assert (int(Registry.a), int(Registry.b)) == (2, 3)
+    assert (int(a), int(b)) == (2, 3)
 
 
 def test_an_argument_that_is_captured_too_stays_one() -> None:

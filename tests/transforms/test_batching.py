@@ -11,19 +11,12 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
+from tests.nets import Running
 
 
-class Net(mu.Module):
+class Net(Running):
     def __init__(self, scale: Any = 1.0) -> None:
-        self.w = mu.Param(jnp.arange(3.0) * scale)
-        self.mean = mu.BatchStat(jnp.float32(0))
-        self.calls = mu.Variable(0)
-
-    def __call__(self, x: Any) -> Any:
-        y = jnp.sum(self.w.value * x)
-        self.mean.value = 0.5 * self.mean.value + y
-        self.calls += 1
-        return y
+        super().__init__(jnp.arange(3.0) * scale)
 
 
 def hand(s: dict[str, Any], x: Any) -> Any:

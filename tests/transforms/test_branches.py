@@ -193,7 +193,8 @@ def test_what_is_no_predicate_is_refused_as_in_jax(bad: Any) -> None:
             outcomes.append(type(problem))
         else:
             outcomes.append(None)
-    assert outcomes[0] is outcomes[1] is not None or outcomes[0] == outcomes[1]
+    theirs, ours = outcomes
+    assert ours is theirs or (ours is not None and theirs is not None and issubclass(ours, theirs))  # or says more
     assert int(n) == 0
 
 
@@ -201,14 +202,14 @@ def test_what_is_no_predicate_is_refused_as_in_jax(bad: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: setattr(m, "new", mu.Cache(0)), r"`m\.new` was changed inside a branch"),
-        (lambda m: m.parts.append(1), r"`m\.parts` was changed inside a branch"),
-        (lambda m: m.late.value, r"state `m\.late` \(Param\) was created inside a branch"),
+        (lambda m: setattr(m, "new", mu.Cache(0)), r"`m\.new` was changed in a branch"),
+        (lambda m: m.parts.append(1), r"`m\.parts` was changed in a branch"),
+        (lambda m: m.late(jnp.ones(2)), r"state `m\.late\.kernel` \(Param\) was created in a branch"),
     ],
 )
 def test_structure_does_not_change_in_a_branch(change: Any, message: str, compiled: bool) -> None:
     m = mu.Module()
-    m.n, m.parts, m.late = mu.Variable(0), [], mu.Param(init=jnp.ones(2))
+    m.n, m.parts, m.late = mu.Variable(0), [], mu.nn.Linear(None, 2, rngs=mu.Rngs(0))
 
     def branch() -> None:
         m.n += 1
@@ -220,7 +221,7 @@ def test_structure_does_not_change_in_a_branch(change: Any, message: str, compil
     with pytest.raises(errors.StructureError, match=message):
         (mu.jit(run) if compiled else run)()
     assert m.parts == []
-    assert m.late.deferred
+    assert m.late.kernel.deferred
     assert not hasattr(m, "new")
     assert int(m.n) == 0
 

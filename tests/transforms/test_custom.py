@@ -839,7 +839,7 @@ def test_arguments_by_name_defaults_and_many() -> None:
     close(mu.jit(none)(), 2 * X)
     keyword = mu.custom_vjp(lambda x, *, y: x * y)
     keyword.defvjp(lambda x, y: (x * y, y), lambda y, g: (g * y,))
-    with pytest.raises(errors.StructureError, match="keyword-only"):
+    with pytest.raises(errors.ArgumentError, match="keyword-only"):
         keyword(1.0, y=2.0)
 
 

@@ -175,7 +175,7 @@ def test_structure_does_not_change() -> None:
     net = Net()
     for change in (lambda: setattr(net, "flag", True), lambda: setattr(net, "extra", mu.Cache(0))):
         pure, state = mu.functionalize(lambda x: (change(), net(x))[1], of=net)
-        with pytest.raises(errors.StructureError, match="was changed inside a pure function"):
+        with pytest.raises(errors.StructureError, match="was changed in a pure function"):
             pure(state, 1.0)
         assert not hasattr(net, "flag")
         assert not hasattr(net, "extra")

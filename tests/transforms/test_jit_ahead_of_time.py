@@ -94,7 +94,7 @@ def test_a_capture_and_what_is_made_inside() -> None:
         (lambda f, net: f(net, {"x": jnp.ones((4, 3))}), TypeError, "Argument types differ"),
         (lambda f, net: f(net, {"y": X}), TypeError, "pytree"),
         (lambda f, net: f(Net(bias=False), {"x": X}), errors.StructureError, "Call what `mu.jit` returned"),
-        (lambda f, net: mu.jit(lambda: f(net, {"x": X}))(), errors.StructureError, "inside another transform"),
+        (lambda f, net: mu.jit(lambda: f(net, {"x": X}))(), errors.StructureError, "compiled to be called by itself"),
     ],
 )
 def test_another_call_is_refused_and_nothing_is_lost(call: Any, error: type[Exception], text: str) -> None:

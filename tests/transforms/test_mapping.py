@@ -49,7 +49,7 @@ def test_states_are_carried_without_batches() -> None:
 def test_modules_are_sliced_without_batches() -> None:
     layers = mu.vmap(lambda x: [mu.Param(x)])(XS)
     np.testing.assert_array_equal(mu.map(lambda m: m[0].value * 2, layers), XS * 2)
-    with pytest.raises(errors.StructureError, match="cannot slice modules") as caught:
+    with pytest.raises(errors.ArgumentError, match="cannot slice modules") as caught:
         mu.map(lambda m: m[0].value * 2, layers, batch_size=2)
     assert "mu.vmap(f)(modules)" in str(caught.value)
     np.testing.assert_array_equal(mu.vmap(lambda m: m[0].value * 2)(layers), XS * 2)  # the cure

@@ -1034,7 +1034,7 @@ def test_a_scratch_state_made_and_dropped_inside_is_fine() -> None:
 def test_keyword_arguments_are_refused() -> None:
     n = mu.Variable(0)
     f = mu.shard_map(lambda x: x + n.value, mesh=line(), in_specs=P("d"), out_specs=P("d"))
-    with pytest.raises(errors.OptionError, match="keyword arguments"):
+    with pytest.raises(errors.ArgumentError, match="keyword arguments"):
         f(x=jnp.arange(4))
 
 

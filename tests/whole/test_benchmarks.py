@@ -17,6 +17,7 @@ import pytest
 
 import mutatis as mu
 
+pytestmark = pytest.mark.once
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 

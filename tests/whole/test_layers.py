@@ -23,7 +23,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # The folders (and files that stand beside them), lowest floor first. A place knows those on lower floors. Inside a folder
 # everybody may know everybody, as long as there is no cycle.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_compat", "_homes", "_equivalents"),
+    ("errors", "_compat", "_homes", "_equivalents", "_packages"),
     ("core",),
     ("model",),
     ("tracing",),
@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 # Neighbours on one floor that know each other: (importer, imported).
-NEIGHBOURS = {("functional", "interventions"), ("functional", "random")}
+NEIGHBOURS = {("_packages", "errors"), ("functional", "interventions"), ("functional", "random")}
 
 # A folder of pages, of which none knows another, but for those that are made of others.
 PAGES = "transforms"
@@ -43,7 +43,11 @@ DERIVED = {"mapping": {"batching", "loops"}}
 
 # Lines of code and comments in one file. What is longer says why.
 LONGEST = 500
-LONGER = {"model.variables": "one class, with all operators of an array"}
+LONGER = {
+    "compilation.compiler": "one class: how a call finds its binding and its program, and is made",
+    "model.variables": "one class, with all operators of an array",
+    "transforms.loops": "four loops on one another, with the signatures that type checkers read",
+}
 
 # JAX's insides: for this module only, so that a new JAX release means work in one file.
 INTERNALS = ("jax._src", "jax.interpreters", "jax.extend", "jaxlib")

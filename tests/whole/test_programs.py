@@ -18,6 +18,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import checkpoint
+from tests.nets import Counter
 
 
 class Statistic(mu.BatchStat):
@@ -47,17 +48,6 @@ def test_a_model_with_five_kinds_of_state() -> None:
     mu.update(model, mu.state(model, mu.Cache).map(lambda _, value: jnp.zeros_like(value)))
     assert not np.asarray(model.cache).any()
     assert mu.state(model, mu.Not(mu.Cache)) == before
-
-
-class Counter(mu.Module):
-    def __init__(self) -> None:
-        self.n = mu.Variable(0)
-
-    def count(self) -> jax.Array:
-        self.n += 1
-        return self.n.value
-
-    __call__ = count
 
 
 def by_module() -> Callable[[], Any]:

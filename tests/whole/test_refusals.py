@@ -198,7 +198,7 @@ REFUSALS: dict[Callable[[Net], None], tuple[type[Exception], list[str]]] = {
     two_axes: (errors.AxisError, ["`a.", "two axes", "0 and None"]),
     no_such_axis: (errors.AxisError, ["has no axis 0", "StateAxes"]),
     carry_changes: (errors.StateTypeError, ["float32[3]", "float32[2]"]),
-    lengths_differ: (errors.StructureError, ["[2, 3]"]),
+    lengths_differ: (errors.ArgumentError, ["[2, 3]"]),
     not_a_filter: (errors.FilterError, ["3", "mu.Param"]),
     item_of_another_dtype: (errors.StateTypeError, ["astype(jnp.int32)"]),
 }

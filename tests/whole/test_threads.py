@@ -311,13 +311,23 @@ READERS = [
 ]
 
 
+# One way of reading on each Python, the others on one.
+each_reader = pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(read, id=read.__name__, marks=pytest.mark.once if read is not read_state else ())
+        for read in READERS
+    ],
+)
+
+
 def check_arrays(values: list[Any]) -> None:
     for value in values:
         assert not isinstance(value, jax.core.Tracer)
         assert np.asarray(value).shape in ((), (4,)), "a state that a trace has not committed"
 
 
-@pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
+@each_reader
 def test_readers_find_arrays(together: Together, steps: int, read: Callable[[Net], list[Any]]) -> None:
     net = Net()
     programs = [mu.jit(lambda net, x, number=number: (*advance(net), x + number)) for number in range(3)]
@@ -472,7 +482,7 @@ def test_a_thread_raises_in_the_middle_of_tracing(together: Together, steps: int
     assert net.extra == [1] and net.fast and not hasattr(net, "more")
 
 
-@pytest.mark.parametrize("read", READERS, ids=lambda f: f.__name__)
+@each_reader
 def test_readers_wait_for_a_trace_that_changes_structure(read: Callable[[Net], list[Any]]) -> None:
     net = Net()
     problems: list[BaseException] = []

@@ -16,15 +16,9 @@ import numpy as np
 import pytest
 
 import mutatis as mu
+from tests.nets import Running as Model
 
 HALF = jnp.float32(0.5)
-
-
-class Model(mu.Module):
-    def __init__(self) -> None:
-        self.w = mu.Param(jnp.array([1.0, -2.0, 3.0]))
-        self.mean = mu.BatchStat(jnp.zeros(()))
-        self.calls = mu.Variable(0)
 
 
 def step(model: Model, x: jax.Array) -> jax.Array:

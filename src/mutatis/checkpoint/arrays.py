@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mutatis._packages import require
 from mutatis.checkpoint.manifest import Leaf
 from mutatis.errors import CheckpointError
 
@@ -21,11 +22,7 @@ _STORED_AS = {"uint2": "uint8", "uint4": "uint8", "float8_e4m3": "uint8"}
 
 
 def _orbax() -> Any:
-    try:
-        import orbax.checkpoint
-    except ImportError as error:
-        raise ImportError("checkpoints need Orbax: pip install 'mutatis[checkpoint]'") from error
-    return orbax.checkpoint
+    return require("orbax.checkpoint", "mu.checkpoint")
 
 
 def describe(value: jax.Array, number: int) -> Leaf:

@@ -24,7 +24,8 @@ from mutatis.checkpoint.manifest import (
 from mutatis.core import access, naming
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.errors import CheckpointError, DeferredStateError
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError, CheckpointError, DeferredStateError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
@@ -81,9 +82,17 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
       CheckpointError: the path is a URL; or the call is inside a transform, where values are tracers and files would be
         touched once per trace; or in one of several processes, which would write over each other.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(
+            f"states cannot be {what}: the path is none",
+            path="path",
+            expected="a string or `pathlib.Path`, and then the model",
+            got=show_class(path),
+            cure="`mu.checkpoint.save('run', model)`, then `mu.checkpoint.restore('run', model)`.",
+        )
     if _compat.current_trace() is not _compat.EVAL_TRACE:
         raise CheckpointError(
-            f"states cannot be {what} inside a transform",
+            f"states cannot be {what} while a function is traced",
             where=naming.where(),
             cure="Save and restore between the calls of a transformed function.",
         )

@@ -15,12 +15,13 @@ from typing import Any
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import Program
 from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.places import Place
 from mutatis.core.structure import structure
 from mutatis.model import contexts
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, unflatten
-from mutatis.tracing.captures import Captures
+from mutatis.tracing.captures import Captures, search
 from mutatis.tracing.scope import Scope
 
 
@@ -53,22 +54,27 @@ class Layout:
 
 
 class Bindings:
-    """The bindings for given objects: the one in use first, then others over the same cells, whose flags may come back."""
+    """The bindings for given objects: the one in use first, then others over the same cells.
 
-    __slots__ = ("__weakref__", "_all", "first")
+    Those are for flags of the objects, or settings of JAX, that may come back.
+    """
+
+    __slots__ = ("__weakref__", "_all", "first", "several")
 
     def __init__(self) -> None:
         self._all: list[Binding] = []
         self.first: Binding
+        self.several = False  # whether they are for several settings
 
     def put_first(self, binding: Binding) -> None:
         """Use this one from now on."""
         others = [other for other in self._all if other is not binding and other.is_over(binding.cells)]
         self.first, self._all = binding, [binding, *others][:_REMEMBERED]
+        self.several = any(other.settings != binding.settings for other in others)
 
-    def find(self) -> Binding | None:
-        """One that holds, which is then in use."""
-        binding = next((binding for binding in self._all if binding.holds()), None)
+    def find(self, settings: Hashable) -> Binding | None:
+        """One that holds under these settings, which is then in use."""
+        binding = next((one for one in self._all if one.settings == settings and one.holds()), None)
         if binding is not None:
             self.put_first(binding)
         return binding
@@ -94,38 +100,41 @@ class Binding:
         "label",
         "layout",
         "objects",
+        "places",
         "plan",
         "program",
         "references",
-        "specs",
+        "settings",
         "structural",
+        "structure",
+        "token",
     )
 
-    def __init__(self, label: str, layout: Layout, extras: list[Variable]) -> None:
+    def __init__(self, label: str, settings: Hashable, layout: Layout, extras: list[Variable]) -> None:
         self.label = label
+        self.settings = settings  # those of JAX that its program is traced under
         self.layout = layout
         self.extras = extras  # states that only tracing found
         self.epoch = structure.epoch  # from before the walk: what changes meanwhile is looked at again
         self.ambient = contexts.cells()
         self.cells: list[Variable]
-        self.specs: Hashable  # what the walk found
+        self.structure: Hashable  # what the walk found
+        self.places: list[Place]  # where the function may put states, besides
         self.captures: Captures
         self.containers: ContainerSnapshot
         self.program: Program
-        self.structural: Hashable  # the key of the program, but for what the function captured
+        self.structural: tuple[
+            Hashable, ...
+        ]  # the key of the program, settings first, but for what the function captured
+        self.token: tuple[Hashable, ...]  # what it captured
         self.objects: list[Any] = []
         self.references: list[Any] = []
         self.plan: DispatchPlan | None = None  # how to call; None before the first call
 
-    def make_scope(self, nodes: list[tuple[str, Any]], captures: Captures) -> Scope:
-        """Walk over arguments and captures."""
-        extras = [("captured", cell) for cell in self.extras]
-        return Scope([*nodes, *captures.roots, *extras], watch=True)
-
     def keep_walk(self, scope: Scope, captures: Captures) -> None:
         """Keep of a walk what the calls need."""
         self.cells = scope.cells
-        self.specs = (scope.specs, scope.tail)
+        self.structure, self.places = scope.structure, scope.places
         self.captures = captures
         held = scope.encoder.held
         by_hand = scope.encoder.cached  # nothing tells when something is put there by hand again
@@ -159,3 +168,32 @@ class Binding:
             and self.captures.unchanged()
             and same_objects(self.ambient, contexts.cells())
         )
+
+
+def survey(
+    functions: Sequence[Any],
+    nodes: Sequence[tuple[str, Any]] = (),
+    extras: Sequence[Variable] = (),
+    scope: Scope | None = None,
+) -> tuple[Captures, Scope]:
+    """Find all that a call depends on: what its functions name, and what arguments and names lead to.
+
+    The methods of the models that are found count as named too, and may lead to further ones.
+
+    Args:
+      functions: what is searched.
+      nodes: those among the arguments, with their names.
+      extras: states that only tracing found.
+      scope: the walk over all this, if it was made before.
+    """
+    captures = search(*functions)
+    found = scope
+    while True:
+        if found is None:
+            found = Scope([*nodes, *captures.roots, *(("captured", cell) for cell in extras)], watch=True)
+        if not captures.look_into_modules(found.encoder):
+            if scope is None:
+                found.set_places(captures.find_places())
+            captures.complete()
+            return captures, found
+        found = scope

@@ -1,7 +1,9 @@
 """Compiling: how a stateful function is called at the cost of threading by hand.
 
 Three things are kept, each for longer than the one before it: a **binding** for given objects (`binding`), a **program** for
-a structure, found by a key without identities (`program`), and in it a **record** for each trace (`record`).
+a structure, found by a key without identities (`program`), and in it a **record** for each trace (`record`). Binding and program
+are for given settings of JAX, too (x64, precision, meshes, whatever JAX would trace again for): under others a function may write
+other states, and its values are not to go to the cells of these.
 
 The first call for new shapes traces through an undonated twin (`jax.jit(pure).trace`). JAX's trace cache is shared by every
 `jax.jit` of one function object, so the call that follows, with exactly the written buffers donated, traces nothing again.
@@ -15,38 +17,46 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from mutatis import _compat
-from mutatis.compilation.binding import Binding, Bindings, Layout
+from mutatis.compilation.binding import Binding, Bindings, Layout, survey
+from mutatis.compilation.blame import explain
 from mutatis.compilation.dispatch import launch, rebuild_result
 from mutatis.compilation.log import Log, facts_of
 from mutatis.compilation.options import Options
 from mutatis.compilation.pending import PendingCall
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import NeedsTraceError, Program, refuse_to_trace, tracing
-from mutatis.compilation.record import replay
-from mutatis.compilation.tracer import FoundStates, StaleBinding, trace
+from mutatis.compilation.record import replay, shapes_of
+from mutatis.compilation.shardings import InShardings
+from mutatis.compilation.tracer import FoundStates, StaleBinding, StartsLate, trace
 from mutatis.core import access, frames, naming, transactions
+from mutatis.core.cells import UNSET
 from mutatis.core.committed import notify
 from mutatis.core.nodes import is_node
-from mutatis.core.statics import Identity, Static
+from mutatis.core.stamps import stamped
+from mutatis.core.statics import Identity, Static, WeakIdentity
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.errors import CapturedStateWarning, StructureError
+from mutatis.errors import ArgumentError, CapturedStateWarning, StructureError
 from mutatis.model import contexts
 from mutatis.model.modules import known_bindings
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree, function_name
+from mutatis.tracing import traced
+from mutatis.tracing.arguments import FlatTree, check_hashable, function_name, static_positions
 from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.captures import Captures, Slot, search
+from mutatis.tracing.captures import Captures
 
 _ARRAY = _compat.ARRAY
 _PATIENCE = 20  # traces
+_LATEST = 16  # bindings
+_NOTED = 64  # places
 # In a key; a string alone is the name of a keyword argument.
 _NUMBERS: dict[Any, Hashable] = {kind: (kind.__name__,) for kind in (bool, int, float, complex)}
 
@@ -72,16 +82,25 @@ def _types(cells: Sequence[Variable]) -> list[Any]:
 
 
 class Compiler:
-    """All programs and bindings of one function (or of one transform over functions of the same code)."""
+    """All programs and bindings of one function (or of one transform over functions of the same code).
 
-    def __init__(self, name: str, options: Options) -> None:
+    Args:
+      name: the transform's name.
+      options: those of `mu.jit`.
+      shared: whether functions share it that are no more than equal in code.
+    """
+
+    def __init__(self, name: str, options: Options, *, shared: bool = False) -> None:
         self.name = name
         self.options = options
-        self.programs: dict[Hashable, Program] = {}
+        self.shared = shared
+        self.programs: dict[tuple[tuple[Hashable, ...], tuple[Hashable, ...]], Program] = {}
         # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
         self.bindings: dict[Hashable, weakref.ref[Bindings]] = {}
         self._captured: dict[Hashable, Bindings] = {}  # those for captures only
-        self.ignored: frozenset[Slot] = frozenset()  # names that tracing itself rebinds
+        # Those with bare Variables among the arguments: a binding holds its cells, so it cannot wait for one to die.
+        self._latest: deque[Bindings] = deque(maxlen=_LATEST)
+        self._traced: deque[traced.TracedPlace] = deque(maxlen=_NOTED)  # what tracing itself changes
         self.log = Log()
 
     def __call__(
@@ -90,6 +109,8 @@ class Compiler:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         functions: tuple[Any, ...] | None = None,
+        operands: tuple[str, ...] = (),
+        users: tuple[Any, ...] = (),
     ) -> Any:
         """Call a function through its program.
 
@@ -98,19 +119,31 @@ class Compiler:
           args: its positional arguments.
           kwargs: its keyword arguments.
           functions: the functions whose captures count, if not `function`.
+          operands: if the second argument is the operands of a loop or branch, their names for messages.
+          users: the functions as the user gave them, if the compiler is shared.
         """
         if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
-            return self._call(self._inline, function, args, kwargs, functions)
+            with stamped(None):  # the program takes all states as arguments
+                return self._call(self._inline, function, args, kwargs, functions, operands, users)
         flat, key = self._key(args, kwargs, functions)
         found = self._known(key)
-        if found is not None and (binding := found.first).holds():
+        if (
+            found is not None
+            and (binding := found.first).holds()
+            and not (found.several and binding.settings != _compat.settings())
+        ):
             plan = binding.plan
             if plan is not None and plan.first is None and plan.treedef is not None and not _compat.jit_disabled():
                 try:
                     return self._call_again(binding, plan, flat)
                 except NeedsTraceError:
                     pass
-        return self._call(self._dispatch, function, args, kwargs, functions)
+                except Exception as error:
+                    call = PendingCall(function, functions or (function,), args, kwargs, key, operands, users)
+                    call.bind(binding)
+                    explain(error, call, flat)
+                    raise
+        return self._call(self._dispatch, function, args, kwargs, functions, operands, users)
 
     def _call_again(self, binding: Binding, plan: DispatchPlan, flat: list[Any]) -> Any:
         """The call that most calls are: nothing to find out, and nothing to do but to run and to store.
@@ -121,21 +154,44 @@ class Compiler:
         before = tracing.run
         tracing.run = refuse_to_trace
         try:
-            number, made, leaves = launch(binding, plan, flat)
+            number, made, leaves = launch(plan, flat)
         except BaseException:
             _compat.restore_eager_trace()
             raise
         finally:
             tracing.run = before
         return (
-            plan.treedef.unflatten(leaves) if number == plan.number else rebuild_result(binding, number, made, leaves)
+            plan.treedef.unflatten(leaves)
+            if number == plan.number
+            else rebuild_result(binding, plan.program, number, made, leaves)
         )
 
     def lower(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, int, Any]:
         """Lower the program of a call without calling it: the program, the number of its record, and what JAX lowered."""
-        return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
+        with stamped(None):
+            return self._call(self._lower, function, args, kwargs)  # type: ignore[no-any-return]
+
+    def trace(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, int, Any, Any]:
+        """Trace the program of a call: as `lower`, but what JAX traced, and the shapes of the user's result."""
+        with stamped(None):
+            return self._call(self._trace, function, args, kwargs)  # type: ignore[no-any-return]
+
+    def eval_shape(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The shapes of the result of a call, which is traced and not made."""
+        return self.trace(function, args, kwargs)[-1]
+
+    def clear(self) -> None:
+        """Forget all programs, and what is known of objects."""
+        with structure_lock:
+            for reference in self.bindings.values():
+                if (bindings := reference()) is not None:
+                    bindings.first.invalidate()
+            self.programs, self.bindings, self._captured = {}, {}, {}
+            self._latest.clear()
 
     def call_compiled(
         self, program: Program, number: int, compiled: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -154,25 +210,32 @@ class Compiler:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         functions: tuple[Any, ...] | None = None,
+        operands: tuple[str, ...] = (),
+        users: tuple[Any, ...] = (),
     ) -> Any:
         """Find the binding of a call, and do something with it."""
         flat, key = self._key(args, kwargs, functions)
         if functions is None:
             functions = (function,)
-        call = PendingCall(function, functions, args, kwargs, key)
+        call = PendingCall(function, functions, args, kwargs, key, operands, users)
+        call.may_start = act == self._dispatch
         found = self._known(key)
         if found is None:
             binding = self._bind(call, key, [])
-        elif not (binding := found.first).holds():
-            binding = found.find() or self._bind(call, key, binding.extras)
+        elif (binding := found.first).settings != call.settings or not binding.holds():
+            binding = found.find(call.settings) or self._bind(call, key, binding.extras)
         before = tracing.run
         tracing.run = functools.partial(trace, call)
         try:
             while True:
                 call.bind(binding)
                 try:
-                    if _compat.jit_disabled() or frames.here.recorder is not None:
+                    if _compat.jit_disabled():
                         return self._run(call)
+                    if frames.recorder() is not None:
+                        result = self._run(call)
+                        self._note_traced(binding)
+                        return result
                     result = act(call, flat)
                     if call.traced:
                         self._bind_again(call, key, call.binding)
@@ -182,16 +245,39 @@ class Compiler:
                     binding.invalidate()
                     self._count_stale(call)
                     binding = self._bind(call, key, binding.extras)
+                except StartsLate as late:
+                    self._forget(call.program)
+                    binding.invalidate()
+                    self._start(call, late.cells)
+                    binding = self._bind(call, key, binding.extras)
                 except FoundStates as found:
                     self._warn(found.cells, binding)
                     binding.invalidate()
                     binding = self._bind(call, key, [*binding.extras, *found.cells])
-        except BaseException:
+        except BaseException as error:
             if call.outer is _compat.EVAL_TRACE:
                 _compat.restore_eager_trace()
+            access.write_many(call.started, [UNSET] * len(call.started))
+            if isinstance(error, Exception):
+                explain(error, call, flat)
             raise
         finally:
             tracing.run = before
+
+    @staticmethod
+    def _start(call: PendingCall, cells: list[Variable]) -> None:
+        """Give states with `init` their first value: as inputs they are, or the next call would compile once more.
+
+        Not if that reads or draws from other states: then it matters when it happens.
+        """
+        call.may_start = False
+        with Transaction("init") as tx:
+            for cell in cells:
+                cell.get()
+            values = [tx.values[cell] for cell in cells]
+        if {*tx.seen, *tx.written} <= {*cells} and not tx.born:
+            call.started = cells
+            access.write_many(cells, values)
 
     @staticmethod
     def _count_stale(call: PendingCall) -> None:
@@ -227,19 +313,30 @@ class Compiler:
         """JAX's positional arguments of a call, and the key of its objects."""
         flat: list[Any] = []
         key: list[Hashable] = []
-        statics = self.options.static_argnums
+        statics = self._statics(args, kwargs)
         for index, value in enumerate(args):
-            if statics and (index in statics or index - len(args) in statics):
-                key.append(Static(value))
+            if index in statics:
+                self._place_static(value, index, key)
             else:
                 self._place(value, flat, key)
         for name in sorted(kwargs) if kwargs else ():
             key.append(name)
-            if name in self.options.static_argnames:
-                key.append(Static(kwargs[name]))
+            if name in statics:
+                self._place_static(kwargs[name], name, key)
             else:
                 self._place(kwargs[name], flat, key)
         return flat, tuple(key)
+
+    def _statics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Collection[Any]:
+        """The positions of a call's static arguments."""
+        options = self.options
+        if not (options.static_argnums or options.static_argnames):
+            return ()
+        return static_positions(len(args), kwargs, options.static_argnums, options.static_argnames)
+
+    def _place_static(self, value: Any, position: Any, key: list[Hashable]) -> None:
+        check_hashable(value, position, self.name)
+        key.append(Static(value))
 
     @staticmethod
     def _place(value: Any, flat: list[Any], key: list[Hashable]) -> None:
@@ -260,17 +357,10 @@ class Compiler:
     def _layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
         positions: list[Any] = []
         mixed: dict[Any, Any] = {}
-        statics: set[Any] = set()
+        statics = set(self._statics(args, kwargs))
         entries = [*enumerate(args), *((name, kwargs[name]) for name in sorted(kwargs))]
         for position, value in entries:
-            options = self.options
-            if isinstance(position, int):
-                static = position in options.static_argnums or position - len(args) in options.static_argnums
-            else:
-                static = position in options.static_argnames
-            if static:
-                statics.add(position)
-            elif not is_node(value):
+            if position not in statics and not is_node(value):
                 packed = FlatTree(value)
                 positions.append(position)
                 if packed.nodes:
@@ -283,41 +373,86 @@ class Compiler:
         """Walk over the objects of a call and find the program for their structure, unless it is given."""
         layout = self._layout(call.args, call.kwargs)
         label = f"{self.name}({self._title(call)})"
-        binding = Binding(label, layout, extras)
+        binding = Binding(label, call.settings, layout, extras)
         with structure_lock:
-            captures = search(*call.functions, ignored=self.ignored)
             nodes = call.nodes(layout)
-            scope = call.found = binding.make_scope(nodes, captures)
+            captures, call.found = survey(call.searched(layout), nodes, extras)
+            scope = call.found
             captures.ephemeral = captures.ephemeral or scope.encoder.ephemeral
             binding.keep_walk(scope, captures)
-        placements = [access.placement(cell) for cell in scope.cells]
+        said = self._in_shardings(call, layout, label)
+        placements = [
+            access.placement(cell) if said is None or cell not in said.by_cell else None for cell in scope.cells
+        ]
         binding.structural = (
+            call.settings,
             self._static_parts(call, layout),
             layout.positions,
             tuple(layout.mixed.items()),
-            binding.specs,
+            binding.structure,
             tuple(placements),
             tuple(map(Identity, extras)),
             contexts.structure(),
         )
+        binding.token = self._token(call, captures)
         if program is None:
-            program = self.programs.get((binding.structural, tuple(captures.token)))
+            program = self.programs.get((binding.structural, binding.token))
         if program is None:
-            program = Program(self.options, self._title(call), len(scope.cells), layout.positions, placements)
-        self._remember(binding.structural, captures, program)
+            shardings = None
+            if said is not None:
+                shardings = tuple(said.by_cell.get(cell, _compat.UNSPECIFIED) for cell in scope.cells)
+                shardings += tuple(said.by_position[position] for position in layout.positions)
+            program = Program(
+                self.options,
+                self._title(call),
+                call.settings,
+                len(scope.cells),
+                layout.positions,
+                placements,
+                shardings,
+            )
+        if not captures.ephemeral:
+            self._remember(binding.structural, binding.token, program)
         binding.program = program
         self._keep(binding, key, nodes, call.functions)
         return binding
+
+    def _in_shardings(self, call: PendingCall, layout: Layout, label: str) -> InShardings | None:
+        """What `in_shardings` says of a call; None if nothing is said."""
+        if self.options.in_shardings is _compat.UNSPECIFIED:
+            return None
+        if call.kwargs.keys() - layout.statics:
+            raise ArgumentError(
+                "`in_shardings` says nothing of arguments by keyword",
+                where=label,
+                expected="arguments by position: `in_shardings` has an entry for each",
+                got=", ".join(map(str, call.kwargs.keys() - layout.statics)),
+                cure="Pass them by position.",
+            )
+        args = {position: value for position, value in enumerate(call.args) if position not in layout.statics}
+        return InShardings(self.options.in_shardings, args, label)
 
     @staticmethod
     def _title(call: PendingCall) -> str:
         return ", ".join(map(function_name, call.functions))
 
-    def _remember(self, structural: Hashable, captures: Captures, program: Program) -> None:
+    def _token(self, call: PendingCall, captures: Captures) -> tuple[Hashable, ...]:
+        """What of a function decides, beside the structure, which program it gets."""
+        if not (captures.opaque and self.shared):
+            return tuple(captures.token)
+        # What it captured may change unseen: another function, though it looks the same, gets a program of its own.
+        me = weakref.ref(self)
+
+        def ended(key: WeakIdentity) -> None:
+            if (compiler := me()) is not None:
+                compiler.programs = {k: program for k, program in compiler.programs.items() if key not in k[1]}
+
+        return (*captures.token, *(WeakIdentity(function, ended) for function in call.users))
+
+    def _remember(self, structural: tuple[Hashable, ...], token: tuple[Hashable, ...], program: Program) -> None:
         """Keep a program under the key of a structure and of what the function captured."""
-        if not captures.ephemeral:
-            with structure_lock:
-                self.programs[structural, tuple(captures.token)] = program
+        with structure_lock:
+            self.programs[structural, token] = program
 
     def _forget(self, program: Program) -> None:
         """Drop a program whose trace failed: JAX keeps such a trace as one that fails."""
@@ -325,15 +460,27 @@ class Compiler:
             self.programs = dict(filter(lambda item: item[1] is not program, self.programs.items()))
 
     def _bind_again(self, call: PendingCall, key: tuple[Hashable, ...], old: Binding) -> None:
-        """Note what tracing itself changed about the keys: names that count traces, closures that settle late."""
-        if old.holds():
-            return  # and so does its program
-        if changed := old.captures.changed():
-            self.ignored |= changed
-            self._remember(old.structural, search(*call.functions, ignored=self.ignored), old.program)
+        """Bind the objects anew after a trace, for the next call."""
+        self._settle_names(call, old)
         if old.epoch == structure.epoch and old.containers.unchanged():
             new = self._bind(call, key, old.extras, old.program)
             new.plan = old.plan
+
+    def _settle_names(self, call: PendingCall, old: Binding) -> None:
+        """Have the key of a program allow for what its own trace has changed about the names."""
+        if self._note_traced(old) and call.walked is not None and not old.captures.ephemeral:
+            if self.shared:  # a function with places of its own runs, and changes those
+                with structure_lock:
+                    self.programs.pop((old.structural, old.token), None)
+            captures = survey(call.searched(old.layout), scope=call.walked)[0]
+            self._remember(old.structural, self._token(call, captures), old.program)
+
+    def _note_traced(self, binding: Binding) -> bool:
+        """Note what has changed about what a function named since it began to run on tracers; whether anything has."""
+        noted = [traced.note(place, now) for place, now in binding.captures.guards.changed()]
+        places = [place for place in noted if place is not None]
+        self._traced.extend(places)
+        return bool(places)
 
     @staticmethod
     def _static_parts(call: PendingCall, layout: Layout) -> Hashable:
@@ -346,9 +493,10 @@ class Compiler:
         """Keep a binding for the next call with the same objects, until one of them dies."""
         captured = [node for _, node in binding.captures.roots]
         binding.captures.roots = []
-        traced = any(cell._birth is not None for cell in binding.ambient)
-        if binding.captures.ephemeral or traced or any(isinstance(node, Variable) for _, node in nodes):
-            return  # a binding holds its cells, so it cannot wait for one to die
+        if binding.captures.ephemeral or any(cell._birth is not None for cell in binding.ambient):
+            return
+        if any(map(access.is_made_here, binding.cells)):  # it would keep them beyond the trace that they belong to
+            return
         me = weakref.ref(self)
 
         def drop(_: Any) -> None:
@@ -361,13 +509,15 @@ class Compiler:
         bindings = (None if reference is None else reference()) or Bindings()
         bindings.put_first(binding)
         own = reference if reference is not None and reference() is bindings else weakref.ref(bindings, drop)
-        modules = [node for node in captured if not isinstance(node, Variable)]
-        for obj in (*(node for _, node in nodes), *modules, *functions):
-            try:
-                binding.references.append(weakref.ref(obj, drop))
-            except TypeError:
-                return
-        if nodes:
+        for obj in (*(node for _, node in nodes), *captured, *functions):
+            if not isinstance(obj, Variable | list | tuple | dict):  # those are held
+                try:
+                    binding.references.append(weakref.ref(obj, drop))
+                except TypeError:
+                    return
+        if any(isinstance(node, Variable) for _, node in nodes):
+            self._latest.append(bindings)
+        elif nodes:
             owner = nodes[0][1]
             known_bindings(owner).setdefault(self, {})[key] = bindings
         else:
@@ -400,12 +550,12 @@ class Compiler:
         logged = types is None
         types = _types(binding.cells) if types is None else types
         started = time.perf_counter()
-        with structure_lock:  # before JAX's own lock on the trace, always
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
             traced = program.undonated.trace(*types, *flat)
         (number,) = traced.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
-        binding.plan = DispatchPlan(binding.cells, program.variant_for(record), number, record)
+        binding.plan = DispatchPlan(program, binding.cells, program.variant_for(record), number, record)
         if logged and binding.plan.first is not None:
             call.seconds = [time.perf_counter() - started]
             call.compilation = self.log.begin(binding.label, facts_of(call))
@@ -416,20 +566,33 @@ class Compiler:
         plan = self._prepare(call, flat, types)
         return call.program, plan.number, plan.variant.jitted.lower(*types, *flat)
 
+    def _trace(self, call: PendingCall, flat: list[Any]) -> tuple[Program, int, Any, Any]:
+        types = _types(call.binding.cells)
+        plan = self._prepare(call, flat, types)
+        with structure_lock, transactions.tracing():
+            found = plan.variant.jitted.trace(*types, *flat)
+        ((_, made, leaves),) = found.out_info.values()
+        record = call.program.records[plan.number]
+        shapes = shapes_of(record, call.binding.cells, call.binding.live_objects(), made, leaves)
+        return call.program, plan.number, found, shapes
+
     def _run_compiled(self, program: Program, number: int, compiled: Any, call: PendingCall, flat: list[Any]) -> Any:
         binding = call.binding
-        if binding.program is not program or transactions.current() is not None:
-            inside = "is called inside another transform" if binding.program is program else "is called with others"
+        # It may be called under other settings.
+        key = ((program.settings, *binding.structural[1:]), binding.token)
+        known = program in (binding.program, self.programs.get(key))
+        if not known or transactions.current() is not None:
+            what = "to be called by itself" if known else "for arguments of another structure"
             raise StructureError(
-                f"`{binding.label}` was compiled for arguments of one structure and for itself, and {inside}",
+                f"`{binding.label}` was compiled {what}",
                 where=naming.where(),
                 cure="Call what `mu.jit` returned: it compiles when it needs to. Or lower it for these arguments.",
             )
         record = program.records[number]
-        plan = DispatchPlan(binding.cells, program.variant_for(record), number, record)
+        plan = DispatchPlan(program, binding.cells, program.variant_for(record), number, record)
         plan.first = None
         with structure_lock if plan.restructures else contextlib.nullcontext():
-            result = rebuild_result(binding, *launch(binding, plan, flat, compiled))
+            result = rebuild_result(binding, program, *launch(plan, flat, compiled))
         notify(plan.observed)
         return result
 
@@ -441,10 +604,11 @@ class Compiler:
             return self._restructure(call, flat)
         call.fast = True
         try:
-            outcome = launch(binding, plan, flat, seconds=call.seconds)
+            outcome = launch(plan, flat, seconds=call.seconds)
         except NeedsTraceError:
-            outcome = launch(binding, self._prepare(call, flat), flat, seconds=call.seconds)
-        result = rebuild_result(binding, *outcome)
+            plan = self._prepare(call, flat)
+            outcome = launch(plan, flat, seconds=call.seconds)
+        result = rebuild_result(binding, plan.program, *outcome)
         if len(call.seconds) == 2:  # else another thread compiled it meanwhile
             self.log.end(call.compilation, *call.seconds)
         notify(plan.observed)
@@ -454,6 +618,8 @@ class Compiler:
         """A call that changes structure: no other thread changes it between our look at it and our change."""
         with structure_lock:
             if not call.binding.holds():
+                if call.traced:
+                    self._settle_names(call, call.binding)
                 call.bind(self._bind(call, call.key, call.binding.extras))
             return self._dispatch(call, flat, locked=True)
 
@@ -461,8 +627,7 @@ class Compiler:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = call.binding, call.program
         values = [access.load(cell) for cell in binding.cells]
-        with structure_lock:  # before JAX's own lock on the trace, always
-            ((number, (new, made, leaves)),) = program.undonated(*values, *flat).items()
+        ((number, (new, made, leaves)),) = self._run_inline(program, values, flat).items()
         record = program.records[number]
         before = [values[index] for index in record.written]
         for index, value in zip(record.written, record.new.decode(new, before), strict=True):
@@ -470,7 +635,12 @@ class Compiler:
         for index in record.restarted:
             access.restart(binding.cells[index])
         access.note_reads(binding.cells[index] for index in record.seen)
-        return replay(record, binding.cells, binding.live_objects(), made, leaves)
+        return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
+
+    @staticmethod
+    def _run_inline(program: Program, values: list[Any], flat: list[Any]) -> Any:
+        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
+            return program.undonated(*values, *flat)
 
     @staticmethod
     def _run(call: PendingCall) -> Any:

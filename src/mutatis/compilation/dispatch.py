@@ -2,7 +2,8 @@
 
 A launch takes the buffers of the cells, runs the program, and stores what it returns. Nothing but a piece of C code lies between
 the program's end and the place where its results are safe, so that an interrupt comes before the launch or after it. Buffers
-that user code may hold are copied first; what another thread writes meanwhile is the later write.
+that user code may hold are copied first; what another thread writes meanwhile is the later write. What a signal handler does
+to the states meanwhile, `core.cells` tells.
 """
 
 from __future__ import annotations
@@ -15,127 +16,160 @@ from itertools import starmap
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mutatis import _compat
 from mutatis.compilation.binding import Binding
-from mutatis.compilation.plan import DispatchPlan
+from mutatis.compilation.plan import DispatchPlan, copy_values
 from mutatis.compilation.program import Program
 from mutatis.compilation.record import replay
-from mutatis.core.cells import Cell, expose, give_back, my_lease
+from mutatis.core.cells import LANDED, Cell, Lease, commit_rest, expose, give_back, my_lease, settle
 from mutatis.core.interrupts import held_back
 from mutatis.core.structure import structure
-from mutatis.model.variables import Variable
 
 _set_value = Cell.__dict__["_value"].__set__  # the slot's own setter, written in C
 
 
 def launch(
-    binding: Binding, plan: DispatchPlan, flat: list[Any], compiled: Any = None, seconds: list[float] | None = None
+    plan: DispatchPlan, flat: list[Any], compiled: Any = None, seconds: list[float] | None = None
 ) -> tuple[int, Sequence[Any], Sequence[Any]]:
     """Take the buffers, run, commit.
 
     Args:
-      binding: which cells.
-      split: how to call.
+      plan: which cells, and how to call.
       flat: the values of the arguments.
-      compiled: what to run in place of the split's own program.
+      compiled: what to run in place of the plan's own program.
       seconds: is given what compiling took, if this is the first call.
     """
-    program, variant, written = binding.program, plan.variant, plan.written
+    variant = plan.variant
     donating = bool(variant.donated) and (compiled is not None or _donation_is_safe())
-    values: list[Any] = []
-    jitted = variant.jitted if donating or not variant.donated else program.undonated
+    jitted = variant.jitted if donating or not variant.donated else plan.program.undonated
     if compiled is not None:
         jitted = compiled
-    box: list[Any] = []
+    first = plan.first
+    if first is not None:
+        _compile(plan, jitted, flat, seconds)
+    while (outcome := _launch(plan, jitted, donating, flat, first)) is None:
+        pass  # a signal handler used the states meanwhile
+    return outcome
+
+
+def _compile(plan: DispatchPlan, jitted: Any, flat: list[Any], seconds: list[float] | None) -> None:
+    """Compile before the launch, without the leases: nobody waits for that."""
+    started = time.perf_counter()
+    while (lowered := _lower(plan, jitted, flat)) is None:
+        pass  # a signal handler used the states meanwhile
+    lowered.compile()
+    if seconds is not None:
+        seconds.append(time.perf_counter() - started)
+
+
+def _lower(plan: DispatchPlan, jitted: Any, flat: list[Any]) -> Any:
+    """Lower, which looks at the arrays of the cells; None if they have been deleted."""
     lease = my_lease()
+    box: list[Any] = []
     exposed: list[int] = []
     try:
-        plan.group.take(lease, donating, exposed)
-        values += [cell._value for cell in binding.cells]
+        return jitted.lower(*plan.group.take(lease, plan, box, True, exposed), *flat)
+    except RuntimeError as problem:
+        if lease.flight is box or "deleted" not in str(problem):
+            raise
+        return None
+    finally:
+        if lease.flight is box:
+            expose(lease, [plan.written[i] for i in exposed])
+        lease.flight = None
+        give_back(lease)
+
+
+def _launch(
+    plan: DispatchPlan, jitted: Any, donating: bool, flat: list[Any], first: int | None
+) -> tuple[int, Sequence[Any], Sequence[Any]] | None:
+    """Try to launch; None if somebody used the states while it was prepared."""
+    variant, written = plan.variant, plan.written
+    lease = my_lease()
+    box: list[Any] = []
+    exposed: list[int] = []
+    try:
+        values = plan.group.take(lease, plan, box, donating, exposed)
         if exposed and donating:
             _copy_exposed(values, plan, exposed)
         values += flat
-        if plan.first is not None:
-            started = time.perf_counter()
-            jitted.lower(*values).compile()
-            if seconds is not None:
-                seconds.append(time.perf_counter() - started)
-            with held_back():
-                box.append(jitted(*values))
-            variant.called.add(plan.first)
-            plan.first = None
+        if first is None:
+            call = starmap(jitted, (values,))
+            lease.values = values
+            # Python runs nothing between this look and the launch, nor between the program's end and `box`.
+            if lease.flight is not box:
+                return None
+            box.extend(call)
         else:
-            # In one C call, so that an interrupt comes before the launch or after its results are kept.
-            box.extend(starmap(jitted, (values,)))
+            with held_back():
+                lease.values = values
+                if lease.flight is not box:
+                    return None
+                box.append(jitted(*values))
+            variant.called.add(first)
+            plan.first = None
         if variant.waits:
             jax.block_until_ready(box)
-        number, new, made, leaves = _take_apart(box, program, values)
-        if lease.broken:
-            _commit_unbroken(lease, written, new)
+        number, new, made, leaves = plan.take_apart(box, values)
+        landing = zip(written, new, strict=True)
+        if lease.flight is not box:  # who interrupted us has committed it, or has recalled it
+            if box[-1] is not LANDED:
+                return None
         else:
-            for cell, value in zip(written, new, strict=True):
-                cell._value = value
+            if lease.landing is None:
+                lease.landing = landing
+            if lease.overwritten or lease.landing is not landing:
+                commit_rest(lease)
+            else:
+                for cell, value in landing:
+                    cell._value = value
         return number, made, leaves
-    except BaseException:
-        if box and not variant.waits:
-            deque(map(_set_value, written, _take_apart(box, program, values)[1]), 0)
-        else:
-            expose([written[i] for i in exposed])
+    except BaseException as problem:
+        if _rescue(plan, lease, box, exposed, problem):
+            return None
+        if isinstance(problem, RecursionError) and not box and jitted is not plan.program.undonated:
+            # A signal handler that has interrupted JAX in the middle of this very call: another `jax.jit` of the program.
+            return _launch(plan, plan.program.undonated, False, flat, None)
         raise
     finally:
-        lease.busy = lease.broken = False  # before anything that an interrupt could keep from happening
+        lease.flight = None  # before anything that an interrupt could keep from happening
         give_back(lease)
         if variant.retypes:
             structure.changed()
 
 
-def rebuild_result(binding: Binding, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
+def _rescue(plan: DispatchPlan, lease: Lease, box: list[Any], exposed: list[int], problem: BaseException) -> bool:
+    """After an exception: commit what has been computed, all in one C call; else put the leases right.
+
+    Returns:
+      Whether JAX raised because the launch was recalled: it is to begin again.
+    """
+    if lease.flight is not box:
+        return not box and isinstance(problem, RuntimeError | ValueError) and "deleted" in str(problem)
+    values = lease.values
+    if not box or values is None or plan.variant.waits:
+        expose(lease, [plan.written[i] for i in exposed])
+    elif lease.overwritten:
+        settle(lease)
+    else:
+        deque(map(_set_value, plan.written, plan.results(box, values)), 0)
+    return False
+
+
+def rebuild_result(binding: Binding, program: Program, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:
     """The user's result, and what became of structure."""
-    record = binding.program.records[number]
+    record = program.records[number]
     if record.plain and record.out.plain:
         return record.structure[0].unflatten(leaves)
-    return replay(record, binding.cells, binding.live_objects(), made, leaves)
-
-
-def _take_apart(box: list[Any], program: Program, values: list[Any]) -> tuple[int, Sequence[Any], Any, Any]:
-    """What a program returned: the number of its record, the written values, and the arrays of the rest."""
-    ((number, (new, made, leaves)),) = box[0].items()
-    record = program.records[number]
-    if not record.new.plain:
-        new = record.new.decode(new, [values[index] for index in record.written])
-    return number, new, made, leaves
-
-
-def _commit_unbroken(lease: Any, written: list[Variable], new: Sequence[Any]) -> None:
-    """Commit, except to cells that somebody else wrote while the program ran: theirs is the later write."""
-    for cell, value in zip(written, new, strict=True):
-        if cell._lease is lease:
-            cell._value = value
-
-
-_copies = jax.jit(lambda values: values)
-
-
-def _copy(values: list[Any]) -> Any:
-    """New buffers with the same contents, all made by one program."""
-    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
-        return _copies(values)
-    # A program over an array that spans processes would have to be launched by all of them: copy shard by shard.
-    return jax.tree.map(_copy_shards, values)
+    return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
 
 
 def _copy_exposed(values: list[Any], plan: DispatchPlan, exposed: list[int]) -> None:
     # A function of its own, as `core.interrupts` says of loops under a lock.
     places = [p for i in exposed if (p := plan.donating_at[i]) is not None]
-    for place, value in zip(places, _copy([values[p] for p in places]), strict=True):
+    for place, value in zip(places, copy_values([values[p] for p in places]), strict=True):
         values[place] = value
-
-
-def _copy_shards(array: Any) -> Any:
-    shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def _donation_is_safe() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -16,13 +17,14 @@ from mutatis.compilation.options import Options
 from mutatis.core import transactions
 from mutatis.core.naming import innermost, probe
 from mutatis.core.nodes import is_node
-from mutatis.core.statics import static_key
+from mutatis.core.statics import Identity, static_key
 from mutatis.model.modules import Module
+from mutatis.tracing.codes import contents
 
 
 @functools.lru_cache(maxsize=512)
 def _compiler_for(_codes: tuple[Hashable, ...], name: str, _options: Hashable) -> Compiler:
-    return Compiler(name, Options())
+    return Compiler(name, Options(), shared=True)
 
 
 def compiled(
@@ -31,6 +33,7 @@ def compiled(
     functions: Sequence[Callable[..., Any]],
     options: dict[str, Any],
     *operands: Any,
+    names: tuple[str, ...],
 ) -> Any:
     """Run a control-flow transform from ordinary Python as one compiled program, kept for functions of this code.
 
@@ -40,13 +43,43 @@ def compiled(
       functions: the user's functions.
       options: the transform's static options.
       *operands: its arguments.
+      names: what they are called, for messages.
     """
     plain, owners = zip(*map(_unbind, functions), strict=True)
-    lifted = [_Lifted(function) for function in plain]
-    plain = tuple(one.without for one in lifted)
-    codes = tuple(
-        probe(f if isinstance(f, functools.partial) else innermost(f), "__code__") or static_key(f) for f in plain
-    )
+    codes = tuple(map(_code_of, plain))
+    known = functools.partial(_run_compiled, name, implementation, codes, owners, options, operands, names, functions)
+    lifted = [_Lifted(function, lifts=codes not in _concrete) for function in plain]
+    try:
+        return known(lifted)
+    except _NEEDS_VALUES:
+        if not any(one.arrays for one in lifted):
+            raise
+        _concrete[codes] = None  # as in JAX, a captured array has a value that Python may look at
+        while len(_concrete) > _REMEMBERED:
+            _concrete.pop(next(iter(_concrete)), None)
+        return known([_Lifted(function, lifts=False) for function in plain])
+
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+_REMEMBERED = 512
+_concrete: dict[tuple[Hashable, ...], None] = {}  # code that looks at the values of captured arrays
+
+
+def _run_compiled(
+    name: str,
+    implementation: Callable[..., Any],
+    codes: tuple[Hashable, ...],
+    owners: Sequence[Any],
+    options: dict[str, Any],
+    operands: Sequence[Any],
+    names: tuple[str, ...],
+    functions: Sequence[Any],
+    lifted: Sequence[_Lifted],
+) -> Any:
     key = tuple((option, static_key(value)) for option, value in options.items())
     compiler = _compiler_for(codes, name, key)
 
@@ -55,22 +88,28 @@ def compiled(
         bound = [f if owner is None else functools.partial(f, owner) for f, owner in zip(whole, owners, strict=True)]
         return implementation(bound, options, operands)
 
-    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain)
+    plain = tuple(one.without for one in lifted)
+    return compiler(run, (owners, operands, [one.arrays for one in lifted]), {}, plain, names, tuple(functions))
 
 
 class _Lifted:
-    """A function whose captured arrays are arguments: other arrays of the same types compile nothing."""
+    """A function whose captured arrays are arguments: other arrays of the same types compile nothing.
 
-    def __init__(self, function: Any) -> None:
+    Args:
+      function: the function.
+      lifts: whether they are; if not, their values are constants.
+    """
+
+    def __init__(self, function: Any, lifts: bool) -> None:
         self.function = function
         self.without = function  # what is searched for other captures
         self.arrays: dict[int, jax.Array] = {}
-        if isinstance(function, types.FunctionType):
+        if lifts and isinstance(function, types.FunctionType):
             written = _written_names(function.__code__)
             for index, (name, cell) in enumerate(
                 zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
             ):
-                value = _contents(cell)
+                value = contents(cell)
                 if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and name not in written:
                     self.arrays[index] = value
             if self.arrays:
@@ -88,11 +127,13 @@ class _Lifted:
         return new
 
 
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet bound
-        return None
+def _code_of(function: Any) -> Hashable:
+    """What functions share a compiler by; what else tells them apart is part of the keys in it."""
+    function = innermost(function)
+    for candidate in (function, inspect.getattr_static(type(function), "__call__", None)):
+        if isinstance(code := probe(candidate, "__code__"), types.CodeType):
+            return code
+    return Identity(type(function))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,10 +6,13 @@ call that decides which program it gets. Compilations differ by the facts that d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import functools
 import re
 import sys
+import types
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,23 +20,27 @@ from typing import Any
 import jax
 import numpy as np
 
+from mutatis import _compat
 from mutatis.compilation.pending import PendingCall
 from mutatis.core.avals import show_type
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_structure
 from mutatis.core.statics import Static, StaticObject
-from mutatis.errors import RecompilationWarning
+from mutatis.errors import CompilationError, RecompilationWarning
 from mutatis.model import contexts
 from mutatis.model.modules import Module, is_training
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
 from mutatis.tracing.arguments import FlatTree, argument_names
+from mutatis.tracing.codes import contents
 from mutatis.tracing.scope import show_root_path
 
 _KEPT = 30  # compilations of one function that are remembered
 _MANY = 5  # compilations because of one fact after which there is a warning
 _MISSING = "nothing"
+_DEEP = 6  # functions in functions that are described
 _ONE_LEAF = jax.tree.structure(0)
-_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_debug_nans")
+_SETTINGS = "JAX's configuration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +89,39 @@ class Explanation:
         return "\n".join([head, *(f"  {compilation}" for compilation in self.compilations)])
 
 
+class _Plan:
+    """How many compilations there may be in a block."""
+
+    def __init__(self, allowed: int) -> None:
+        self._allowed = allowed
+        self._begun = 0
+
+    def count(self, name: str, entry: Compilation) -> None:
+        """Count a compilation that begins.
+
+        Raises:
+          CompilationError: it is one too many.
+        """
+        self._begun += 1
+        if self._begun <= self._allowed:
+            return
+        causes = [f"{path}: {before} -> {now}" for path, (before, now) in entry.changes.items()]
+        raise CompilationError(
+            f"`{name}` is compiled once more than planned",
+            expected=f"{self._allowed} compilation{'' if self._allowed == 1 else 's'}",
+            got=f"{self._begun}",
+            differences=causes or ["nothing is known to differ: it is the first compilation, or another function"],
+            cure=f"Keep that the same, pass it as an array, or plan for it: `step.expect(compilations={self._begun})`.",
+        )
+
+
 class Log:
     """The latest compilations of one function."""
 
     def __init__(self) -> None:
         self.entries: tuple[Compilation, ...] = ()  # another one each time: threads may look at it meanwhile
         self._count = 0
+        self._planned: list[_Plan] = []
         self._warned: set[str] = set()
 
     def begin(self, name: str, facts: Mapping[str, str]) -> Compilation:
@@ -100,7 +134,11 @@ class Log:
         facts = {sys.intern(path): sys.intern(text) for path, text in facts.items()}  # most are the same each time
         differences = [(_differences(entry.facts, facts), entry.number) for entry in self.entries]
         changes, nearest = min(differences, key=lambda pair: (len(pair[0]), -pair[1]), default=({}, None))
+        if len(changes) > 1:
+            changes.pop(_SETTINGS, None)  # the others say it better
         entry = Compilation(self._count + 1, datetime.datetime.now(), 0.0, 0.0, facts, nearest, changes)
+        for plan in self._planned:
+            plan.count(name, entry)
         if len(changes) == 1:
             self._warn(name, next(iter(changes)), entry)
         return entry
@@ -111,10 +149,22 @@ class Log:
         ended = dataclasses.replace(entry, tracing=tracing, compiling=compiling)
         self.entries = (*self.entries, ended)[-_KEPT:]
 
+    @contextlib.contextmanager
+    def plan(self, compilations: int) -> Iterator[None]:
+        """Allow so many compilations in a block."""
+        plan = _Plan(compilations)
+        self._planned.append(plan)
+        try:
+            yield
+        finally:
+            self._planned.remove(plan)
+
     def _warn(self, name: str, path: str, latest: Compilation) -> None:
         for_it = [entry for entry in (*self.entries, latest) if [*entry.changes] == [path]]
         if len(for_it) < _MANY or path in self._warned:
             return
+        if latest.changes[path][1].startswith(("function ", "class ")):
+            return  # there are only so many of them
         self._warned.add(path)
         seen = list(dict.fromkeys(text for entry in for_it for text in entry.changes[path]))
         shapes = all(re.fullmatch(r"\w+\[[\d,]*\].*", text) for text in seen)
@@ -154,7 +204,7 @@ def facts_of(call: PendingCall) -> dict[str, str]:
                 if not is_node(leaf):
                     facts[name + jax.tree_util.keystr(path)] = _show_leaf(leaf)
             if (treedef := FlatTree(value).structure[0]) != _ONE_LEAF:
-                facts[f"structure of {name}"] = str(treedef)
+                facts[f"structure of {name}"] = show_structure(treedef)
     scope = call.scope() if call.walked is None else call.walked
     for path, obj in zip(scope.encoder.object_paths, scope.encoder.objects, strict=True):
         place = show_root_path(path)
@@ -174,18 +224,33 @@ def facts_of(call: PendingCall) -> dict[str, str]:
     for context, entry in contexts.active():
         if isinstance(entry, Static):
             facts[f"context {context.name}"] = _show(entry.value)
-    facts.update({name: str(getattr(jax.config, name)) for name in _SETTINGS})
+    facts.update({name: str(getattr(jax.config, name, None)) for name in jax.config.values})
+    facts["mesh"] = str(jax.sharding.get_abstract_mesh())
+    facts[_SETTINGS] = f"settings {_compat.trace_settings()}"
     return facts
 
 
-def _static_facts(path: str, value: Any) -> Iterator[tuple[str, str]]:
+def _static_facts(path: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
     """What an attribute or entry says, unless it is described by itself: a node, a list or a dict."""
+    if depth > _DEEP:
+        return
     if isinstance(value, Wrapped):
         yield path, type(value).__name__
     elif isinstance(value, tuple):
         yield path, f"tuple of {len(value)}"
-        for index, item in enumerate(value):
-            yield from _static_facts(f"{path}[{index}]", item)
+        names = [f".{name}" for name in getattr(value, "_fields", ())] or [f"[{i}]" for i in range(len(value))]
+        for name, item in zip(names, value, strict=True):
+            yield from _static_facts(f"{path}{name}", item, depth + 1)
+    elif isinstance(value, types.FunctionType):
+        yield path, f"function {value.__qualname__}"
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            yield from _static_facts(f"{path}.{name}", contents(cell), depth + 1)
+    elif isinstance(value, functools.partial):
+        yield from _static_facts(path, value.func, depth + 1)
+        for name, item in (*((f"[{i}]", x) for i, x in enumerate(value.args)), *value.keywords.items()):
+            yield from _static_facts(f"{path}.{name}", item, depth + 1)
+    elif isinstance(value, jax.Array | np.ndarray):
+        yield path, f"{show_type(value)} array"
     elif not isinstance(value, Module | Variable | list | dict):
         yield path, _show(value)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 from mutatis import _compat
-from mutatis.tracing.arguments import FlatTree
+from mutatis.compilation.shardings import is_sharding
+from mutatis.core.showing import show_structure, show_value
+from mutatis.errors import ArgumentError
+from mutatis.tracing.arguments import FlatTree, broadcast
 
 
 class Options:
@@ -38,14 +39,17 @@ class Options:
         self.compiler_options = compiler_options
         self.where = where or {}
 
-    def constrain_outputs(self, packed: FlatTree) -> list[Any]:
-        """The leaves of the result, placed as `out_shardings` says."""
+    def result_shardings(self, result: FlatTree) -> list[tuple[Any, Any]]:
+        """Each leaf and node of a result with what `out_shardings` says of it."""
+        tree = result.unflatten(result.leaves)
         if self.out_shardings is _compat.UNSPECIFIED:
-            return packed.leaves
-        tree = packed.unflatten(packed.leaves, [None] * len(packed.nodes))
-        full = jax.tree.broadcast(self.out_shardings, tree, is_leaf=lambda x: x is None)
-        shardings = jax.tree.leaves(full, is_leaf=lambda x: x is None)
-        return [
-            leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
-            for leaf, sharding in zip(packed.leaves, shardings, strict=True)
-        ]
+            return []
+        try:
+            return broadcast(self.out_shardings, tree, is_sharding)
+        except ValueError as error:
+            raise ArgumentError(
+                "`out_shardings` does not fit the result",
+                expected=f"a prefix of {show_structure(result.structure[0])}",
+                got=show_value(self.out_shardings),
+                cure="Give one sharding for all, or the structure of the result with a sharding, or None, for each part.",
+            ) from error

@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mutatis import _compat
-from mutatis.compilation.binding import Binding, Layout
+from mutatis.compilation.binding import Binding, Layout, survey
 from mutatis.compilation.program import Program
+from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import argument_names, named_nodes
-from mutatis.tracing.captures import search
 from mutatis.tracing.scope import Scope
 
 
@@ -26,11 +26,16 @@ class PendingCall:
         "functions",
         "key",
         "kwargs",
+        "may_start",
+        "operands",
         "outer",
         "program",
         "seconds",
+        "settings",
         "stale",
+        "started",
         "traced",
+        "users",
         "walked",
     )
 
@@ -41,12 +46,18 @@ class PendingCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         key: tuple[Hashable, ...],
+        operands: tuple[str, ...] = (),
+        users: tuple[Any, ...] = (),
     ) -> None:
         self.function = function
+        self.users = users  # the functions as the user gave them, if the program may be shared
         self.key = key  # of its objects
         self.functions = functions  # those whose captures count
+        self.operands = operands  # of a loop or branch, which is called with them as one argument: their names
         self.args = args
         self.kwargs = kwargs
+        self.may_start = False  # whether states with `init` may be given their first value before the call is traced
+        self.started: list[Variable] = []  # those that were
         self.fast = False  # whether the call holds a lease and should not trace
         self.stale = 0  # how often its trace found something changed
         self.traced = False  # whether the function was run
@@ -55,6 +66,8 @@ class PendingCall:
         self.compilation: Any = None  # the entry of the log, if it compiles
         self.seconds: list[float] = []  # what tracing and compiling took
         self.outer = _compat.current_trace()
+        _compat.settle_settings()  # before the first look at them
+        self.settings = _compat.settings()
         self.binding: Binding
         self.program: Program
 
@@ -73,10 +86,28 @@ class PendingCall:
         args, kwargs = self.binding.layout.rebuild(self.args, self.kwargs, leaves)
         return self.function(*args, **kwargs)
 
+    def argument_names(self) -> list[str]:
+        """What the arguments go by in messages, those by keyword last."""
+        named = self.functions[0] if len(self.functions) == 1 else self.function
+        return argument_names(named, self.args, self.kwargs)
+
+    def argument_name(self, position: Any) -> str:
+        """What the argument at a position or of a keyword goes by."""
+        return self.argument_names()[position] if isinstance(position, int) else str(position)
+
+    def searched(self, layout: Layout) -> list[Any]:
+        """The functions that are searched: those that count, and those among the static arguments."""
+        statics = [self.args[p] if isinstance(p, int) else self.kwargs[p] for p in sorted(layout.statics, key=str)]
+        return [*self.functions, *(value for value in statics if callable(value) and not isinstance(value, type))]
+
     def nodes(self, layout: Layout) -> list[tuple[str, Any]]:
         """The nodes among the arguments, with the names they go by."""
-        named = self.functions[0] if len(self.functions) == 1 else self.function
-        names = argument_names(named, self.args, self.kwargs)
+        if self.operands:
+            owners, operands, arrays = self.args
+            several = sum(owner is not None for owner in owners) > 1
+            names = [f"functions[{i}]" if several else "model" for i in range(len(owners))]
+            return named_nodes([*names, *self.operands, "captured"], [*owners, *operands, arrays])
+        names = self.argument_names()
         entries = zip(names, [*self.args, *self.kwargs.values()], [*range(len(self.args)), *self.kwargs], strict=True)
         dynamic = [(name, value) for name, value, position in entries if position not in layout.statics]
         return named_nodes([name for name, _ in dynamic], [value for _, value in dynamic])
@@ -85,9 +116,9 @@ class PendingCall:
         """A walk over everything that the call can reach, in the order of the binding's cells."""
         if self.found is not None and self.binding.holds():
             return self.found
-        captures = search(*self.functions, ignored=self.binding.captures.ignored)
-        return self.binding.make_scope(self.nodes(self.binding.layout), captures)
+        layout = self.binding.layout
+        return survey(self.searched(layout), self.nodes(layout), self.binding.extras)[1]
 
     def bound_to(self, scope: Scope) -> bool:
         """Whether a walk finds what the program was chosen for: another thread may have changed it."""
-        return self.binding.is_over(scope.cells) and (scope.specs, scope.tail) == self.binding.specs
+        return self.binding.is_over(scope.cells) and scope.structure == self.binding.structure

@@ -1,10 +1,15 @@
-"""Dispatch plans: a binding's cells divided for one way to call its program."""
+"""Dispatch plans: a binding's cells divided for one way to call its program, and what a call's results mean."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from mutatis.compilation.program import Variant
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis.compilation.program import Program, Variant
 from mutatis.compilation.record import TraceRecord
 from mutatis.core.cells import Group
 from mutatis.core.committed import observers
@@ -15,15 +20,31 @@ class DispatchPlan:
     """What is decided beforehand about the calls with one binding: the variant of the program, and what goes where.
 
     Args:
+      program: the program.
       cells: the binding's cells.
       variant: the variant.
       number: the number of the record.
       record: the record: what the call does besides writing values, and what it returns.
     """
 
-    __slots__ = ("donating_at", "first", "group", "number", "observed", "restructures", "treedef", "variant", "written")
+    __slots__ = (
+        "donating_at",
+        "first",
+        "group",
+        "lands",
+        "number",
+        "observed",
+        "program",
+        "restructures",
+        "treedef",
+        "variant",
+        "written",
+    )
 
-    def __init__(self, cells: list[Variable], variant: Variant, number: int, record: TraceRecord) -> None:
+    def __init__(
+        self, program: Program, cells: list[Variable], variant: Variant, number: int, record: TraceRecord
+    ) -> None:
+        self.program = program
         self.variant = variant
         self.restructures = not record.plain
         # Of the result, if that is all which is to be done after a call.
@@ -35,5 +56,67 @@ class DispatchPlan:
         if self.observed:
             self.treedef = None
         taken = set(variant.written)
-        self.group = Group(self.written, [cell for i, cell in enumerate(cells) if i not in taken])
+        self.group = Group(cells, self.written, [cell for i, cell in enumerate(cells) if i not in taken])
         self.donating_at = [i if i in variant.donated else None for i in variant.written]
+        self.lands = bool(variant.donated) or not variant.waits
+
+    def take_apart(self, box: list[Any], values: list[Any]) -> tuple[int, Sequence[Any], Sequence[Any], Sequence[Any]]:
+        """What the program returned: the number of its record, the written values, and the arrays of the rest.
+
+        Args:
+          box: holds what it returned.
+          values: what it was called with.
+        """
+        ((number, (new, made, leaves)),) = box[0].items()
+        record = self.program.records[number]
+        if not record.new.plain:
+            new = record.new.decode(new, [values[index] for index in record.written])
+        return number, new, made, leaves
+
+    def results(self, box: list[Any], values: list[Any]) -> Sequence[Any]:
+        """The written values alone."""
+        return self.take_apart(box, values)[1]
+
+    def recall(self, values: list[Any], donating: bool) -> bool:
+        """Keep a launch on these values from running or from counting, if it has not run; whether that was so.
+
+        Args:
+          values: what the program was called with, in the order of its arguments.
+          donating: whether it deletes the arrays that it may.
+        """
+        if not donating:
+            return not self.variant.waits
+        places = sorted(self.variant.donated)
+        arrays = jax.tree.leaves([values[place] for place in places])
+        if any(array.is_deleted() for array in arrays):
+            return False
+        owners = [(self.group.cells[place], values[place]) for place in places]
+        kept = [(cell, value) for cell, value in owners if cell._value is value]
+        for (cell, _), new in zip(kept, copy_values([value for _, value in kept]), strict=True):
+            cell._value = new
+        for array in arrays:
+            array.delete()
+        return True
+
+
+def copy_values(values: list[Any]) -> Any:
+    """New buffers with the same contents, all made by one program."""
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
+        try:
+            return _copies(values)
+        except RecursionError:  # a signal handler that has interrupted JAX in compiling this very program
+            return jax.tree.map(_copy_by_host, values)
+    # A program over an array that spans processes would have to be launched by all of them: copy shard by shard.
+    return jax.tree.map(_copy_shards, values)
+
+
+_copies = jax.jit(lambda values: values)
+
+
+def _copy_by_host(array: Any) -> Any:
+    return jax.device_put(np.array(array), array.sharding if array.committed else None)
+
+
+def _copy_shards(array: Any) -> Any:
+    shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)

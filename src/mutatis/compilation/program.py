@@ -21,6 +21,7 @@ import jax
 from mutatis import _compat
 from mutatis.compilation.options import Options
 from mutatis.compilation.record import TraceRecord
+from mutatis.compilation.shardings import constrain
 from mutatis.errors import MutatisError
 
 
@@ -61,19 +62,30 @@ class Program:
     Args:
       options: those of `mu.jit`.
       label: the name of the user's function.
+      settings: those of JAX that it is traced under.
       count: the number of cells.
       positions: of the arguments that JAX gets after the cells: numbers and keywords.
       placements: for each cell its shardings, or None.
+      shardings: for each cell, and then for each position, what `in_shardings` says; None if nothing is said.
     """
 
     def __init__(
-        self, options: Options, label: str, count: int, positions: tuple[Any, ...], placements: list[Any]
+        self,
+        options: Options,
+        label: str,
+        settings: Hashable,
+        count: int,
+        positions: tuple[Any, ...],
+        placements: list[Any],
+        shardings: tuple[Any, ...] | None = None,
     ) -> None:
         self.options = options
         self.label = label
+        self.settings = settings
         self.count = count
         self.records: dict[int, TraceRecord] = {}
         self._placements = placements
+        self._shardings = shardings
         self._positions = positions
         self._numbers = itertools.count()
         self._variants: dict[Hashable, Variant] = {}  # more than one if its traces differ in what they write
@@ -93,11 +105,7 @@ class Program:
         """The pure function under `jax.jit`, with these arguments donated (and those that the user named)."""
         options = self.options
         users = tuple(self.count + i for i in range(len(self._positions)) if self._positions[i] in options.donate_args)
-        shardings: dict[str, Any] = {}
-        if options.in_shardings is not _compat.UNSPECIFIED:
-            given = options.in_shardings
-            each = [given[p] if isinstance(given, tuple) else given for p in self._positions]
-            shardings["in_shardings"] = (*[_compat.UNSPECIFIED] * self.count, *each)
+        shardings = {} if self._shardings is None else {"in_shardings": self._shardings}
         return jax.jit(
             self._pure,
             donate_argnums=(*donated, *users),
@@ -121,22 +129,24 @@ class Program:
             self._variants[key] = Variant(self, record)
         return self._variants[key]
 
-    def keep_placement(self, number: int, value: Any) -> Any:
-        """A written value, constrained to where the cell of this number is placed."""
+    def keep_placement(self, number: int, value: Any, elsewhere: Any) -> Any:
+        """A written value, constrained to where the cell of this number is placed, unless it is to be elsewhere."""
+        if elsewhere is None and self._shardings is not None:
+            elsewhere = self._shardings[number]
+        if elsewhere is not None and elsewhere is not _compat.UNSPECIFIED:
+            return constrain(value, elsewhere)
         shardings = self._placements[number]
         if shardings is None:
             return value
         leaves, treedef = jax.tree.flatten(value)
         if len(leaves) != len(shardings):
             return value
-        return jax.tree.unflatten(treedef, [_constrain(x, s) for x, s in zip(leaves, shardings, strict=True)])
+        return jax.tree.unflatten(treedef, [_keep(x, s) for x, s in zip(leaves, shardings, strict=True)])
 
 
-def _constrain(value: Any, sharding: Any) -> Any:
-    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) <= value.ndim:
-        explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
-        return jax.sharding.reshard(value, sharding) if explicit else jax.lax.with_sharding_constraint(value, sharding)
-    return value
+def _keep(value: Any, sharding: Any) -> Any:
+    fits = isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) <= value.ndim
+    return constrain(value, sharding) if fits else value
 
 
 class Variant:

@@ -14,7 +14,8 @@ import jax
 from mutatis.core import access, transactions
 from mutatis.core.avals import ONE_LEAF
 from mutatis.core.journal import ABSENT
-from mutatis.core.structure import structure_lock
+from mutatis.core.places import Place, refill
+from mutatis.core.structure import structure, structure_lock
 from mutatis.model.graph import Decoder, Spec, make_cell
 from mutatis.model.modules import set_attribute
 from mutatis.model.variables import Variable, set_mark
@@ -86,6 +87,7 @@ class TraceRecord:
       out: the structure of the user's result, with the specifications of the nodes in it.
       tail: what modules refer to that were made.
       changes: what became of attributes and containers.
+      moves: what became of places outside of models, by number.
       marks: what is marked on cells that were frozen, thawed or renamed: number, attribute, mark.
       restarted: the numbers of the random streams that were set.
       seen: the numbers of the cells that the function read.
@@ -97,6 +99,7 @@ class TraceRecord:
         "donatable",
         "made",
         "marks",
+        "moves",
         "new",
         "nodes",
         "out",
@@ -120,6 +123,7 @@ class TraceRecord:
         nodes: tuple[Spec, ...],
         tail: tuple[Spec, ...],
         changes: list[tuple[int, str | None, Spec | None]],
+        moves: list[tuple[int, Spec | None]],
         marks: list[tuple[int, str, str | None]],
         restarted: list[int],
         seen: list[int],
@@ -134,10 +138,11 @@ class TraceRecord:
         self.nodes = nodes
         self.tail = tail
         self.changes = changes
+        self.moves = moves
         self.marks = marks
         self.restarted = restarted
         self.seen = seen
-        self.plain = not (made or nodes or changes or marks)
+        self.plain = not (made or nodes or changes or moves or marks)
         self.waits = False  # it calls back into Python, so it may fail at run time
 
     def take_arrays(self) -> tuple[list[Any], list[Any], list[Any]]:
@@ -148,7 +153,12 @@ class TraceRecord:
 
 
 def replay(
-    record: TraceRecord, cells: list[Any], objects: list[Any], made: Sequence[Any], leaves: Sequence[Any]
+    record: TraceRecord,
+    cells: list[Any],
+    objects: list[Any],
+    places: Sequence[Place],
+    made: Sequence[Any],
+    leaves: Sequence[Any],
 ) -> Any:
     """Do to the user's objects what the trace did, and rebuild the result.
 
@@ -156,6 +166,7 @@ def replay(
       record: what the trace did.
       cells: the cells of the call.
       objects: its modules, lists and dicts, by number.
+      places: its places outside of models.
       made: the values of the cells that were made, as they came out.
       leaves: the leaves of the result, as they came out.
     """
@@ -174,11 +185,13 @@ def replay(
         for number, name, spec in record.changes:
             target: Any = objects[number]
             if name is None:
-                _refill(target, spec, decoder)
+                _fill(target, spec, decoder)
             elif spec is None:
                 set_attribute(target, name, ABSENT)
             else:
                 set_attribute(target, name, decoder.decode(spec))
+        for number, spec in record.moves:
+            _move(places[number], spec, decoder)
         for number, name, mark in record.marks:
             set_mark(cells[number], name, mark)
         nodes = [decoder.decode(spec) for spec in record.nodes]
@@ -186,13 +199,54 @@ def replay(
     return unflatten(record.structure, leaves, nodes)
 
 
-def _refill(container: Any, items: Any, decoder: Decoder) -> None:
+def shapes_of(
+    record: TraceRecord, cells: list[Any], objects: list[Any], made: Sequence[Any], leaves: Sequence[Any]
+) -> Any:
+    """What `replay` would give, of shapes, and doing nothing; the arguments are those of `replay`."""
+    made, leaves = [[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in part] for part in (made, leaves)]
+    values = dict(zip((number for number, _ in record.made), jax.eval_shape(record.born.decode, made), strict=True))
+
+    def make(number: int, spec: Spec) -> Variable:
+        cell = make_cell(spec)
+        access.create_detached(cell, values[number])
+        return cell
+
+    decoder = Decoder(list(cells), objects, make)
+    for _, name, spec in record.changes:  # in the same order: what is built is numbered
+        _decode_only(decoder, spec, name is None)
+    for _, spec in record.moves:
+        _decode_only(decoder, spec, spec is not None and (not spec or not isinstance(spec[0], str)))
+    nodes = [decoder.decode(spec) for spec in record.nodes]
+    return unflatten(record.structure, jax.eval_shape(record.out.decode, leaves), nodes)
+
+
+def _decode_only(decoder: Decoder, spec: Any, of_container: bool) -> None:
+    if of_container:
+        for item in spec:
+            decoder.decode(item if isinstance(item[0], str) else item[1])
+    elif spec is not None:
+        decoder.decode(spec)
+
+
+def _fill(container: Any, items: Any, decoder: Decoder) -> None:
+    """Have a list or dict hold what items describe."""
     tx = transactions.current()
     if tx is not None:
         tx.journal.note(container, "", container.copy())
     if isinstance(container, list):
-        container[:] = [decoder.decode(item) for item in items]
+        refill(container, [decoder.decode(item) for item in items])
     else:
-        entries = {key.value: decoder.decode(item) for key, item in items}
-        container.clear()
-        container.update(entries)
+        refill(container, {key.value: decoder.decode(item) for key, item in items})
+
+
+def _move(place: Place, spec: Any, decoder: Decoder) -> None:
+    """Put into a place outside of models what a specification describes."""
+    structure.changed()
+    if not place.is_name:
+        _fill(place.holder, spec, decoder)
+    else:
+        tx = transactions.current()
+        if tx is not None:
+            tx.journal.note(place, "", place.get())
+        place.put(ABSENT if spec is None else decoder.decode(spec))
+    structure.changed()

@@ -12,21 +12,32 @@ from typing import Any
 from mutatis.compilation.pending import PendingCall
 from mutatis.compilation.program import NeedsTraceError, Program, refuse_outside_calls
 from mutatis.compilation.record import OutputEncoding, TraceRecord
+from mutatis.compilation.shardings import constrain, of_node
 from mutatis.core.avals import same_type
 from mutatis.core.cells import UNSET, Cell
-from mutatis.core.journal import ABSENT, Journal
+from mutatis.core.journal import Journal
+from mutatis.core.leftovers import Leftovers
+from mutatis.core.nodes import is_node
+from mutatis.core.places import ABSENT, Place
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.model.byhand import drop_traced, settle
 from mutatis.model.graph import Encoder, Spec, cell_spec, made_modules
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, check_result
 from mutatis.tracing.scope import Scope
 
 
 class FoundStates(BaseException):
     """Tracing found states that are not inputs; not an `Exception`, so that no user code catches it."""
+
+    def __init__(self, cells: list[Variable]) -> None:
+        self.cells = cells
+
+
+class StartsLate(BaseException):
+    """Tracing gave states with `init` their first value, which could be an input; not an `Exception`, as above."""
 
     def __init__(self, cells: list[Variable]) -> None:
         self.cells = cells
@@ -42,7 +53,8 @@ class CompiledTransaction(Transaction):
     __slots__ = ("found",)
 
     def __init__(self, label: str, scope: Scope, outer: Any) -> None:
-        super().__init__(label, locate=scope.locate, outer=outer, journal=Journal(scope.containers), compiled=True)
+        journal = Journal(scope.containers, scope.places)
+        super().__init__(label, locate=scope.locate, outer=outer, journal=journal, compiled=True)
         self.found: dict[Any, None] = {}
 
     def load_outer(self, cell: Cell) -> Any:
@@ -92,16 +104,50 @@ def trace(call: PendingCall, program: Program, flat: Sequence[Any]) -> dict[int,
 def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope) -> dict[int, Any]:
     with CompiledTransaction(call.label, scope, call.outer) as tx:
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
-        out = call.run(flat[program.count :])
-        tx.note_changes_in_place()
-        known, result = scope.encoder, FlatTree(out)
-        settle([obj for obj in known.objects if isinstance(obj, Module)], known.held, tx.journal)
-        drop_traced(made_modules(known, result.nodes, tx.journal))
-        record = _record(program, scope, tx, result, flat)
-        tx.journal.undo()
+        record = _run_once(call, program, flat, scope, tx)
+        leftovers = _settle(scope, tx)
+        leftovers.refuse(call.label)
         if tx.found:
             raise FoundStates(list(tx.found))
+        if call.may_start:
+            late = [
+                cell for cell in scope.cells if cell in tx.written and cell._value is UNSET and cell._init is not None
+            ]
+            if late:
+                raise StartsLate(late)
         return {program.add(record): record.take_arrays()}
+
+
+def _run_once(
+    call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope, tx: CompiledTransaction
+) -> TraceRecord:
+    # A function: when it is over, nothing of ours holds what the user's function made and returned.
+    out = call.run(flat[program.count :])
+    tx.note_changes_in_place()
+    known, result = scope.encoder, FlatTree(out)
+    settle([obj for obj in known.objects if isinstance(obj, Module)], known.held, tx.journal)
+    drop_traced(made_modules(known, result.nodes, tx.journal))
+    check_result(result, result.leaves, call.label)
+    return _record(program, scope, tx, result, flat)
+
+
+def _settle(scope: Scope, tx: CompiledTransaction) -> Leftovers:
+    """Put structure back as it was before the trace, and let go of the states that were made in it."""
+    made = {id(obj) for obj in tx.journal.made() if scope.encoder.known(obj) is None}
+    strays = [
+        entry
+        for entry in tx.journal.changes()
+        if isinstance(entry[0], Module) and id(entry[0]) not in made and scope.encoder.known(entry[0]) is None
+    ]
+    leftovers = Leftovers(tx.born, strays)
+
+    def stays(obj: Any) -> bool:
+        """Whether it is left as it is: what was made, and an unknown place, where a state that is left is found to be lost."""
+        return id(obj) in made or (isinstance(obj, Place | list | dict) and scope.place_of(obj, "") is None)
+
+    tx.journal.undo(keeps=stays)
+    tx.disown([*tx.born])
+    return leftovers
 
 
 def _record(
@@ -111,46 +157,84 @@ def _record(
     known = scope.encoder
     encoder = Encoder(thread=True)
     encoder.know(known)
-    changes: list[tuple[int, str | None, Spec | None]] = []
-    noted = {(id(obj), name): (obj, name) for obj, name, _ in tx.journal.noted}.values()
-    marked = {obj: None for obj, _ in noted if isinstance(obj, Variable) and obj in known.cells}
+    changed = tx.journal.changes()
+    marked = {obj: None for obj, _, _ in changed if isinstance(obj, Variable) and obj in known.cells}
     marks = [(known.cells[cell], mark, getattr(cell, mark)) for cell in marked for mark in ("_frozen", "name")]
-    for obj, name in noted:
+    changes: list[tuple[int, str | None, Spec | None]] = []
+    for obj, name, _ in changed:
         number = known.known(obj)
         if number is not None and isinstance(obj, Module):
             value = obj.__dict__.get(name, ABSENT)
             changes.append((number, name, None if value is ABSENT else encoder.encode(value, (name,))))
-    for container, _ in tx.journal.changed_containers():
-        number = known.known(container)
-        if number is not None:
-            changes.append((number, None, encoder.encode_contents(container)))
+        elif number is not None:
+            path, loose = known.object_paths[number], number in known.outside
+            changes.append((number, None, encoder.encode_contents(obj, path, loose=loose)))
+    moved = {place.identity: None for place, _ in tx.journal.changed_places()}
+    moves = [
+        (number, _encode_place(encoder, place)) for number, place in enumerate(scope.places) if place.identity in moved
+    ]
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
     tail = encoder.encode_references()
 
+    shardings, leaves = _place_result(program, tx, result)
     # In the order of the inputs: JAX gives a result the first donated buffer of its type, which is to be its own.
     written: list[Any] = [cell for cell in known.cells if cell in tx.written]
     numbers = [known.cells[cell] for cell in written]
-    new = [program.keep_placement(known.cells[cell], tx.values[cell]) for cell in written]
+    new = [program.keep_placement(known.cells[cell], tx.values[cell], shardings.get(cell)) for cell in written]
     same = [i for i, value in zip(numbers, new, strict=True) if same_type(flat[i], value, exact=True)]
     made_cells = list(encoder.cells)[program.count :]
     for cell in made_cells:
         if cell not in tx.born:
             tx.found[cell] = None
-    made = [tx.values.get(cell, UNSET) for cell in made_cells]
+    made = [constrain(tx.values.get(cell, UNSET), shardings.get(cell)) for cell in made_cells]
     return TraceRecord(
         written=numbers,
         same_type=same,
         encodings=(
             OutputEncoding(new, [flat[number] for number in numbers]),
             OutputEncoding(made),
-            OutputEncoding(program.options.constrain_outputs(result)),
+            OutputEncoding(leaves),
         ),
         made=[(encoder.cells[cell], cell_spec(cell)) for cell in made_cells],
         structure=result.structure,
         nodes=nodes,
         tail=tail,
         changes=changes,
+        moves=moves,
         marks=marks,
         restarted=[number for cell, number in known.cells.items() if cell in tx.restarted],
         seen=[number for cell, number in known.cells.items() if cell in tx.seen],
     )
+
+
+def _place_result(program: Program, tx: CompiledTransaction, result: FlatTree) -> tuple[dict[Any, Any], list[Any]]:
+    """What `out_shardings` says of the states of returned nodes, and the leaves of the result as it says they are placed.
+
+    A state that is placed elsewhere than it was counts as written, though its value is the same.
+    """
+    entries = program.options.result_shardings(result)
+    if not entries:
+        return {}, result.leaves
+    shardings: dict[Any, Any] = {}
+    for said, node in entries:
+        if is_node(node):
+            shardings |= of_node(said, node, tx.label)
+    for cell in shardings:
+        if cell not in tx.written:
+            tx.written[cell] = 1
+            tx.values[cell] = tx.load(cell, tx.trace)
+    leaves = [said for said, item in entries if not is_node(item)]
+    return shardings, [constrain(leaf, said) for leaf, said in zip(result.leaves, leaves, strict=True)]
+
+
+def _encode_place(encoder: Encoder, place: Place) -> Any:
+    """The specification of what a place outside of models holds; None if a name is bound to nothing."""
+    if not place.is_name:
+        return encoder.encode_contents(place.holder, (place.path,), loose=True)
+    value = place.get()
+    if value is ABSENT:
+        return None
+    encoder.loose = True
+    spec = encoder.encode(value, (place.path,))
+    encoder.loose = False
+    return spec

@@ -1,4 +1,4 @@
-"""Access: how the engine reads and writes cells for the code that runs now, through whatever transaction is open on this thread.
+"""Access: how the engine reads and writes cells for the code that runs now, through whatever transaction is open here.
 
 The vocabulary, here and on `Transaction`:
 
@@ -25,7 +25,7 @@ from mutatis import _compat
 from mutatis.core import avals, cells, naming
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.committed import load_committed, notify, observers, store_committed
-from mutatis.core.frames import here
+from mutatis.core.frames import innermost
 from mutatis.core.structure import structure
 from mutatis.core.transactions import Transaction
 from mutatis.errors import TraceLevelError
@@ -33,7 +33,7 @@ from mutatis.errors import TraceLevelError
 
 def is_outside() -> bool:
     """Whether the code that runs now is in no transaction and no JAX transform: to read and write is to load and store."""
-    return here.top is None and _compat.current_trace() is _compat.EVAL_TRACE
+    return innermost() is None and _compat.current_trace() is _compat.EVAL_TRACE
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def is_outside() -> bool:
 
 def read(cell: Cell) -> Any:
     """The value of a cell, for the user's code."""
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     trace = _compat.current_trace()
     return load_committed(cell, trace) if tx is None else tx.read(cell, trace)
 
@@ -57,14 +57,14 @@ def load(cell: Cell) -> Any:
     """The value of a cell, for a transform; its placeholder if it is deferred: nothing is created."""
     if not holds_value(cell):
         return UNSET
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     trace = _compat.current_trace()
     return load_committed(cell, trace) if tx is None else tx.load(cell, trace)
 
 
 def peek(cell: Cell) -> Any:
     """The value of a cell, only to look at what kind of thing it is."""
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     while tx is not None:
         if cell in tx.values:
             return tx.values[cell]
@@ -74,7 +74,7 @@ def peek(cell: Cell) -> Any:
 
 def peek_many(states: Sequence[Cell]) -> list[Any]:
     """The values of cells, only to look at what kind of thing they are."""
-    return [cell._value for cell in states] if here.top is None else list(map(peek, states))
+    return [cell._value for cell in states] if innermost() is None else list(map(peek, states))
 
 
 def holds_value(cell: Cell) -> bool:
@@ -88,9 +88,19 @@ def is_deferred(cell: Cell) -> bool:
     return value is UNSET or type(value) is Deferred
 
 
+def is_made_here(cell: Cell) -> bool:
+    """Whether a cell was made in a transform that is not over, and so is not known to outlive it."""
+    tx: Transaction | None = innermost()
+    while tx is not None:
+        if cell in tx.born:
+            return True
+        tx = tx.parent
+    return False
+
+
 def placement(cell: Cell) -> tuple[Any, ...] | None:
     """The shardings of a cell's leaves, if on several devices; None in a trace: there it belongs to the program around."""
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     while tx is not None:
         if cell in tx.values:
             return None
@@ -101,7 +111,7 @@ def placement(cell: Cell) -> tuple[Any, ...] | None:
 def split_axes(cell: Cell) -> list[int]:
     """The axes along which the code that runs now sees a slice of a cell, the outermost transform's first."""
     axes = []
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     while tx is not None:
         if cell in tx.split:
             axes.append(tx.split[cell])
@@ -111,7 +121,7 @@ def split_axes(cell: Cell) -> list[int]:
 
 def note_reads(states: Iterable[Cell]) -> None:
     """Note that a compiled program, which has been called for the code that runs now, reads these cells."""
-    if (tx := here.top) is not None:
+    if (tx := innermost()) is not None:
         tx.note_reads(states)
 
 
@@ -120,7 +130,7 @@ def note_reads(states: Iterable[Cell]) -> None:
 
 def write(cell: Cell, value: Any) -> None:
     """Give a cell another value."""
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     trace = _compat.current_trace()
     if tx is not None:
         tx.write(cell, value, trace)
@@ -149,13 +159,13 @@ def write_many(states: Sequence[Cell], values: Sequence[Any]) -> None:
 
 def restart(cell: Cell) -> None:
     """Note that a random stream is set, not drawn from; see `Transaction.restart`."""
-    if (tx := here.top) is not None:
+    if (tx := innermost()) is not None:
         tx.restart(cell)
 
 
 def create(cell: Cell, value: Any) -> None:
     """Give a cell that was made just now its first value."""
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     trace = _compat.current_trace()
     if tx is not None and (trace is tx.trace or trace is _compat.EVAL_TRACE):
         tx.create(cell, value)
@@ -196,7 +206,7 @@ def commit(tx: Transaction) -> None:
     except BaseException:
         tx.journal.undo()
         raise
-    if (outer := here.top) is not None:
+    if (outer := innermost()) is not None:
         tx.journal.hand_over(outer.journal)
         outer.pinned |= pinned
 
@@ -209,7 +219,7 @@ def birth() -> Any:
     trace = _compat.current_trace()
     if trace is _compat.EVAL_TRACE:
         return None
-    tx: Transaction | None = here.top
+    tx: Transaction | None = innermost()
     return None if tx is not None and trace is tx.trace else _compat.weak_trace(trace)
 
 
@@ -229,7 +239,7 @@ def check_outlived(owner: str, born: Any, name: str) -> None:
         return
     raw = _compat.raw_transform_name(now())
     raise TraceLevelError(
-        f"`{owner}.{name}` was set to a state that is made inside a raw JAX transform ({raw})",
+        f"`{owner}.{name}` was set to a state that is made in a raw JAX transform ({raw})",
         path=f"{owner}.{name}",
         where=naming.where(),
         cure="It would hold a tracer when the transform is over. Use the transform of the same name in `mu` (`mu.jit`, "

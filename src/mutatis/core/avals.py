@@ -12,6 +12,7 @@ import jax
 
 from mutatis import _compat
 from mutatis.core.cells import UNSET
+from mutatis.core.showing import notation, show_leaf_type
 
 _ARRAY = _compat.ARRAY
 ONE_LEAF = jax.tree.structure(0)
@@ -69,18 +70,8 @@ def is_concrete(value: Any) -> bool:
 
 
 def show_type(value: Any) -> str:
-    """A value's structure, shapes and dtypes in short: ``float32[3,4]``."""
+    """A value's structure, shapes and dtypes in short: ``float32[3,4]``, ``{'a': int32[], 'b': (bool[2],)}``."""
     if value is UNSET:
         return "no value"
     leaves, treedef = jax.tree.flatten(value)
-    if treedef == ONE_LEAF:
-        return _show_leaf_type(leaves[0])
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {show_type(item)}" for key, item in value.items()) + "}"
-    return f"{type(value).__name__}({', '.join(map(_show_leaf_type, leaves))})"
-
-
-def _show_leaf_type(leaf: Any) -> str:
-    if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
-        return type(leaf).__name__
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return notation(treedef, map(show_leaf_type, leaves))

@@ -10,19 +10,34 @@ A cell knows nothing of models or kinds. Its value is a pytree of arrays, or a p
 and deletes the old arrays. That may not be seen. Each thread has one `Lease`. A cell carries a thread's lease
 while its buffer was made by a compiled program and no user code holds an array over it. Reading the value in
 Python takes the lease away: the cell is *exposed*, and the next step copies it instead of donating it. While a
-thread dispatches a step its lease is *busy*: other threads that want a cell under a busy lease wait (for a
+thread dispatches a step its lease is *busy*: other threads that want a cell that the step deletes wait (for a
 dispatch, no longer), so nobody finds a deleted array and no update is lost. All leases of a step are taken at
-once or not at all, so waiting cannot deadlock. The cells of a step are a `Group`, which remembers that they all
-carried a thread's lease: as long as no lease has moved anywhere, the next step looks at none of them.
+once or not at all, and nobody waits while his own lease is busy, so waiting cannot deadlock. The cells of a step
+are a `Group`, which remembers that they all carried a thread's lease: as long as no lease has moved anywhere, the
+next step looks at none of them.
+
+**Code that runs in the middle of a dispatch, on its thread.** Python runs signal handlers between any two steps of
+ours, and weakref callbacks and `__del__` wherever something is freed. It cannot wait for what it interrupts. So a
+dispatch has three parts, and `settle` says what becomes of it:
+
+- while it is *prepared* (leases, values, copies), it is void: it begins again when the interruption is over. Just before
+  the launch it looks whether that has happened, and nothing can happen between that look and the launch;
+- while it is *in flight* (inside JAX's compiled call) no handler runs, as a rule. But JAX makes some calls in Python. Before the
+  program runs it can still be *recalled*: the cells get copies, the arrays that it holds are deleted, so that JAX raises, and it
+  begins again. Between the run and the return, the states are refused;
+- when it has *landed*, the results are there: who interrupts commits the rest of them, in the place of who was interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
+
+from mutatis.errors import MutatisError
 
 
 class _Unset:
@@ -55,14 +70,40 @@ jax.tree_util.register_pytree_node(Deferred, lambda d: ((d.key,), None), lambda 
 
 
 class Lease:
-    """A thread's right to the buffers of the cells that carry it."""
+    """A thread's right to the buffers of the cells that carry it, and the step that is being dispatched with it, if one is."""
 
-    __slots__ = ("broken", "busy", "donating")
+    __slots__ = ("donating", "exposed", "flight", "landing", "overwritten", "shown", "step", "values")
 
     def __init__(self) -> None:
-        self.busy = False  # a step over the cells is being dispatched
-        self.donating = False  # that step deletes the old arrays
-        self.broken = False  # somebody wrote one of the cells meanwhile
+        self.flight: list[Any] | None = None  # of the step: empty, then what it returned; it is busy if there is one
+        self.step: Step | None = None
+        self.donating = False  # it deletes the old arrays
+        self.exposed: list[int] = []  # the places of the written cells that user code held the values of
+        self.values: list[Any] | None = None  # what it was launched on; None while it is prepared
+        self.landing: Iterator[tuple[Cell, Any]] | None = None  # what is still to be committed, once it has begun
+        self.shown: set[Cell] = set()  # cells that are exposed, and need the lease until the step has ended
+        self.overwritten: set[Cell] = set()  # those that somebody wrote while it was in flight
+
+
+class Step(Protocol):
+    """What of a step is needed to finish it."""
+
+    @property
+    def written(self) -> Sequence[Cell]:
+        """The cells that it writes."""
+
+    @property
+    def lands(self) -> bool:
+        """Whether what it returned counts at once. It does not if the program may still fail and has deleted nothing."""
+
+    def recall(self, values: list[Any], donating: bool) -> bool:
+        """Keep it from running, or from counting, if it was launched on these values and has not run; whether that was so."""
+
+    def results(self, box: list[Any], values: list[Any]) -> Sequence[Any]:
+        """The values of the written cells, of what it returned and was launched on."""
+
+
+LANDED = object()  # in the flight of a step whose results have been committed by somebody else
 
 
 class _Thread(threading.local):
@@ -82,7 +123,7 @@ class _Moves:
 
 _moves = _Moves()
 _thread = _Thread()
-_mutex = threading.Lock()
+_mutex = threading.RLock()  # what interrupts a thread that holds it may take it, too: see `settle`
 _released = threading.Condition(_mutex)
 _MISSED = 0.05  # seconds after which who waits looks again: an interrupt may have kept a notice from being given
 
@@ -107,7 +148,11 @@ class Cell:
 
 
 def load(cell: Cell) -> Any:
-    """The committed value, and from now on it counts as held by user code."""
+    """The committed value, and from now on it counts as held by user code.
+
+    Raises:
+      MutatisError: a step of this thread, which this code has interrupted, is deleting it.
+    """
     # A step puts its lease on a cell before it takes the value away. Looked at again: it may have ended, and the lease be gone.
     value = cell._value
     return value if cell._lease is None and cell._value is value else _expose(cell)
@@ -115,118 +160,242 @@ def load(cell: Cell) -> Any:
 
 def _expose(cell: Cell) -> Any:
     mine = _thread.lease
+    settle(mine)
     with _mutex:
-        _wait_while(lambda: (lease := cell._lease) is not None and lease is not mine and lease.busy and lease.donating)
-        lease = cell._lease
-        if lease is not None and not lease.busy:
-            _moves.count += 1
+        return _expose_value(cell)
+
+
+def _expose_value(cell: Cell) -> Any:
+    while True:
+        _wait_while(lambda: None if (lease := _busy(cell)) is None or not lease.donating else lease)
+        lease, value = cell._lease, cell._value
+        _moves.count += 1
+        if lease is None or lease.flight is None:
             cell._lease = None
-        return cell._value
+            return value  # nothing has happened since the look at it
+        if not lease.donating:
+            lease.shown.add(cell)
+            if _busy(cell) is lease and cell._value is value:  # else it has ended, and may not have seen that
+                return value
 
 
-def _wait_while(busy: Callable[[], bool]) -> None:
-    """Wait, with the mutex, until something is no longer so."""
-    _moves.waiting += 1  # before the first look: who ends a step and sees nobody wait gives no notice
+def store(cell: Cell, value: Any) -> None:
+    """Store a committed value that user code may hold."""
+    if cell._lease is None:
+        cell._value = value
+    else:
+        settle(_thread.lease)
+        with _mutex:
+            _store_leased(cell, value)
+
+
+def _store_leased(cell: Cell, value: Any) -> None:
+    while (lease := cell._lease) is not None and lease.flight is not None:
+        if lease.values is None:
+            _void(lease)  # it begins again, on this value
+            continue
+        lease.overwritten.add(cell)
+        if lease.landing is None:  # looked at after that: it will see that this is the later write
+            _moves.count += 1
+            lease.shown.add(cell)
+            cell._value = value
+            return
+        _wait_while(lambda lease=lease: None if lease.landing is None else lease)  # type: ignore[misc]
+    _moves.count += 1
+    cell._lease = None
+    cell._value = value
+
+
+def settle(lease: Lease) -> None:
+    """For code of a thread that may have interrupted its own step: bring that step to an end, unless it is in flight."""
+    flight, step = lease.flight, lease.step
+    if flight is None or step is None:
+        return
+    if lease.values is not None and not flight and step.recall(lease.values, lease.donating):
+        lease.values = None
+    if lease.values is None:
+        with _mutex:
+            _void(lease)
+    elif flight and step.lands:
+        if lease.landing is None:
+            landing = zip(step.written, step.results(flight, lease.values), strict=True)
+            if lease.landing is None:
+                lease.landing = landing
+        commit_rest(lease)
+        flight.append(LANDED)
+        give_back(lease)
+
+
+def _void(lease: Lease) -> None:
+    """Have a step that is being prepared begin again."""
+    if lease.values is None:
+        lease.flight = None  # Python runs nothing between the look and this: it is not launched
+        _moves.count += 1
+        if lease.step is not None:
+            _expose_all(lease, [lease.step.written[i] for i in lease.exposed])
+
+
+def commit_rest(lease: Lease) -> None:
+    """Commit what a step that has landed has not committed yet; what somebody else wrote meanwhile is the later write."""
+    for cell, value in lease.landing or ():
+        if cell not in lease.overwritten:
+            cell._value = value
+
+
+def _busy(cell: Cell) -> Lease | None:
+    """The lease of a cell, if it is busy."""
+    lease = cell._lease
+    return None if lease is None or lease.flight is None else lease
+
+
+def _wait_while(busy: Callable[[], Lease | None]) -> None:
+    """Wait, with the mutex, until no lease is in the way.
+
+    Raises:
+      MutatisError: this thread dispatches a step itself, which this code has interrupted.
+    """
+    if busy() is None:
+        return
+    if _thread.lease.flight is not None:
+        raise MutatisError(
+            "a state was used by code that interrupted a step over it, between the run and the return",
+            expected="a finalizer (`__del__`, a callback of `weakref`) or signal handler that leaves states alone there",
+            cure="Note there what is to be done, say in a `queue.SimpleQueue`, and do it after the step.",
+        )
+    _moves.waiting += 1  # before the next look: who ends a step and sees nobody wait gives no notice
     try:
         _wait(busy)
     finally:
         _moves.waiting -= 1
 
 
-def _wait(busy: Callable[[], bool]) -> None:
+def _wait(busy: Callable[[], Lease | None]) -> None:
     # A function of its own, as `interrupts` says of loops under a lock.
-    while busy():
-        _released.wait(_MISSED)
-
-
-def store(cell: Cell, value: Any) -> None:
-    """Store a committed value that user code may hold."""
-    if cell._lease is not None:
-        with _mutex:
-            lease: Lease | None = cell._lease  # looked at again: a step may have ended meanwhile
-            if lease is not None and lease.busy:
-                lease.broken = True  # the step that is running has to leave this cell alone
-            _moves.count += 1
-            cell._lease = None
-    cell._value = value
+    while (lease := busy()) is not None:
+        if not _released.wait(_MISSED):
+            _void(lease)  # prepared for so long, it may wait for something in JAX that this thread has interrupted
 
 
 def my_lease() -> Lease:
-    """This thread's lease."""
-    return _thread.lease
+    """A lease of this thread that is not busy."""
+    lease = _thread.lease
+    settle(lease)
+    return lease if lease.flight is None else Lease()
 
 
 class Group:
     """The cells of a step.
 
     Args:
+      cells: all of them, in the order of the program's arguments.
       written: the cells that the step writes.
       read: those that it only reads.
     """
 
-    __slots__ = ("_moves", "_owner", "read", "written")
+    __slots__ = ("_moves", "_owner", "cells", "read", "written")
 
-    def __init__(self, written: Sequence[Cell], read: Sequence[Cell]) -> None:
+    def __init__(self, cells: Sequence[Cell], written: Sequence[Cell], read: Sequence[Cell]) -> None:
+        self.cells = cells
         self.written = written
         self.read = read
         self._owner: Lease | None = None  # whose all of the written ones were ...
         self._moves = 0  # ... when leases had moved this often
 
-    def take(self, lease: Lease, donating: bool, exposed: list[int]) -> None:
+    def take(self, lease: Lease, step: Step, flight: list[Any], donating: bool, exposed: list[int]) -> list[Any]:
         """Make a thread's lease busy over the cells.
 
         Args:
           lease: this thread's lease.
+          step: the step.
+          flight: will hold what the step returns.
           donating: whether the step deletes the old arrays.
           exposed: is filled with the places in `written` whose buffers user code may hold.
+
+        Returns:
+          The values of the cells.
         """
         with _mutex:
-            if self._owner is not lease or self._moves != _moves.count:
-                self._take(lease, exposed)
-            lease.busy = True
+            lease.step = step
             lease.donating = donating
+            lease.exposed = exposed
+            lease.values = lease.landing = None
+            lease.flight = flight  # from now on, who interrupts makes it void
+            if self._owner is not lease or self._moves != _moves.count:
+                self._take(lease, flight, exposed)
+            return self._values()  # now: the next step of another thread may delete what this one only reads
 
-    def _take(self, lease: Lease, exposed: list[int]) -> None:
+    def _values(self) -> list[Any]:
         # A function of its own, as `interrupts` says of loops under a lock.
+        return [cell._value for cell in self.cells]
+
+    def _take(self, lease: Lease, flight: list[Any], exposed: list[int]) -> None:
         owners = [cell._lease for cell in self.written]
         others = [cell._lease for cell in self.read]
-        if owners.count(lease) < len(owners) or others.count(lease) + others.count(None) < len(others):
+        if (
+            owners.count(lease) < len(owners)
+            or others.count(lease) + others.count(None) < len(others)
+            or lease.shown
+            or lease.overwritten
+        ):
+            lease.flight = None  # nobody waits while busy
             _wait_while(lambda: self._busy_for(lease))
-            exposed += [i for i, cell in enumerate(self.written) if cell._lease is None]
+            lease.overwritten.clear()
+            lease.flight = flight
+            if self._busy_for(lease) is not None:  # what interrupted us here has waited itself
+                lease.flight = None
+            exposed += [i for i, cell in enumerate(self.written) if _is_exposed(cell)]
+            wanted: list[tuple[Cell, Lease | None]] = [(cell, lease) for cell in self.written]
+            wanted += [(cell, None if _is_exposed(cell) else lease) for cell in self.read]
             _moves.count += 1
-            for cell in self.written:
-                cell._lease = lease
-            for cell in self.read:
-                if cell._lease is not None:
-                    cell._lease = lease
-        self._moves = _moves.count
-        self._owner = lease
+            for cell, its in wanted:
+                if lease.flight is not flight:  # what we know of the cells may be true no more
+                    return
+                cell._lease = its
+            lease.shown.clear()
+        if lease.flight is flight:
+            self._moves = _moves.count
+            self._owner = lease
 
-    def _busy_for(self, mine: Lease) -> bool:
-        """Whether another thread dispatches a step over one of the cells."""
-        return any(
-            (lease := cell._lease) is not None and lease is not mine and lease.busy
-            for cells in (self.written, self.read)
-            for cell in cells
-        )
+    def _busy_for(self, mine: Lease) -> Lease | None:
+        """The lease with which another step is being dispatched over one of the cells, if one is."""
+        found = (_busy(cell) for cells in (self.written, self.read) for cell in cells)
+        return next((lease for lease in found if lease is not None and lease is not mine), None)
+
+
+def _is_exposed(cell: Cell) -> bool:
+    lease = cell._lease
+    return lease is None or cell in lease.shown
 
 
 def give_back(lease: Lease) -> None:
     """End a dispatch: whoever waits for a cell of this lease goes on."""
-    lease.busy = lease.broken = False
-    if _moves.waiting:  # who begins to wait from now on sees that it is not busy
+    lease.flight = lease.step = lease.values = lease.landing = None
+    if lease.shown or lease.overwritten:
         with _mutex:
+            _forget_shown(lease)
+    if _moves.waiting:  # who begins to wait from now on sees that it is not busy
+        with _mutex, contextlib.suppress(RuntimeError):  # what interrupted us there has given notice already
             _released.notify_all()
 
 
-def expose(cells: Sequence[Cell]) -> None:
-    """Count the present values of these cells as held by user code, whoever made them."""
+def _forget_shown(lease: Lease) -> None:
+    _moves.count += 1
+    for cell in tuple(lease.shown):
+        if cell._lease is lease:
+            cell._lease = None
+    lease.shown.clear()
+    lease.overwritten.clear()
+
+
+def expose(lease: Lease, cells: Sequence[Cell]) -> None:
+    """Count the values of these cells as held by user code, where they still carry a lease: another step may have begun."""
     with _mutex:
         _moves.count += 1
-        _expose_all(cells)
+        _expose_all(lease, cells)
 
 
-def _expose_all(cells: Sequence[Cell]) -> None:
-    # A function of its own, as `_take` is.
+def _expose_all(lease: Lease, cells: Sequence[Cell]) -> None:
+    # A function of its own, as `_values` is.
     for cell in cells:
-        cell._lease = None
+        if cell._lease is lease:
+            cell._lease = None

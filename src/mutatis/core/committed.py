@@ -14,9 +14,11 @@ from typing import Any
 from mutatis import _compat
 from mutatis.core import avals, naming
 from mutatis.core.cells import Cell, load, store
+from mutatis.core.stamps import keep_constant, retire
 from mutatis.core.structure import structure
 from mutatis.errors import TraceLevelError
 
+_NOW = object()
 # By the identity of cells, whose `==` compares values: with a reference that takes the entry away when the cell dies.
 observers: dict[int, tuple[weakref.ref[Cell], tuple[Callable[[], None], ...]]] = {}
 
@@ -43,15 +45,20 @@ def notify(cells: Iterable[Cell]) -> None:
             notice()
 
 
-def load_committed(cell: Cell, trace: Any) -> Any:
+def load_committed(cell: Cell, trace: Any, stamp: Any = _NOW) -> Any:
     """The committed value of a cell, for code that runs at `trace`.
+
+    Args:
+      cell: the cell.
+      trace: the trace.
+      stamp: the stamp in force there (or None), if that is another place than here.
 
     Raises:
       TraceLevelError: a raw transform would keep the value.
     """
     value = load(cell)
-    if trace is not _compat.EVAL_TRACE and _compat.is_staging(trace) and not is_local(cell, trace):
-        check_stale(cell, trace)
+    if trace is not _compat.EVAL_TRACE and (staging := staging_trace(cell, trace)) is not None:
+        check_stale(cell, staging, _compat.stamp() if stamp is _NOW else stamp)
     return value
 
 
@@ -76,17 +83,37 @@ def is_local(cell: Cell, trace: Any) -> bool:
     return cell._birth is not None and cell._birth() is trace
 
 
-def check_stale(cell: Cell, trace: Any) -> None:
-    """Raise, for a read inside a raw transform that stages, unless the state is frozen."""
+def staging_trace(cell: Cell, trace: Any, ours: Any = None) -> Any:
+    """The raw transform, between `trace` and our own `ours`, that would keep the value of a cell in a program; None without one.
+
+    A cell that was made under a raw transform is as good as a value there.
+    """
+    return _compat.staging_trace(trace, ours, None if cell._birth is None else cell._birth())
+
+
+def check_stale(cell: Cell, staging: Any, stamp: Any) -> None:
+    """Have JAX never find the raw trace again in which a cell is read, or raise.
+
+    Args:
+      cell: the cell.
+      staging: the trace of the raw transform.
+      stamp: the stamp that was in force where the raw transform was entered, if there was one.
+
+    Raises:
+      TraceLevelError: there was none, and the state is not frozen.
+    """
+    if retire(stamp, staging):
+        return
     if getattr(cell, "frozen", False):
+        keep_constant(cell)
         return
     raise TraceLevelError(
-        f"state {naming.describe(cell)} was read inside a raw JAX transform ({_compat.raw_transform_name(trace)})",
+        f"state {naming.describe(cell)} was read inside a raw JAX transform ({_compat.raw_transform_name(staging)})",
         path=naming.path_of(cell),
         made_at=naming.made_at(cell),
         cure="JAX would keep this value in a program that it reuses after the state has changed. Use the transform of the "
         "same name in `mu` (`mu.jit`, `mu.scan`, ...; `mu.custom_vjp` for a rule), pass `cell.value` in as an argument, use "
-        "`mu.functionalize`, or declare it constant with `with mu.freeze(model): ...`.",
+        "`mu.functionalize`, or say that it does not change meanwhile: `with mu.freeze(model): ...` around a call of a solver.",
     )
 
 

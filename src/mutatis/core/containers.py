@@ -7,6 +7,8 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
+from mutatis.core.places import same_items
+
 
 class ContainerSnapshot:
     """What plain containers held at one moment, compared by identity: `==` would call the users' code.
@@ -38,17 +40,8 @@ class ContainerSnapshot:
         """The containers that hold something else now, each with its copy of then."""
         if self.unchanged():
             return []
-        return [
-            (now, then)
-            for now, then in zip(self.containers, self.copies, strict=True)
-            if not ContainerSnapshot([then])._holds_same(now)
-        ]
-
-    def _holds_same(self, other: Any) -> bool:
-        mine, theirs = self.containers[0], other
-        if len(mine) != len(theirs) or not all(map(is_, mine, theirs)):
-            return False
-        return not isinstance(mine, dict) or all(map(is_, mine.values(), theirs.values()))
+        pairs = zip(self.containers, self.copies, strict=True)
+        return [(now, then) for now, then in pairs if not same_items(now, then)]
 
 
 def _views(containers: Sequence[Any]) -> list[Any]:

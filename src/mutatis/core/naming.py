@@ -24,7 +24,7 @@ PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  
 
 def path_of(cell: Any) -> str | None:
     """The printed path of a cell in what the open transforms were given, else in the live modules."""
-    frame = frames.here.top
+    frame = frames.innermost()
     while frame is not None:
         if frame.locate is not None and (path := frame.locate(cell)) is not None:
             return str(path)
@@ -72,9 +72,9 @@ def made_at(cell: Any) -> str | None:
 
 
 def where() -> str | None:
-    """The transforms that are open on this thread: ``jit(train_step) > scan(body)``."""
+    """The transforms that are open here: ``jit(train_step) > scan(body)``."""
     labels: list[str] = []
-    frame = frames.here.top
+    frame = frames.innermost()
     while frame is not None:
         labels.append(frame.label)
         frame = frame.parent
@@ -131,6 +131,19 @@ def show_path(path: tuple[Any, ...]) -> str:
         else:
             text += f"[{part!r}]"
     return text
+
+
+def show_name(qualname: str) -> str:
+    """A function's or class's qualified name as messages show it: ``train.step``, ``lambda in Net.__call__``.
+
+    What has no name of its own, a lambda or a function that is called `_`, is no part of another one's.
+    """
+    *outer, last = qualname.replace("<locals>.", "").split(".")
+    around = [name for name in outer if name not in ("<lambda>", "_")]
+    if last not in ("<lambda>", "_"):
+        return ".".join([*around, last])
+    word = "lambda" if last == "<lambda>" else "_"
+    return f"{word} in {'.'.join(around)}" if around else word
 
 
 def caller() -> tuple[str, int, str]:

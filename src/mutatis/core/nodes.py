@@ -83,3 +83,20 @@ def declare_searched(cls: type, *attributes: str) -> None:
 def searched_attributes(obj: Any) -> tuple[str, ...] | None:
     """The attributes of an object that transforms look into; None if nothing is said of its class."""
     return next((_searched[base] for base in type(obj).__mro__ if base in _searched), None)
+
+
+def is_container(value: Any) -> bool:
+    """Whether a value is a plain list, dict or tuple, which walks look into."""
+    return type(value) in (list, dict) or isinstance(value, tuple)
+
+
+def holds_nodes(value: Any, depth: int = 5) -> bool:
+    """Whether a value is a part of models, or a plain container that holds some."""
+    if is_node(value):
+        return True
+    if depth == 0 or not is_container(value) or len(value) > _MANY:
+        return False
+    return any(holds_nodes(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+
+
+_MANY = 10_000  # longer containers are data

@@ -8,19 +8,25 @@ captured are; and `static(obj)` is equal only to itself.
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import enum
 import functools
+import numbers
 import sys
 import types
-from collections.abc import Hashable
-from typing import Any
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.errors import StaticAttributeError
+
+T = TypeVar("T")
 
 
 class StaticObject:
@@ -48,7 +54,7 @@ class StaticObject:
         return static, (self.value,)
 
 
-def static(obj: Any) -> Any:
+def static(obj: T) -> T:
     """Mark an object as static when it is assigned to an attribute: kept by identity, its changes unseen.
 
     Example:
@@ -59,7 +65,32 @@ def static(obj: Any) -> Any:
       >>> Net({"a", "b"}).config == {"a", "b"}
       True
     """
-    return StaticObject(obj)
+    kept: T = StaticObject(obj)  # type: ignore[assignment]  # as the attribute, which unwraps it
+    return kept
+
+
+class WeakIdentity:
+    """A key that is equal only for the same object, as long as it lives.
+
+    Args:
+      obj: the object.
+      ended: is called with the key when the object has died.
+    """
+
+    __slots__ = ("__weakref__", "_hash", "_reference")
+
+    def __init__(self, obj: Any, ended: Callable[[WeakIdentity], None]) -> None:
+        me = weakref.ref(self)
+        self._hash = id(obj)
+        self._reference = weakref.ref(obj, lambda _: None if (key := me()) is None else ended(key))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, WeakIdentity) and (obj := self._reference()) is not None and obj is other._reference()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Static:
@@ -100,22 +131,25 @@ class Identity:
         return id(self.obj)
 
 
-_SMALL = 64  # arrays up to this many elements are compared by content
+_SMALL = 64  # arrays of JAX up to this many elements are compared by content
+_BYTES = 64 * 1024  # NumPy arrays, which can be changed in place, up to this size
 
 
 def static_key(value: Any, _open: tuple[int, ...] = ()) -> Hashable:
-    """A hashable key, equal for equal static values."""
+    """A hashable key, equal for equal static values only: what is not understood is equal to itself alone."""
     kind = type(value)
     if value is None or kind in (bool, int, str, bytes, type, types.EllipsisType):
         return (kind, value)
     if kind in (float, complex):
         return (kind, repr(value))
-    if isinstance(value, enum.Enum | StaticObject | Identity):
+    if isinstance(value, StaticObject | Identity):
         return value
+    if isinstance(value, enum.Enum):
+        return Identity(value)  # `==` of the user's enumerations may hold between members of two of them
     if id(value) in _open:
         return "recursion"
     inner = (*_open, id(value))
-    if kind in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+    if kind is list or isinstance(value, tuple | frozenset):
         return (kind, tuple(static_key(item, inner) for item in value))
     if kind is dict:
         return (kind, tuple((static_key(k, inner), static_key(v, inner)) for k, v in value.items()))
@@ -129,12 +163,15 @@ def static_key(value: Any, _open: tuple[int, ...] = ()) -> Hashable:
     if isinstance(value, jax.core.Tracer) or is_node(value):
         return Identity(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _array_key(value)
+        return array_key(value)
     try:
         hash(value)
     except TypeError:
         return Identity(value)
-    return (kind, value)
+    if dataclasses.is_dataclass(kind) and kind.__dataclass_params__.eq:  # type: ignore[attr-defined]
+        fields = [field.name for field in dataclasses.fields(value) if field.compare]
+        return (kind, value, tuple(static_key(getattr(value, name, None), inner) for name in fields))
+    return (kind, value, repr(value)) if isinstance(value, numbers.Number) else (kind, value)
 
 
 def function_key(function: types.FunctionType, _open: tuple[int, ...] = ()) -> Hashable:
@@ -147,16 +184,24 @@ def function_key(function: types.FunctionType, _open: tuple[int, ...] = ()) -> H
             captured.append("empty")
     defaults = static_key(function.__defaults__, _open)
     keywords = static_key(function.__kwdefaults__, _open)
-    return ("function", function.__code__, id(function.__globals__), defaults, keywords, tuple(captured))
+    return ("function", function.__code__, Identity(function.__globals__), defaults, keywords, tuple(captured))
 
 
-def _array_key(array: Any) -> Hashable:
-    if array.size > _SMALL:
+def array_key(array: Any) -> Hashable:
+    """The key of an array: its content if that can be looked at for little, else its identity."""
+    if isinstance(array, np.generic):
+        return (type(array), array.tobytes(), str(array.dtype))
+    if isinstance(array, np.ndarray):
+        if type(array) is not np.ndarray or array.nbytes > _BYTES or array.dtype.hasobject:
+            return Identity(array)
+        return ("array", array.dtype, array.shape, array.tobytes())
+    if array.size > _SMALL or array.is_deleted() or not array.is_fully_addressable:
         return Identity(array)
-    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    kind = (array.aval, array.sharding, array.committed)
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         with jax.ensure_compile_time_eval():
-            return ("key", str(array.dtype), array.shape, np.asarray(jax.random.key_data(array)).tobytes())
-    return ("array", type(array).__name__, str(array.dtype), array.shape, np.asarray(array).tobytes())
+            return ("key", *kind, np.asarray(jax.random.key_data(array)).tobytes())
+    return ("array", *kind, np.asarray(array).tobytes())
 
 
 def _reduce_function(function: Any) -> Any:
@@ -208,6 +253,6 @@ def check_static(value: Any, owner: str, name: str) -> None:
         f"`{owner}.{name}` cannot be static: {kind.__name__} {problem}",
         path=f"{owner}.{name}",
         expected="a Variable, Module, array, or a hashable value such as a number, string, function or frozen dataclass",
-        got=f"{value!r:.60}",
+        got=show_value(value),
         cure=f"Keep it by identity, `self.{name} = mu.static(...)`, or make it state: `self.{name} = mu.Variable(...)`.",
     )

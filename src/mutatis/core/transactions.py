@@ -1,6 +1,6 @@
 """The transaction: what every transform of Mutatis is.
 
-A transaction is an overlay on the cells. While it is open on this thread,
+A transaction is an overlay on the cells. While it is open here (on this thread, in this task),
 
 - a **read** finds the value in the innermost overlay that has it, else further out, else the committed one;
 - a **write** goes to the innermost overlay;
@@ -9,8 +9,9 @@ A transaction is an overlay on the cells. While it is open on this thread,
 
 A transform opens one inside the function that it hands to JAX. So there are two traces to know: `outer`, where
 the transform was called, and `trace`, where its function runs. Each level checks that the trace of a read or write
-is its own; one that is not belongs to a *raw* JAX transform in between. A write there would be lost or would leak,
-and a read might be kept by a program that JAX reuses after the state has changed: both are `TraceLevelError`.
+is its own; one that is not belongs to a *raw* JAX transform in between. A write there would be lost or would leak: it is a
+`TraceLevelError`. A read is right, for JAX never finds the raw transform's trace again (`stamps`); in ordinary code, outside of
+all transforms, there is nothing to arrange that with, and a read in a trace that JAX keeps is a `TraceLevelError`, too.
 
 What happens on a miss is the transform's choice: most load from further out (`Transaction.load_outer`), a compiled program
 notes that it needs the cell as an input, `vmap` gives each lane its own random stream.
@@ -20,17 +21,20 @@ notes that it needs the cell as an input, `vmap` gives each lane its own random 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 
 from mutatis import _compat
-from mutatis.core import avals, frames, naming
+from mutatis.core import frames, naming
 from mutatis.core.cells import Cell
-from mutatis.core.committed import check_stale, is_local, load_committed, write_refused
+from mutatis.core.committed import check_stale, is_local, load_committed, staging_trace, write_refused
+from mutatis.core.interrupts import divert, undivert
 from mutatis.core.journal import Journal
+from mutatis.core.stamps import Stamp, latest, stamped
 from mutatis.errors import TraceLevelError
 
 _MISSING = object()
@@ -38,8 +42,8 @@ _CONTAINERS = (dict, list, tuple)
 
 
 def current() -> Transaction | None:
-    """The innermost open transaction of this thread."""
-    return frames.here.top  # type: ignore[no-any-return]
+    """The innermost transaction that is open here."""
+    return frames.innermost()  # type: ignore[no-any-return]
 
 
 class Transaction(frames.Frame):
@@ -55,6 +59,8 @@ class Transaction(frames.Frame):
 
     __slots__ = (
         "_lent",
+        "_outside",
+        "_stamp",
         "_through",
         "born",
         "compiled",
@@ -95,25 +101,35 @@ class Transaction(frames.Frame):
         self.pinned: set[Cell] = set()  # read inside a raw transform: may not change any more
         self.restarted: set[Cell] = set()  # random streams that were set, not drawn from
         self.journal = Journal() if journal is None else journal
+        self._stamp: Any = None  # the one in force inside, if there is one
+        self._outside: Any = None  # and outside
 
     def __enter__(self) -> Self:
         self.trace = _compat.current_trace()
         frames.push(self)
+        if self.trace is _compat.EVAL_TRACE:  # ordinary code goes on as it was: what JAX has compiled for it is found
+            self._stamp = self._outside = _compat.stamp()
+        else:
+            self._stamp = Stamp()
+            self._outside = _compat.swap_stamp(self._stamp)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
         frames.pop(self)
+        if self.trace is not None and self.trace is not _compat.EVAL_TRACE:  # and it has not ended before, by `commit`
+            _compat.swap_stamp(latest(self._outside))
         if kind is not None:
             self.journal.undo()
         else:
             if self.parent is not None:
-                self.parent.note_reads(self.seen)
-            if (record := frames.here.recorder) is not None:
+                self.parent.note_reads(cell for cell in self.seen if cell not in self.born)
+            if (record := frames.recorder()) is not None:
                 record(self)
         self.close()
 
     def close(self) -> None:
         """Let go of every tracer; what is wanted of it has been taken out before."""
+        self.thread = None
         self.trace = self.outer = None
         self.values.clear()
         self._lent.clear()
@@ -130,17 +146,12 @@ class Transaction(frames.Frame):
     def load(self, cell: Cell, trace: Any) -> Any:
         """The value of a cell, for a transform that is called by code that runs at `trace`."""
         value = self.values.get(cell, _MISSING)
-        if value is _MISSING and cell._birth is not None:
-            return _load_local(self.parent, cell)
-        if trace is not self.trace:
-            if value is _MISSING:
-                value = self._miss(cell)
-            if _compat.is_staging(trace):
-                if not self.compiled and avals.is_concrete(value):
-                    check_stale(cell, trace)
-                self._pin(cell)
-            return value
-        return self._miss(cell) if value is _MISSING else value
+        if value is _MISSING:
+            value = self._miss(cell) if cell._birth is None else _load_local(self.parent, cell)
+        if trace is not self.trace and (staging := staging_trace(cell, trace, self.trace)) is not None:
+            check_stale(cell, staging, self._stamp)
+            self._pin(cell)
+        return value
 
     def note_reads(self, cells: Iterable[Cell]) -> None:
         """Note that code further in has read these cells; one that a raw transform made there may hold its tracer."""
@@ -182,9 +193,8 @@ class Transaction(frames.Frame):
 
     def load_outer(self, cell: Cell) -> Any:
         """The value of a cell further out: where the transaction was opened."""
-        if self.parent is None:
-            return load_committed(cell, self.outer)
-        return self.parent.load(cell, self.outer)
+        parent = self.open_parent()
+        return load_committed(cell, self.outer, self._outside) if parent is None else parent.load(cell, self.outer)
 
     def write(self, cell: Cell, value: Any, trace: Any) -> None:
         """Give a cell another value, on behalf of code that runs at `trace`."""
@@ -224,11 +234,66 @@ class Transaction(frames.Frame):
                 self.written[cell] = self.written.get(cell, 0) + 1
                 self.restart(cell)
 
+    def disown(self, cells: Iterable[Cell]) -> None:
+        """Let go of cells that were made here, as if they had never been."""
+        for cell in cells:
+            for known in (self.values, self.seen, self.written, self.born, self._lent):
+                known.pop(cell, None)
+            for others in (self._through, self.pinned, self.restarted):
+                others.discard(cell)
+
     def restart(self, cell: Cell) -> None:
         """Note that a cell was given a value that does not continue the one it had, here and so further out."""
         self.restarted.add(cell)
         if self.parent is not None:
             self.parent.restart(cell)
+
+
+class tracing:
+    """A block of ordinary code in which JAX traces: whatever happens in it, it leaves nothing open.
+
+    Signal handlers run as if in front of it: they find committed values, and models as they were.
+
+    Args:
+      journal: where the changes of structure are noted that the block makes.
+    """
+
+    __slots__ = ("_diverted", "_frame", "_journal", "_stamp")
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal
+        self._diverted: list[Any] | None = None
+
+    def __enter__(self) -> None:
+        if _compat.current_trace() is _compat.EVAL_TRACE:
+            self._frame = frames.innermost()
+            self._stamp = _compat.stamp()
+            self._diverted = divert(self._in_front)
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        if self._diverted is None:
+            return
+        undivert(self._diverted)
+        if kind is not None:  # an interrupt may have kept from ending what began inside
+            _compat.restore_eager_trace()
+            for tx in frames.up_to(self._frame):
+                tx.close()
+            frames.reset(self._frame)
+            if _compat.stamp() is not self._stamp:
+                _compat.swap_stamp(latest(self._stamp) if type(self._stamp) is Stamp else _compat.NO_STAMP)
+
+    @contextlib.contextmanager
+    def _in_front(self) -> Iterator[None]:
+        journals = [tx.journal for tx in frames.up_to(self._frame)]
+        if self._journal is not None:
+            journals.append(self._journal)
+        with contextlib.ExitStack() as stack:
+            for journal in {id(journal): journal for journal in journals}.values():
+                stack.enter_context(journal.put_aside())
+            stack.enter_context(frames.at_frame(self._frame))
+            stack.enter_context(stamped(None))
+            stack.enter_context(_compat.at_trace(_compat.EVAL_TRACE))
+            yield
 
 
 def _fresh(value: Any) -> Any:

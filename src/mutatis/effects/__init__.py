@@ -10,7 +10,8 @@ The states of a Mutatis `Module` are its Variables: the overlay lies on the mode
 the layer writes of other states is written where it was called; with handlers around handlers that is the next one's overlay.
 
 **Names.** A state with an explicit name goes by it: moving its layer does not change it, `rename` does. Any other goes by its
-position in the tree when it was handled, such as ``.parts[1].state``, which renaming does not change.
+position in the tree when it was handled, with the names of the classes on the way there: ``Chain.parts[1]/Total.state``; that
+of a Module's state ends in its path in the Module. Renaming does not change a position.
 """
 
 from mutatis import _homes
@@ -18,6 +19,7 @@ from mutatis.effects.handling import LocalStateEffectImpl as LocalStateEffectImp
 from mutatis.effects.handling import WithFunctionalLocalState as WithFunctionalLocalState
 from mutatis.effects.handling import freeze_local_states as freeze_local_states
 from mutatis.effects.handling import handle_local_states as handle_local_states
+from mutatis.effects.renaming import add_parameter_prefix as add_parameter_prefix
 from mutatis.effects.renaming import rename as rename
 from mutatis.effects.requests import FrozenLocalStateRequest as FrozenLocalStateRequest
 from mutatis.effects.requests import HandledLocalStateRef as HandledLocalStateRef
@@ -36,6 +38,7 @@ __all__ = [
     "LocalStateEffectImpl",
     "SharedLocalStateRequest",
     "WithFunctionalLocalState",
+    "add_parameter_prefix",
     "embed_shared_state_requests",
     "freeze_local_states",
     "handle_local_states",

@@ -14,6 +14,7 @@ from mutatis.core import access
 from mutatis.core.cells import UNSET
 from mutatis.core.naming import caller, show_path
 from mutatis.core.nodes import declare_searched
+from mutatis.core.showing import show_class
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.effects.renaming import rename
@@ -28,10 +29,11 @@ from mutatis.effects.requests import (
     is_model,
     is_part,
     parts_of,
+    positions_of,
     variables_of,
 )
 from mutatis.effects.sharing import check_definition, check_shared
-from mutatis.errors import EffectError
+from mutatis.errors import ArgumentError, EffectError
 from mutatis.model.filters import Filter, Path, Satisfies, as_filter
 from mutatis.model.marks import thaw
 from mutatis.model.operations import merge, split
@@ -169,7 +171,8 @@ def handle_local_states(
       The handled layer and the initial dictionary, or a function that gives it if `lazy`.
 
     Raises:
-      EffectError: requests contradict each other, two states have one name, or an argument means nothing.
+      EffectError: requests contradict each other, or two states have one name.
+      ArgumentError: an argument means nothing, or both `category` and `category_predicate` are given, or neither.
 
     Example:
       >>> import dataclasses
@@ -184,11 +187,11 @@ def handle_local_states(
       >>> layer = Total(effects.InitialLocalStateRequest(lambda: jnp.zeros(()), category="sums"))
       >>> handled, states = effects.handle_local_states(layer, category="sums")
       >>> jax.jit(handled)((2.0, states))
-      (Array(2., dtype=float32), {'.state': Array(2., dtype=float32)})
+      (Array(2., dtype=float32), {'Total.state': Array(2., dtype=float32)})
     """
     wanted = _choice(category, category_predicate)
     if state_sharing not in ("forbidden", "allowed", "unsafe"):
-        raise EffectError(
+        raise ArgumentError(
             f"`state_sharing` cannot be {state_sharing!r}",
             expected='"forbidden", "allowed" or "unsafe"',
             got=repr(state_sharing),
@@ -208,7 +211,7 @@ def handle_local_states(
     def refer(place: Any, part: Any) -> Any:
         if not isinstance(part, REQUESTS) or not wanted(part.category):
             return part
-        key = jax.tree_util.keystr(place) if part.name is None else part.name
+        key = place if part.name is None else part.name
         before = definitions.get(key)
         if isinstance(part, SharedLocalStateRequest):
             check_shared(part, before, state_sharing)
@@ -217,7 +220,8 @@ def handle_local_states(
             definitions[key] = part
         return HandledLocalStateRef(identity, part.category, key, part.name is not None)
 
-    handled = jax.tree_util.tree_map_with_path(refer, body, is_leaf=is_part)
+    tree = jax.tree.structure(body, is_leaf=is_part)
+    handled = tree.unflatten([refer(place, part) for place, part in positions_of(body, is_part)])
 
     def start() -> dict[str, Any]:
         return {key: _first_value(key, definition) for key, definition in definitions.items()}
@@ -269,33 +273,42 @@ def _replace(tree: Any, handler_id: str, make: Callable[[HandledLocalStateRef], 
 
 
 def _free(tree: Any) -> dict[Variable, tuple[str, Path]]:
-    """The cells of the nodes in a tree that no handler in it has taken: where in the tree, and the path in the node."""
+    """The cells of the nodes in a tree that no handler in it has taken: where their node is, and the path in it."""
     found: dict[Variable, tuple[str, Path]] = {}
     is_unit = lambda item: is_model(item) or isinstance(item, WithFunctionalLocalState)  # noqa: E731
-    for at, item in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_unit)[0]:
+    for at, item in positions_of(tree, is_unit):
         if isinstance(item, WithFunctionalLocalState):
             taken = {*item._cells().values()}
-            inside = {
-                cell: (_join(".body", at), path) for cell, (at, path) in _free(item.body).items() if cell not in taken
-            }
+            inside = {cell: place for cell, place in _free(item.body).items() if cell not in taken}
+            here = _beside(at, f"{type(item).__name__}.body")
         elif is_model(item):
-            inside = {cell: (show_path(path), path) for path, cell in variables_of(item).items()}
+            inside = {cell: ("", path) for path, cell in variables_of(item).items()}
+            here = at
         else:
             continue
         for cell, (place, path) in inside.items():
-            found.setdefault(cell, (_join(jax.tree_util.keystr(at), place), path))
+            found.setdefault(cell, (_beside(here, place), path))
     return found
 
 
-def _join(place: str, rest: str) -> str:
-    return f"{place}.{rest}" if place and rest and rest[0] not in ".[" else place + rest
+def _beside(place: str, rest: str) -> str:
+    """A position, and one in what is there."""
+    return f"{place}/{rest}" if place and rest and rest[0] != "[" else place + rest
+
+
+def _key(cell: Variable, place: str, path: Path) -> str:
+    """What a cell goes by: its name, else the position of its node and its path in that."""
+    if cell.name is not None:
+        return cell.name
+    rest = show_path(path)
+    return f"{place}.{rest}" if place and rest and rest[0] != "[" else place + rest
 
 
 def _keyed(tree: Any) -> dict[str, tuple[Variable, Path]]:
     """The cells of the nodes in a tree by their keys in a dictionary of states, each with its path in its node."""
     found: dict[str, tuple[Variable, Path]] = {}
     for cell, (place, path) in _free(tree).items():
-        key = place if cell.name is None else cell.name
+        key = _key(cell, place, path)
         if key in found:
             raise EffectError(
                 f"two states have the name {key!r}: {show_path(found[key][1])} and {show_path(path)}",
@@ -341,7 +354,7 @@ def _first_value(key: str, definition: Any) -> Any:
 def _choice(category: Any, predicate: Callable[[Any], bool] | None) -> Callable[[Any], bool]:
     """Which categories of requests are meant."""
     if (category is None) == (predicate is None):
-        raise EffectError(
+        raise ArgumentError(
             "which states are to be handled is said " + ("twice" if predicate else "nowhere"),
             expected="exactly one of `category` and `category_predicate`",
             got="both" if predicate else "neither",
@@ -379,7 +392,7 @@ def _check_module(node: Any) -> None:
                     f"`{show_path((*path[1:], name))}` is a request in a Module, whose states are its Variables",
                     path=show_path((*path[1:], name)),
                     expected="a Variable",
-                    got=type(value).__name__,
+                    got=show_class(value),
                     cure=f"`self.{name} = mu.Variable(init=lambda: jnp.zeros(3), tag='cache')`: `get` and `set` are the same.",
                 )
 
@@ -387,10 +400,10 @@ def _check_module(node: Any) -> None:
 def _pair(argument: Any) -> tuple[Any, Mapping[str, Any]]:
     if isinstance(argument, tuple | list) and len(argument) == 2 and isinstance(argument[1], Mapping):
         return argument[0], argument[1]
-    raise EffectError(
+    raise ArgumentError(
         "a handled layer was called without states",
         expected="(argument, states)",
-        got=f"{type(argument).__name__}",
+        got=show_class(argument),
         cure="`out, states = handled((x, states))`",
     )
 

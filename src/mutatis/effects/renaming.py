@@ -6,11 +6,35 @@ from typing import Any, TypeVar
 
 import jax
 
+from mutatis.core.showing import show_class
 from mutatis.effects.requests import Effect, Rename, is_model, is_part, parts_of, variables_of
 from mutatis.errors import EffectError
 from mutatis.model.variables import Variable, set_mark
 
 T = TypeVar("T")
+
+
+def add_parameter_prefix(prefix: str, tree: T, delimiter: str = ".") -> T:
+    """Put a prefix in front of the explicit names of states: `rename` for layers that are put into another.
+
+    Args:
+      prefix: what comes first in the new names.
+      tree: as for `rename`, which says what is renamed in place.
+      delimiter: what stands between the prefix and the old name.
+
+    Returns:
+      The node itself, or the renamed tree.
+
+    Raises:
+      EffectError: two names become one. Then nothing has changed.
+
+    Example:
+      >>> from mutatis import effects
+      >>> request = effects.SharedLocalStateRequest("mean", category="statistics")
+      >>> effects.add_parameter_prefix("encoder", request).name
+      'encoder.mean'
+    """
+    return rename(tree, lambda name: f"{prefix}{delimiter}{name}")
 
 
 def rename(node: T, fn: Rename) -> T:
@@ -49,7 +73,7 @@ def rename(node: T, fn: Rename) -> T:
                 f"state `{old}` cannot be renamed to {new!r}",
                 path=old,
                 expected="a string that names no other state",
-                got=f"{before[new]}, too" if type(new) is str else type(new).__name__,
+                got=f"{before[new]}, too" if type(new) is str else show_class(new),
                 cure="Give each its own: `mu.rename(model, lambda name: f'encoder/{name}')`.",
             )
         before[new] = f"the new name of `{old}`"

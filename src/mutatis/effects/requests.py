@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from mutatis.core.nodes import is_node
 from mutatis.errors import EffectError
@@ -83,9 +84,12 @@ class InitialLocalStateRequest(Effect, Generic[T]):
         return FrozenLocalStateRequest(self.state_initializer(), self.category, self.name)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays
+@dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays, which are compared as whole values
 class FrozenLocalStateRequest(Effect, Generic[T]):
     """Asks for a state that has a value, which can be read without a handler.
+
+    Two of them are equal if their names, categories and values are: arrays of one type with the same elements. In a traced
+    function, where values are not known, an array is equal to itself only.
 
     Args:
       state: the value: an array or a pytree of arrays.
@@ -100,6 +104,30 @@ class FrozenLocalStateRequest(Effect, Generic[T]):
     def get(self) -> T:
         """The value."""
         return self.state
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrozenLocalStateRequest) or (self.category, self.name) != (other.category, other.name):
+            return False
+        own, treedef = jax.tree.flatten(self.state)
+        others, structure = jax.tree.flatten(other.state)
+        return treedef == structure and all(map(_same_value, own, others))
+
+    def __hash__(self) -> int:
+        leaves, treedef = jax.tree.flatten(self.state)
+        return hash((self.category, self.name, treedef, tuple(map(jnp.shape, leaves))))
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    """Whether two leaves are one, or known to be equal and of one type."""
+    if a is b:
+        return True
+    try:
+        kinds = [(kind.shape, kind.dtype, kind.weak_type) for kind in (jax.typeof(a), jax.typeof(b))]
+    except TypeError:  # nothing of JAX's
+        return type(a) is type(b) and bool(a == b)
+    if kinds[0] != kinds[1] or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    return bool(jnp.array_equal(a, b))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,3 +189,24 @@ def variables_of(model: Any) -> dict[Path, Variable]:
 def parts_of(tree: Any) -> list[tuple[Any, Any]]:
     """The requests, references and nodes of a tree (and its other leaves) with their key paths."""
     return [*jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_part)[0]]
+
+
+def positions_of(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[str, Any]]:
+    """The leaves of a tree, each with where it is: ``Chain.parts[0]/Total.state``, with the classes on the way there.
+
+    Containers have no names, so where a layer is in a list of layers is a number and no more.
+    """
+    return [(text.removeprefix("/"), leaf) for text, leaf in _walk("", tree, is_leaf)]
+
+
+def _walk(text: str, tree: Any, is_leaf: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
+    if is_leaf(tree):
+        yield text, tree
+        return
+    for keys, child in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda item: item is not tree)[0]:
+        if not keys:  # an ordinary leaf
+            yield text, tree
+            return
+        step = jax.tree_util.keystr(keys)
+        is_field = isinstance(keys[0], jax.tree_util.FlattenedIndexKey) or step.startswith(".")
+        yield from _walk(f"{text}/{type(tree).__name__}{step}" if is_field else text + step, child, is_leaf)

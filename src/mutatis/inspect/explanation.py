@@ -6,7 +6,8 @@ import types
 from typing import Any
 
 from mutatis.compilation.log import Explanation
-from mutatis.errors import StructureError
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import function_name
 from mutatis.transforms.jit import Jitted
 
@@ -18,7 +19,7 @@ def explain(step: Any) -> Explanation:
       step: what `mu.jit` returned, or such a method of an object.
 
     Raises:
-      StructureError: it is something else.
+      ArgumentError: it is something else.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -30,10 +31,10 @@ def explain(step: Any) -> Explanation:
     """
     function = step.__func__ if isinstance(step, types.MethodType) else step
     if not isinstance(function, Jitted):
-        raise StructureError(
+        raise ArgumentError(
             f"{function_name(step)} is not compiled by `mu.jit`",
             expected="what `mu.jit` returned",
-            got=type(step).__name__,
+            got=show_class(step),
             cure="`step = mu.jit(f)`, then `mu.inspect.explain(step)`.",
         )
     return Explanation(function_name(function), function._compiler.log.entries)

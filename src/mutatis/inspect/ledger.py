@@ -108,7 +108,7 @@ class Ledger(Table):
         for entry in self.entries:
             if entry.path == path:
                 return entry
-        raise KeyError(f"no state `{path}`; there are {', '.join(entry.path for entry in self.entries)}")
+        raise KeyError(f"no state `{path}`; there are {', '.join(entry.path for entry in self.entries) or 'none'}")
 
     @property
     def changed(self) -> tuple[Entry, ...]:

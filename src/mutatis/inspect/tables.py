@@ -6,6 +6,9 @@ import io
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from mutatis._packages import require
+from mutatis.errors import MissingPackageError
+
 
 class Table:
     """Rows of text under a header; subclasses say what is in them."""
@@ -48,15 +51,20 @@ class Table:
         return shown
 
     def to_html(self) -> str:
-        """The table as HTML; needs `rich`."""
-        from rich.console import Console
+        """The table as HTML.
 
-        console = Console(record=True, file=io.StringIO(), width=240)
+        Raises:
+          MissingPackageError: the package `rich` is not installed.
+        """
+        console = require("rich.console", "to_html").Console(record=True, file=io.StringIO(), width=240)
         console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return str(console.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
 
-    def _repr_html_(self) -> str:
-        return self.to_html()
+    def _repr_html_(self) -> str | None:
+        try:
+            return self.to_html()
+        except MissingPackageError:
+            return None  # a notebook shows the text then
 
 
 def _plain(text: str) -> Any:

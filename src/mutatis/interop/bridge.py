@@ -6,7 +6,6 @@ A module of ours inside another library is not kept: its `GraphDef` is static th
 
 from __future__ import annotations
 
-import importlib
 import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -18,8 +17,9 @@ from mutatis import _compat
 from mutatis.core import access, naming
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class
 from mutatis.core.transactions import Transaction
-from mutatis.errors import DeferredStateError, MissingPackageError, RandomStreamError, StructureError
+from mutatis.errors import ArgumentError, DeferredStateError, RandomStreamError, StructureError
 from mutatis.model import kinds
 from mutatis.model.filters import Path
 from mutatis.model.graphdef import GraphDef
@@ -33,27 +33,6 @@ from mutatis.model.walks import variables
 from mutatis.random import Rngs
 
 T = TypeVar("T")
-_PACKAGES = {"haiku": "dm-haiku"}  # where pip knows it by another name
-
-
-def require(name: str) -> Any:
-    """A module of another library.
-
-    Raises:
-      MissingPackageError: the library is not installed.
-    """
-    package = name.partition(".")[0]
-    try:
-        importlib.import_module(package)
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        raise MissingPackageError(
-            f"`mu.interop` needs the package `{package}`, which is not installed",
-            path=package,
-            cure=f"pip install {_PACKAGES.get(package, package)}  # or all of them: pip install 'mutatis[interop]'",
-        ) from error
 
 
 # -- kinds -----------------------------------------------------------------------------------------------------------
@@ -276,14 +255,14 @@ def take_created(model: Any, door: str) -> Parts:
     """The parts of a module whose states all have values.
 
     Raises:
-      StructureError: it is something else.
+      ArgumentError: it is something else.
       DeferredStateError: a state has yet to be created.
     """
     if not isinstance(model, Module):
-        raise StructureError(
+        raise ArgumentError(
             f"`{door}` holds a Mutatis module",
             expected="a Module",
-            got=type(model).__name__,
+            got=show_class(model),
             cure="Write it as `class Net(mu.Module)`.",
         )
     parts = take_apart(model)

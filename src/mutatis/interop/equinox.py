@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from mutatis import _homes
+from mutatis._packages import require
+from mutatis.core.showing import show_class
 from mutatis.core.statics import static_key
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
 from mutatis.model.graphdef import GraphDef
@@ -25,7 +27,7 @@ from mutatis.model.operations import merge
 from mutatis.model.state import State
 from mutatis.random import Rngs, as_key, stream_of
 
-eqx = bridge.require("equinox")
+eqx = require("equinox", "mu.interop")
 
 __all__ = ["FromEquinox", "ToEquinox"]
 
@@ -163,7 +165,7 @@ def _checked(module: Any, result: Any) -> Any:
         f"`{type(module).__name__}` has a state and did not return it",
         path=type(module).__name__,
         expected="a pair (out, state)",
-        got=type(result).__name__,
+        got=show_class(result),
         cure="As everywhere in Equinox: `def __call__(self, x, state): ...; return out, state`.",
     )
 
@@ -218,7 +220,8 @@ class ToEquinox(_StatefulLayer):
     Raises:
       DeferredStateError: a state has no value yet.
       RandomStreamError: a call draws random numbers without a `key`.
-      StructureError: a call has no state where there is one, or changes what the module is made of.
+      ArgumentError: a call has no state where there is one.
+      StructureError: a call changes what the module is made of.
 
     Example:
       >>> import equinox as eqx
@@ -270,10 +273,10 @@ class ToEquinox(_StatefulLayer):
             if state is None and args:
                 *args, state = args  # type: ignore[assignment]
             if not isinstance(state, eqx.nn.State):
-                raise StructureError(
+                raise ArgumentError(
                     "`ToEquinox` was called without its state",
                     expected="an eqx.nn.State after the arguments",
-                    got=type(state).__name__,
+                    got=show_class(state),
                     cure="`net, state = eqx.nn.make_with_state(mu.interop.ToEquinox)(model)`; `out, state = net(x, state)`.",
                 )
             held = state.get(self.index)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from mutatis import _homes
+from mutatis._packages import require
 from mutatis.core.naming import show_path
-from mutatis.errors import StructureError
+from mutatis.errors import FrozenStateError, StructureError
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
 from mutatis.model.kinds import BatchStat, Param
@@ -21,7 +22,7 @@ from mutatis.model.variables import Variable
 from mutatis.random import Rngs, as_key, stream_of, streams_of
 from mutatis.transforms.abstract import eval_shape
 
-hk = bridge.require("haiku")
+hk = require("haiku", "mu.interop")
 
 __all__ = ["FromHaiku", "ToHaiku"]
 
@@ -206,7 +207,7 @@ class ToHaiku(_Module):
             if path not in shapes.trained:
                 hk.set_state(names[path], value)
             elif not new:  # there, it is the parameter's creation
-                raise StructureError(
+                raise FrozenStateError(
                     f"parameter `{show_path(path)}` was written, which Haiku takes for a constant in a call",
                     path=show_path(path),
                     where="ToHaiku",

@@ -12,6 +12,7 @@ from typing import Any, Self
 import jax
 
 from mutatis import _homes
+from mutatis._packages import require
 from mutatis.core.naming import show_path
 from mutatis.core.statics import static
 from mutatis.errors import StructureError
@@ -21,9 +22,9 @@ from mutatis.model.modules import Module, set_attribute
 from mutatis.random import Rngs, streams_of
 from mutatis.transforms.abstract import eval_shape
 
-flax = bridge.require("flax")
-nn = bridge.require("flax.linen")
-meta = bridge.require("flax.core.meta")
+flax = require("flax", "mu.interop")
+nn = require("flax.linen", "mu.interop")
+meta = require("flax.core.meta", "mu.interop")
 
 __all__ = ["FromLinen", "ToLinen"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from mutatis import _homes
+from mutatis._packages import require
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
 from mutatis.model.kinds import BatchStat, Buffer, Cache, Intermediate, Param, Perturbation, RngState
@@ -22,7 +23,7 @@ from mutatis.model.operations import merge
 from mutatis.model.state import State
 from mutatis.model.variables import Variable
 
-nnx = bridge.require("flax.nnx")
+nnx = require("flax.nnx", "mu.interop")
 
 __all__ = ["FromNnx", "ToNnx"]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from mutatis.core import naming, transactions
 from mutatis.core.nodes import Reference, is_node
+from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, StaticObject, check_static, static_key
 from mutatis.errors import StaticAttributeError, StructureError
 from mutatis.model.behind import install
@@ -84,7 +85,7 @@ def _check_counting(owner: type, name: str, value: Any, old: Any) -> None:
         return
     if static_key(old) != static_key(value):
         raise StaticAttributeError(
-            f"`{owner.__name__}.{name}` is a plain number and was changed inside a compiled transform",
+            f"`{owner.__name__}.{name}` is a plain number and was changed in a compiled function",
             path=f"{owner.__name__}.{name}",
             where=naming.where(),
             expected=repr(old),
@@ -116,7 +117,7 @@ def check_container(owner: type, name: str, value: Any, above: tuple[int, ...] =
                 f"`{owner.__name__}.{name}` is a {type(value).__name__} of bare arrays",
                 path=f"{owner.__name__}.{name}",
                 expected="Variables, Modules, static values, or containers of these",
-                got=type(item).__name__,
+                got=show_class(item),
                 cure=f"Say what kind of state they are: `self.{name} = [mu.Param(x) for x in arrays]`, "
                 f"or hold them in one state: `self.{name} = mu.Variable(arrays)`.",
             )

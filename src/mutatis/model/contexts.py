@@ -18,6 +18,7 @@ import numpy as np
 from mutatis.core import access, naming
 from mutatis.core.cells import UNSET
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject, check_static
 from mutatis.errors import ContextError, StaticAttributeError
 from mutatis.model.variables import Variable, detached
@@ -115,10 +116,10 @@ class Context:
             return Static(value)
         except (StaticAttributeError, TypeError):
             raise StaticAttributeError(
-                f"context `{self.name}` cannot be set to a {type(value).__name__} like this one",
+                f"context `{self.name}` cannot be set to {show_value(value)}",
                 path=self.name,
                 expected="arrays, a Module or Variable, or a hashable value such as a number, string or function",
-                got=f"{value!r:.60}",
+                got=show_class(value),
                 cure=f"Keep an object by its identity, `{self.name}.set(mu.static(...))`, or set a Module that holds the states.",
             ) from None
 

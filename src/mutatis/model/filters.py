@@ -7,11 +7,14 @@ callable will do; `as_filter` says what each means.
 from __future__ import annotations
 
 import abc
+import types
 from collections.abc import Callable, Hashable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_origin
 
+from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import FilterError
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Variable, spelled
 
 Path: TypeAlias = tuple[Any, ...]
 FilterLike: TypeAlias = Any
@@ -130,6 +133,7 @@ class OfType(Filter):
     __slots__ = ("type",)
 
     def __init__(self, type: type) -> None:
+        _refuse_arguments(type)
         self.type = type
 
     def __call__(self, path: Path, variable: Any) -> bool:
@@ -137,6 +141,17 @@ class OfType(Filter):
 
     def _parts(self) -> tuple[Hashable, ...]:
         return (self.type,)
+
+
+def _refuse_arguments(kind: Any) -> None:
+    origin = get_origin(kind)
+    if isinstance(origin, type) and origin is not types.UnionType:
+        raise FilterError(
+            f"`{kind}` is not a filter: what states hold is known to type checkers only",
+            expected="a kind",
+            got="a kind with type arguments",
+            cure=f"Leave them out, `{spelled(origin)}`, or look at the values: `lambda path, v: isinstance(v.value, dict)`.",
+        )
 
 
 class PathContains(Filter):
@@ -200,17 +215,17 @@ def as_filter(filter: FilterLike) -> Filter:
         return Everything()
     if filter is None or filter is False:
         return Nothing()
-    if isinstance(filter, type):
+    if isinstance(filter, type) or isinstance(get_origin(filter), type):
         return OfType(filter)
     if isinstance(filter, str):
         return WithTag(filter)
     if isinstance(filter, list | tuple):
         return AnyOf(*filter)
-    if callable(filter):
+    if callable(filter) and not is_node(filter):
         return Satisfies(filter)
     raise FilterError(
-        f"{filter!r:.60} is not a filter",
+        f"{show_value(filter)} is not a filter",
         expected="a kind, a tag, `...`, None, a bool, a list of filters, or a function of (path, variable)",
-        got=type(filter).__name__,
+        got=show_class(filter),
         cure="For all parameters write `mu.Param`; for all but them `mu.Not(mu.Param)`.",
     )

@@ -29,6 +29,7 @@ import numpy as np
 from mutatis.core.journal import Journal
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import LOST, Reference, is_node
+from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, Static
 from mutatis.core.structure import Watch
 from mutatis.errors import StructureError
@@ -54,10 +55,21 @@ class Encoder:
         that none is missed. Other threads may change attributes meanwhile, so a walk goes over copies.
       describe: whether static values are described; without it, a walk only finds cells and objects, and is faster.
       marks: whether it is described which cells are frozen.
+      loose: whether containers outside of modules may hold anything: what is no node there is a static value. It is for what
+        functions name, such as ``args = (model, x)``.
     """
 
-    def __init__(self, *, thread: bool = False, watch: bool = False, describe: bool = True, marks: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        thread: bool = False,
+        watch: bool = False,
+        describe: bool = True,
+        marks: bool = True,
+        loose: bool = False,
+    ) -> None:
         self.thread = thread
+        self.loose = loose
         self.describe = describe
         self.marks = marks
         self.watch = watch
@@ -66,6 +78,7 @@ class Encoder:
         self.watched: list[tuple[Watch, int]] = []
         self.objects: list[Any] = []  # modules, lists and dicts, by number
         self.object_paths: list[Path] = []
+        self.outside: set[int] = set()  # the numbers of containers that were met outside of modules, if that is loose
         self.held: dict[int, Any] = {}  # what modules, containers and the like held when they were looked at, by `id`
         self.specs: list[Spec] = []  # of the cells, by number
         self._numbers: dict[int, int] = {}
@@ -103,12 +116,16 @@ class Encoder:
             number = self._numbers.get(id(value))
             if number is not None:
                 return ("r", number)
-            self._number(value, path)
+            number = self._number(value, path)
+            if self.loose:
+                self.outside.add(number)
             held = self.held[id(value)] = value.copy()
             return ("l", self._items(held, path)) if kind is list else ("d", self._entries(held, path))
         if isinstance(value, tuple):
             self.held[id(value)] = value
             return ("t", kind, self._items(value, path))
+        if self.loose and not isinstance(value, jax.core.Tracer):
+            return self._static(value)
         if isinstance(value, jax.Array | np.ndarray):
             raise _bare_array(value, path)
         if kind is Reference:
@@ -178,6 +195,7 @@ class Encoder:
             mark = watch_of(module)
             self.watched.append((mark, mark.disturbances))
         attributes = self.held[id(module)] = dict(module.__dict__)
+        outside, self.loose = self.loose, False
         entries = []
         references = []
         borrowing = []
@@ -198,6 +216,7 @@ class Encoder:
                 entries.append((name, self.encode(value, (*path, name))))
         # What only borrows a node comes last, so that the node's path is where it belongs.
         entries += [(name, self.encode(value, (*path, name))) for name, value in borrowing]
+        self.loose = outside
         return ("m", type(module), tuple(entries), tuple(name for name in attributes if name not in references))
 
     def _by_hand(self, module: Module, name: str, value: Any, path: Path) -> Spec:
@@ -221,9 +240,16 @@ class Encoder:
         self.specs.append(cell_spec(cell, self._static, self.marks))
         return ("v", number, self.specs[-1])
 
-    def encode_contents(self, container: Any) -> Spec:
-        """The specifications of what a list or dict holds, whether it was met before or not."""
-        return self._entries(container, ()) if isinstance(container, dict) else self._items(container, ())
+    def statics(self) -> list[Spec]:
+        """The specifications of the static values, each once."""
+        return list(self._statics.values())
+
+    def encode_contents(self, container: Any, path: Path = (), *, loose: bool = False) -> Spec:
+        """The specifications of what a list or dict at a path holds, whether it was met before or not."""
+        self.loose = loose
+        spec = self._entries(container, path) if isinstance(container, dict) else self._items(container, path)
+        self.loose = False
+        return spec
 
     def _items(self, items: Sequence[Any], path: Path) -> Spec:
         return tuple(self.encode(item, (*path, index)) for index, item in enumerate(items))
@@ -242,7 +268,7 @@ def _bare_array(value: Any, path: Path) -> StructureError:
         f"`{place}` is one of the bare arrays in a container, which are no states",
         path=place,
         expected="Variables, Modules, static values, or containers of these",
-        got=type(value).__name__,
+        got=show_class(value),
         cure="Say what kind of state it is: put `mu.Variable(x)` (or `mu.Param(x)`, ...) into the container.",
     )
 

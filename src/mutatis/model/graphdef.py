@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 
@@ -18,11 +18,20 @@ from mutatis.model.modules import Module, for_each_class
 from mutatis.model.variables import Variable
 from mutatis.model.walks import _find
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
 
-class GraphDef:
+    N_co = TypeVarWithDefault("N_co", covariant=True, default=Any)
+else:
+    N_co = TypeVar("N_co", covariant=True)
+N = TypeVar("N")
+
+
+class GraphDef(Generic[N_co]):
     """The static rest of a model: types, names, static values and sharing, without values.
 
-    Hashable, holds no arrays, and equal for models of equal structure.
+    Hashable, holds no arrays, and equal for models of equal structure. In pytrees it is a node without leaves: it goes through
+    raw JAX as an argument, static or not, and as a result.
     """
 
     __slots__ = ("_hash", "cells", "paths", "spec", "tail", "types")
@@ -42,7 +51,7 @@ class GraphDef:
         self.types = types  # shapes and dtypes that the cells had; not part of what makes two definitions equal
         self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
 
-    def untyped(self) -> GraphDef:
+    def untyped(self) -> GraphDef[N_co]:
         """This definition without the types of values: `merge` then takes values of any type."""
         return GraphDef(self.spec, self.tail, self.paths, self.cells, (UNSET,) * len(self.paths))
 
@@ -65,15 +74,18 @@ class GraphDef:
         kind = self.spec[1].__name__ if self.spec[0] == "m" else "tree"
         return f"GraphDef({kind}, {len(self.paths)} states)"
 
-    def build(self, cells: list[Any]) -> Any:
+    def build(self, cells: list[Any]) -> N_co:
         """The model around these cells."""
         decoder = Decoder(cells)
         root = decoder.decode(self.spec)
         decoder.refer(self.tail)
-        return root
+        return root  # type: ignore[no-any-return]
 
 
-def describe_graph(node: Any, *, marks: bool = True) -> tuple[GraphDef, list[Variable]]:
+jax.tree_util.register_static(GraphDef)
+
+
+def describe_graph(node: N, *, marks: bool = True) -> tuple[GraphDef[N], list[Variable[Any]]]:
     """The static description of a node (without `marks`, not of which cells are frozen), and its cells by number."""
     parts, cells = _find(node, described=True, marks=marks)
     return GraphDef(*parts, tuple(map(_type, access.peek_many(cells)))), cells

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,64 +10,64 @@ import numpy as np
 
 from mutatis.core import access, naming
 from mutatis.errors import RandomStreamError
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Held, Variable
 
 
-class Param(Variable):
+class Param(Variable[Held]):
     """A trainable parameter."""
 
     collection = "params"
 
 
-class BatchStat(Variable):
+class BatchStat(Variable[Held]):
     """A running statistic of the data."""
 
     collection = "batch_stats"
 
 
-class Cache(Variable):
+class Cache(Variable[Held]):
     """What was computed before and is kept, such as keys and values of attention."""
 
     collection = "cache"
 
 
-class Hidden(Variable):
+class Hidden(Variable[Held]):
     """Recurrent or membrane state."""
 
     collection = "hidden"
 
 
-class Intermediate(Variable):
+class Intermediate(Variable[Held]):
     """A value kept from inside a computation."""
 
     collection = "intermediates"
 
 
-class Perturbation(Variable):
+class Perturbation(Variable[Held]):
     """A zero added to an intermediate value, to take gradients with respect to it."""
 
     collection = "perturbations"
 
 
-class Buffer(Variable):
+class Buffer(Variable[Held]):
     """A plain array that belongs to a model."""
 
     collection = "buffers"
 
 
-class OptState(Variable):
+class OptState(Variable[Held]):
     """A state of an optimizer, such as a moment."""
 
     collection = "opt_state"
 
 
-class MetricState(Variable):
+class MetricState(Variable[Held]):
     """A running total of a metric."""
 
     collection = "metrics"
 
 
-class RngState(Variable):
+class RngState(Variable[dict[str, jax.Array]]):
     """A random stream: its value is a dict of the stream's ``key`` and the ``count`` of draws so far."""
 
     collection = "rngs"
@@ -75,6 +75,16 @@ class RngState(Variable):
     def draw(self) -> jax.Array:
         """A fresh key; the stream advances by one."""
         stream = self.get()
+        if stream["key"].ndim:
+            raise RandomStreamError(
+                f"random stream {naming.describe(self)} is stacked, and gives no single key",
+                path=naming.path_of(self),
+                where=naming.where(),
+                expected="one key",
+                got=f"keys of shape {stream['key'].shape}",
+                made_at=self.made_at,
+                cure="Draw from each in its lane: `mu.vmap(lambda rngs: rngs())(rngs)`.",
+            )
         super().set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
         return jax.random.fold_in(stream["key"], stream["count"])
 
@@ -83,7 +93,8 @@ class RngState(Variable):
         access.restart(self)
         super().set(value)
 
-    value = property(Variable.get, set, doc="The value, read and written through the current transaction.")
+    if not TYPE_CHECKING:
+        value = property(Variable.get, set, doc="The value, read and written through the current transaction.")
 
     def _create(self) -> Any:
         name = self.metadata.get("tag", "default")
@@ -101,7 +112,7 @@ def stream_value(key: jax.Array) -> dict[str, Any]:
     return {"key": key, "count": jnp.zeros(key.shape, jnp.uint32)}
 
 
-def kind_of(collection: str) -> type[Variable] | None:
+def kind_of(collection: str) -> type[Variable[Any]] | None:
     """The kind of a collection: ours, or the first that a user declared; None if there is none.
 
     Random streams are in no collection of values.

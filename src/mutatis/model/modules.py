@@ -20,12 +20,14 @@ import jax
 import numpy as np
 
 from mutatis.core import access, transactions
+from mutatis.core.calls import takes
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import ABSENT, Removed, put_back
 from mutatis.core.nodes import Node, is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import PLAIN, StaticObject
 from mutatis.core.structure import Watch, structure, structure_lock
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.model import cached
 from mutatis.model.attributes import admit, holds_arrays
 from mutatis.model.behind import install, takes_assignment
@@ -64,7 +66,15 @@ class Module(Node):
 
     training: bool = True
 
-    def __new__(cls: type[M], /, *_args: Any, **_kwargs: Any) -> M:
+    def __new__(cls: type[M], /, *args: Any, **kwargs: Any) -> M:
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise ArgumentError(
+                f"`{cls.__name__}` has no `__init__`, and was given arguments",
+                expected="no arguments",
+                got=", ".join([*map(show_class, args), *(f"{name}=..." for name in kwargs)]),
+                cure="Write an __init__, or have it made of the fields: "
+                f"`@dataclasses.dataclass` in front of `class {cls.__name__}`.",
+            )
         return new_module(cls)
 
     def __init_subclass__(cls, /, **options: Any) -> None:
@@ -115,6 +125,7 @@ class Module(Node):
         elif _kept_of(self).pop(name, None) is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
+    @takes("model.train()", _="Its opposite is `model.eval()`.")
     def train(self: M) -> M:
         """Set `training` to True, on this module and all that it holds."""
         _set_training(self, True)
@@ -274,10 +285,10 @@ def _set_flag(module: Module, value: Any) -> None:
     """Assign to `training`, which has one form for each value: what the class says is not stored."""
     if not isinstance(value, bool | np.bool_):
         raise StructureError(
-            f"`{type(module).__name__}.training` cannot be {value!r:.40}",
+            f"`{type(module).__name__}.training` cannot be {show_value(value)}",
             path=f"{type(module).__name__}.training",
             expected="True or False",
-            got=type(value).__name__,
+            got=show_class(value),
             cure="The attribute `training` says how layers behave, and `train()` and `eval()` set it; give yours another name.",
         )
     if bool(value) != is_training(module):
@@ -338,7 +349,8 @@ def _submodules(root: Module) -> list[Module]:
             pending.extend(item.values() if isinstance(item, dict) else item)
         elif isinstance(item, Wrapped):
             pending.append(item.__wrapped__)
-    watch.submodules = (shape, ContainerSnapshot(containers), list(map(weakref.ref, modules)))
+    if transactions.current() is None:  # else it would hold what containers hold only until the transaction ends
+        watch.submodules = (shape, ContainerSnapshot(containers), list(map(weakref.ref, modules)))
     return modules
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from mutatis.core.committed import observe, observers_of
+from mutatis.core.showing import show_value
 from mutatis.core.structure import structure
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.walks import variables
 
@@ -67,10 +68,10 @@ def on_commit(node: Any, fn: Callable[[Path, Any], Any], *filters: FilterLike) -
       now 2
     """
     if not callable(fn):
-        raise StructureError(
+        raise ArgumentError(
             "`on_commit` needs a function to call",
             expected="a function of (path, variable)",
-            got=f"{fn!r:.60}",
+            got=show_value(fn),
             cure="`mu.on_commit(model, lambda path, state: print(path, state), mu.BatchStat)`",
         )
     cells = variables(node, *filters).items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 
@@ -13,8 +13,9 @@ from mutatis.core import access
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import FilterError, StateTypeError, StructureError
+from mutatis.errors import ArgumentError, FilterError, StateTypeError, StructureError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.graph import make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
@@ -24,11 +25,19 @@ from mutatis.model.strangers import plain_value
 from mutatis.model.surgery import GONE, held_fast, holders_of, rewrite, swapped
 from mutatis.model.values import as_value
 from mutatis.model.variables import Variable, spelled, started
-from mutatis.model.walks import variables
+from mutatis.model.walks import check_tags, variables
 
 T = TypeVar("T")
 
 
+@overload
+def state(node: Any, filter: FilterLike = ..., /) -> State: ...
+@overload
+def state(node: Any, first: FilterLike, second: FilterLike, /) -> tuple[State, State]: ...
+@overload
+def state(
+    node: Any, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
+) -> tuple[State, State, State, *tuple[State, ...]]: ...
 def state(node: Any, *filters: FilterLike) -> Any:
     """The values of a node by path.
 
@@ -44,6 +53,7 @@ def state(node: Any, *filters: FilterLike) -> Any:
     if not filters:
         return _state_of(cells)
     places = first_filters(cells.items(), filters, leftovers=True)
+    check_tags([filter for i, filter in enumerate(filters) if i not in places.values()], cells)
     states = tuple(_state_of({p: cells[p] for p, at in places.items() if at == i}) for i in range(len(filters)))
     return states[0] if len(filters) == 1 else states
 
@@ -53,11 +63,19 @@ def _state_of(cells: Mapping[Path, Variable]) -> State:
     return State(dict(zip(cells, values, strict=True)), dict(zip(cells, map(type, cells.values()), strict=True)))
 
 
-def graphdef(node: Any) -> GraphDef:
+def graphdef(node: T) -> GraphDef[T]:
     """The static rest of a node: hashable, without arrays, equal for equal structure."""
     return describe_graph(node)[0]
 
 
+@overload
+def split(node: T, filter: FilterLike = ..., /) -> tuple[GraphDef[T], State]: ...
+@overload
+def split(node: T, first: FilterLike, second: FilterLike, /) -> tuple[GraphDef[T], State, State]: ...
+@overload
+def split(
+    node: T, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
+) -> tuple[GraphDef[T], State, State, State, *tuple[State, ...]]: ...
 def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
     """The `GraphDef` of a node and its values: one `State`, or one for each filter.
 
@@ -79,17 +97,17 @@ def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
     return definition, *(everything._only(p for p, at in places.items() if at == i) for i in range(len(filters)))
 
 
-def merge(definition: GraphDef, *states: Any) -> Any:
+def merge(definition: GraphDef[T], *states: State | Mapping[Any, Any]) -> T:
     """A new node from a `GraphDef` and values; sharing is as it was.
 
     Raises:
       StructureError: a value is missing, or one belongs to no path.
     """
     if not isinstance(definition, GraphDef):
-        raise StructureError(
-            f"{type(definition).__name__} is not a graph definition",
+        raise ArgumentError(
+            f"{show_value(definition)} is not a graph definition",
             expected="a GraphDef, and then States",
-            got=f"{definition!r:.60}",
+            got=show_class(definition),
             cure="`definition, state = mu.split(model)`; `mu.merge(definition, state)`.",
         )
     given: dict[Path, Any] = {}
@@ -140,16 +158,15 @@ def _fits(kept: Any, value: Any) -> bool:
 
 def clone(node: T) -> T:
     """An independent copy of a node with the same values; sharing is kept."""
-    copied: T = merge(*split(node))
-    return copied
+    return merge(*split(node))
 
 
-def update(node: Any, *states: Any, cast: bool = False) -> None:
+def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) -> None:
     """Write values into the states of a node, by path. Everything is checked before anything is written.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *states: `State`s or plain nested dictionaries; they need not cover all states.
+      *states: `State`s, plain nested dictionaries, or flat ones whose keys are paths; they need not cover all states.
       cast: whether another dtype is converted.
 
     Raises:
@@ -206,17 +223,19 @@ def _nearest(path: Path, paths: Iterable[Path]) -> str:
 
 
 def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
-    """A State or nested dictionary by path; a dictionary at a full path is a value."""
+    """A State or dictionary by path, nested or flat (as `variables` gives it); a dictionary at a full path is a value."""
     if isinstance(part, State):
         return part._flat
     if not isinstance(part, Mapping):
-        raise StateTypeError(
-            f"{type(part).__name__} is not a state",
+        raise ArgumentError(
+            f"{show_value(part)} is not a State",
             expected="a State, or nested dictionaries by path",
-            got=f"{part!r:.60}",
+            got=show_class(part),
             cure="`mu.state(model)` gives a State; `state.to_pure_dict()` nested dictionaries.",
         )
     ends = set(paths)
+    if part and all(isinstance(key, tuple) and key in ends for key in part):
+        return dict(part)
     flat: dict[Path, Any] = {}
     pending: list[tuple[Path, Any]] = [((), part)]
     while pending:
@@ -228,6 +247,14 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
     return flat
 
 
+@overload
+def pop(node: Any, filter: FilterLike, /) -> State: ...
+@overload
+def pop(node: Any, first: FilterLike, second: FilterLike, /) -> tuple[State, State]: ...
+@overload
+def pop(
+    node: Any, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
+) -> tuple[State, State, State, *tuple[State, ...]]: ...
 def pop(node: Any, *filters: FilterLike) -> Any:
     """Take states out of a node: their values are returned and their attributes removed.
 
@@ -239,6 +266,7 @@ def pop(node: Any, *filters: FilterLike) -> Any:
         raise FilterError("`mu.pop` needs a filter", cure="Say what to take out: `mu.pop(model, mu.Intermediate)`.")
     cells = variables(node)
     places = first_filters(cells.items(), filters, leftovers=True)
+    check_tags([filter for i, filter in enumerate(filters) if i not in places.values()], cells)
     taken = [{p: cells[p] for p, at in places.items() if at == i} for i in range(len(filters))]
     states = tuple(_state_of(part) for part in taken)
     gone = {cell for part in taken for cell in part.values()}
@@ -252,7 +280,7 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     return states[0] if len(filters) == 1 else states
 
 
-def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) -> None:
+def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = ()) -> None:
     """Write again how the states with `init` start, where they live now. A model that `mu.vmap` stacked stays stacked.
 
     Args:
@@ -264,6 +292,14 @@ def reset(node: Any, *filters: FilterLike, batch_shape: tuple[int, ...] = ()) ->
       FilterError: the filters select a state without `init`. Nothing is written then.
       FrozenStateError: a state is frozen. Likewise.
     """
+    batch_shape = (batch_shape,) if isinstance(batch_shape, int) else batch_shape
+    if any(isinstance(given, tuple) and given and all(type(n) is int for n in given) for given in filters):
+        raise FilterError(
+            f"{show_value(list(filters))} are no filters",
+            expected="filters, and then `batch_shape=`",
+            got="a number or a shape",
+            cure="A shape goes by its name: `mu.reset(model, batch_shape=(4,))`.",
+        )
     chosen = variables(node, *filters)
     without = [path for path, cell in chosen.items() if cell.init is None]
     if filters and without:

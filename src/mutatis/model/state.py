@@ -16,7 +16,7 @@ from mutatis.core.avals import same_type, show_type
 from mutatis.core.naming import show_path
 from mutatis.errors import FilterError
 from mutatis.model.filters import FilterLike, Path, as_filter
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Variable, unsubscripted
 
 
 class State(Mapping[Any, Any]):
@@ -34,14 +34,16 @@ class State(Mapping[Any, Any]):
 
     __slots__ = ("_flat", "_kinds")
 
-    def __init__(self, flat: Mapping[Path, Any], kinds: Mapping[Path, type[Variable]] | None = None) -> None:
+    def __init__(self, flat: Mapping[Path, Any], kinds: Mapping[Path, type[Variable[Any]]] | None = None) -> None:
         kinds = {} if kinds is None else kinds
         paths = _sorted(flat)
         self._flat = {path: flat[path] for path in paths}
         self._kinds = {path: kinds.get(path, Variable) for path in paths}
+        if not all(issubclass(meta, type) for meta in set(map(type, self._kinds.values()))):
+            self._kinds = {path: unsubscripted(kind) for path, kind in self._kinds.items()}
 
     @classmethod
-    def from_flat(cls, flat: Mapping[Path, Any], kinds: Mapping[Path, type[Variable]] | None = None) -> State:
+    def from_flat(cls, flat: Mapping[Path, Any], kinds: Mapping[Path, type[Variable[Any]]] | None = None) -> State:
         """A State from a mapping of paths (tuples) to values."""
         return cls(flat, kinds)
 
@@ -49,7 +51,7 @@ class State(Mapping[Any, Any]):
         """The values by path."""
         return dict(self._flat)
 
-    def kinds(self) -> dict[Path, type[Variable]]:
+    def kinds(self) -> dict[Path, type[Variable[Any]]]:
         """The kinds by path."""
         return dict(self._kinds)
 
@@ -59,7 +61,9 @@ class State(Mapping[Any, Any]):
             return self._flat[path]
         below = {p: p[len(path) :] for p in self._flat if p[: len(path)] == path}
         if not below:
-            raise KeyError(f"no state at {show_path(path)!r}; there are {', '.join(map(show_path, self._flat))}")
+            raise KeyError(
+                f"no state at {show_path(path)!r}; there are {', '.join(map(show_path, self._flat)) or 'none'}"
+            )
         return State(
             {rest: self._flat[p] for p, rest in below.items()}, {rest: self._kinds[p] for p, rest in below.items()}
         )

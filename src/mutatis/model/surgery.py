@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
@@ -15,13 +15,14 @@ from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import Journal, put_back
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import check_static
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError, FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
-from mutatis.model.modules import Module, watch_of
+from mutatis.model.modules import M, Module, watch_of
 from mutatis.model.walks import check_node
 from mutatis.model.wrapped import Wrapped
 
@@ -29,7 +30,11 @@ T = TypeVar("T")
 GONE = object()  # in the place of what is taken out
 
 
-def modules(node: Any, *filters: FilterLike) -> dict[Path, Module]:
+@overload
+def modules(node: Any, kind: type[M], /) -> dict[Path, M]: ...
+@overload
+def modules(node: Any, *filters: FilterLike) -> dict[Path, Module]: ...
+def modules(node: Any, *filters: FilterLike) -> dict[Path, Any]:
     """The submodules of a node by path, the node itself first, each at its first place.
 
     Args:
@@ -67,7 +72,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
       The node, or what stands in its place.
 
     Raises:
-      StructureError: nothing is selected. Whatever is raised, by `fn` too, nothing has changed then.
+      FilterError: nothing is selected. Whatever is raised, by `fn` too, nothing has changed then.
 
     Example:
       >>> import mutatis as mu
@@ -78,6 +83,15 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
       >>> net.layers
       [Transformed(Linear)]
     """
+    given: object = fn
+    if isinstance(given, Module) or not callable(given):
+        raise ArgumentError(
+            "`mu.replace` was given what is no function of the old module as its `fn`",
+            path="fn",
+            expected="a function that gives what stands in a module's place",
+            got=show_class(given),
+            cure="`mu.replace(model, where, lambda old: new)`",
+        )
     every = modules(node)
     holders = holders_of(node)
     if isinstance(where, str) or (isinstance(where, tuple) and all(isinstance(key, str | int) for key in where)):
@@ -87,8 +101,8 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
     else:
         chosen = [*modules(node, where).values()]
     if not chosen:
-        raise StructureError(
-            f"no module is selected by {where!r}",
+        raise FilterError(
+            f"no module is selected by {show_value(where)}",
             expected="the path of a module, or a filter that selects some",
             got=", ".join(show_path(path) or "." for path in every) or "no modules",
             cure="`mu.modules(model)` lists them by path.",

@@ -12,6 +12,7 @@ from mutatis import _compat
 from mutatis.core import access, naming
 from mutatis.core.avals import show_type
 from mutatis.core.cells import Cell
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import StateTypeError
 
 _ARRAY = _compat.ARRAY
@@ -40,11 +41,11 @@ def _as_leaf(leaf: Any, owner: Any) -> Any:
     path = None if owner is None else naming.path_of(owner) or getattr(owner, "name", None)
     kind = "state" if owner is None else type(owner).__name__
     raise StateTypeError(
-        f"{f'state `{path}` ({kind})' if path else f'a {kind}'} cannot hold {leaf!r:.80}",
+        f"{f'state `{path}` ({kind})' if path else f'a {kind}'} cannot hold {show_value(leaf)}",
         path=path,
         where=naming.where(),
         expected="an array, a number, or a pytree of these",
-        got=type(leaf).__name__,
+        got=show_class(leaf),
         made_at=naming.made_at(owner),
         cure="Keep strings, functions and configuration as plain attributes of the module: they are static.",
     )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copyreg
 import operator
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+import types
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_origin, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from mutatis._equivalents import equivalent
 from mutatis.core import access, naming, transactions
@@ -23,11 +25,18 @@ from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.naming import caller
 from mutatis.core.nodes import Node
+from mutatis.core.stamps import thawed
 from mutatis.core.structure import structure
-from mutatis.errors import DeferredStateError, FrozenStateError, StateTypeError
+from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, StateTypeError
 from mutatis.model.values import as_value, brief, from_bytes, to_bytes
 
-V = TypeVar("V", bound="Variable")
+V = TypeVar("V", bound="Variable[Any]")
+if TYPE_CHECKING:  # a state holds an array, unless it says otherwise; Python knows such defaults from 3.13 on
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    Held = TypeVarWithDefault("Held", default=jax.Array)
+else:
+    Held = TypeVar("Held")
 
 
 class _Kind(type):
@@ -37,7 +46,7 @@ class _Kind(type):
         return super().__new__(mcs, name, bases, {"__slots__": (), **namespace}, **options)
 
 
-class Variable(Cell, Node, metaclass=_Kind):
+class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
     """A mutable cell that holds an array or a pytree of arrays.
 
     Numbers become strongly typed arrays and NumPy arrays are copied in. Eagerly and under `jit`, `grad` and
@@ -72,6 +81,55 @@ class Variable(Cell, Node, metaclass=_Kind):
     vmap_axis: ClassVar[int | None] = None
     fixed: bool
 
+    if TYPE_CHECKING:
+        # What is given, or what `init` gives, is an array or becomes one; or else it is a pytree of arrays.
+
+        @overload
+        def __init__(
+            self,
+            value: ArrayLike,
+            *,
+            init: Any = ...,
+            name: str | None = ...,
+            sharding: Any = ...,
+            fixed: bool | None = ...,
+            **metadata: Any,
+        ) -> None: ...
+        @overload
+        def __init__(
+            self,
+            value: Held,
+            *,
+            init: Any = ...,
+            name: str | None = ...,
+            sharding: Any = ...,
+            fixed: bool | None = ...,
+            **metadata: Any,
+        ) -> None: ...
+        @overload
+        def __init__(
+            self,
+            *,
+            init: ArrayLike | Callable[[], ArrayLike],
+            name: str | None = ...,
+            sharding: Any = ...,
+            fixed: bool | None = ...,
+            **metadata: Any,
+        ) -> None: ...
+        @overload
+        def __init__(
+            self,
+            *,
+            init: Held | Callable[[], Held],
+            name: str | None = ...,
+            sharding: Any = ...,
+            fixed: bool | None = ...,
+            **metadata: Any,
+        ) -> None: ...
+
+    else:
+        __class_getitem__ = classmethod(types.GenericAlias)  # with which no frame comes between a state and its line
+
     def __init__(
         self,
         value: Any = UNSET,
@@ -97,7 +155,7 @@ class Variable(Cell, Node, metaclass=_Kind):
         if metadata:
             _check_metadata(type(self), metadata)
         if value is UNSET and init is None:
-            raise StateTypeError(
+            raise ArgumentError(
                 f"a {type(self).__name__} needs a value",
                 made_at=self.made_at,
                 cure=f"Give a value, `{spelled(type(self))}(jnp.zeros(3))`, or say how it starts: `init=lambda: ...`.",
@@ -116,14 +174,14 @@ class Variable(Cell, Node, metaclass=_Kind):
 
     # -- the value -------------------------------------------------------------------------------------------
 
-    def get(self) -> Any:
+    def get(self) -> Held:
         """The value."""
-        value = access.read(self)
+        value: Held = access.read(self)
         if value is UNSET or type(value) is Deferred:
-            return self._create()
+            value = self._create()
         return value
 
-    def set(self, value: Any) -> None:
+    def set(self, value: Held | ArrayLike) -> None:
         """Give the state another value."""
         if self._frozen is not None:
             raise frozen_error(self)
@@ -140,10 +198,17 @@ class Variable(Cell, Node, metaclass=_Kind):
         """
         return as_value(value, self)
 
-    value = property(get, set, doc="The value, read and written through the current transaction.")
+    if TYPE_CHECKING:
+
+        @property
+        def value(self) -> Held: ...
+        @value.setter
+        def value(self, value: Held | ArrayLike) -> None: ...
+    else:
+        value = property(get, set, doc="The value, read and written through the current transaction.")
 
     def _create(self) -> Any:
-        start = Deferred(None) if self._init is None else started(self)
+        start: Any = Deferred(None) if self._init is None else started(self)
         if type(start) is Deferred:
             raise DeferredStateError(
                 f"state {naming.describe(self)} was read before its layer created it",
@@ -177,7 +242,7 @@ class Variable(Cell, Node, metaclass=_Kind):
         if self._made_at is None:
             return None
         file, line, function = self._made_at
-        return f"{os.path.basename(file)}:{line} in {function}"
+        return f"{os.path.basename(file)}:{line} in {naming.show_name(function)}"
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that are neither slots nor methods: metadata, and what arrays have.
@@ -192,10 +257,16 @@ class Variable(Cell, Node, metaclass=_Kind):
 
     # -- as an array -----------------------------------------------------------------------------------------
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: types.EllipsisType) -> Held: ...
+    @overload
+    def __getitem__(self: Variable[jax.Array], index: Any) -> jax.Array: ...
+    @overload
+    def __getitem__(self, index: Any) -> Any: ...
+    def __getitem__(self: Variable[Any], index: Any) -> Any:
         return self.get() if index is ... else self.get()[plain_index(index)]
 
-    def __setitem__(self, index: Any, item: Any) -> None:
+    def __setitem__(self: Variable[Any], index: Any, item: Any) -> None:
         index = plain_index(index)
         item = item.get() if isinstance(item, Variable) else item
         if index is ...:
@@ -225,71 +296,71 @@ class Variable(Cell, Node, metaclass=_Kind):
         self.set(old.at[index].set(item))
 
     @property
-    def at(self) -> At:
+    def at(self: Variable[jax.Array]) -> At:
         """As of an array: ``v.at[i].set(x)`` is an array with another element; the state stays."""
         return At(self.get().at)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self: Variable[jax.Array]) -> tuple[int, ...]:
         """The shape of the value."""
         return tuple(self.get().shape)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self: Variable[jax.Array]) -> Any:
         """The dtype of the value."""
         return self.get().dtype
 
     @property
-    def ndim(self) -> int:
+    def ndim(self: Variable[jax.Array]) -> int:
         """The number of axes of the value."""
         return len(self.shape)
 
     @property
-    def size(self) -> int:
+    def size(self: Variable[jax.Array]) -> int:
         """The number of elements of the value."""
         return int(np.prod(self.shape))
 
     @property
-    def T(self) -> Any:
+    def T(self: Variable[jax.Array]) -> jax.Array:
         """The transpose of the value."""
         return self.get().T
 
-    def astype(self, dtype: Any) -> Any:
+    def astype(self: Variable[jax.Array], dtype: Any) -> jax.Array:
         """The value in another dtype."""
         return self.get().astype(dtype)
 
-    def __jax_array__(self) -> Any:
+    def __jax_array__(self: Variable[jax.Array]) -> jax.Array:
         return self.get()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         array = np.asarray(self.get(), dtype=dtype)
         return array.copy() if copy else array
 
-    def __len__(self) -> int:
+    def __len__(self: Variable[Any]) -> int:
         return len(self.get())
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self: Variable[Any]) -> Iterator[Any]:
         return iter(self.get())
 
-    def __bool__(self) -> bool:
+    def __bool__(self: Variable[Any]) -> bool:
         return bool(self.get())
 
-    def __int__(self) -> int:
+    def __int__(self: Variable[jax.Array]) -> int:
         return int(self.get())
 
-    def __float__(self) -> float:
+    def __float__(self: Variable[jax.Array]) -> float:
         return float(self.get())
 
-    def __complex__(self) -> complex:
+    def __complex__(self: Variable[jax.Array]) -> complex:
         return complex(self.get())
 
-    def __index__(self) -> int:
+    def __index__(self: Variable[jax.Array]) -> int:
         return operator.index(self.get())
 
     def __format__(self, spec: str) -> str:
         return format(self.get(), spec) if spec else str(self)
 
-    def __round__(self, ndigits: int | None = None) -> Any:
+    def __round__(self: Variable[jax.Array], ndigits: int | None = None) -> Any:
         return round(self.get(), ndigits)
 
     def __hash__(self) -> int:  # by identity, though `==` compares values: two cells never have one hash
@@ -297,28 +368,28 @@ class Variable(Cell, Node, metaclass=_Kind):
 
     if TYPE_CHECKING:  # made by `_forward`, below the class
 
-        def __add__(self, other: Any) -> Any: ...
-        def __sub__(self, other: Any) -> Any: ...
-        def __mul__(self, other: Any) -> Any: ...
-        def __truediv__(self, other: Any) -> Any: ...
-        def __matmul__(self, other: Any) -> Any: ...
-        def __pow__(self, other: Any) -> Any: ...
-        def __radd__(self, other: Any) -> Any: ...
-        def __rsub__(self, other: Any) -> Any: ...
-        def __rmul__(self, other: Any) -> Any: ...
-        def __rtruediv__(self, other: Any) -> Any: ...
-        def __rmatmul__(self, other: Any) -> Any: ...
+        def __add__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __sub__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __mul__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __truediv__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __matmul__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __pow__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __radd__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __rsub__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __rmul__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __rtruediv__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __rmatmul__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
         def __iadd__(self, other: Any) -> Self: ...
         def __isub__(self, other: Any) -> Self: ...
         def __imul__(self, other: Any) -> Self: ...
         def __itruediv__(self, other: Any) -> Self: ...
-        def __neg__(self) -> Any: ...
+        def __neg__(self: Variable[jax.Array]) -> jax.Array: ...
         def __eq__(self, other: object) -> Any: ...
         def __ne__(self, other: object) -> Any: ...
-        def __lt__(self, other: Any) -> Any: ...
-        def __le__(self, other: Any) -> Any: ...
-        def __gt__(self, other: Any) -> Any: ...
-        def __ge__(self, other: Any) -> Any: ...
+        def __lt__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __le__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __gt__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
+        def __ge__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
 
     # -- as a Python object ----------------------------------------------------------------------------------
 
@@ -508,6 +579,11 @@ def spelled(kind: type) -> str:
     return f"mu.{kind.__name__}" if kind.__module__ == "mutatis" else kind.__name__
 
 
+def unsubscripted(kind: Any) -> Any:
+    """A kind itself: `mu.Param` of `mu.Param[jax.Array]`, which is the same to all but type checkers."""
+    return get_origin(kind) or kind
+
+
 def initial(variable: Variable) -> Any:
     """The value that a state with `init` starts with.
 
@@ -516,7 +592,7 @@ def initial(variable: Variable) -> Any:
     """
     cause = None
     try:
-        value = as_value(variable._init() if callable(variable._init) else variable._init, variable)
+        value = as_value(_call_init(variable), variable)
         if not (access.is_outside() and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value))):
             return value
     except jax.errors.UnexpectedTracerError as error:
@@ -528,6 +604,27 @@ def initial(variable: Variable) -> Any:
         expected="a function that makes the value when it is called, or a number or NumPy array",
         cure="Write `init=lambda: jnp.zeros(3)`, which makes the value each time, of nothing that was computed there.",
     ) from cause
+
+
+def _call_init(variable: Variable) -> Any:
+    """What `init` of a state says."""
+    if not callable(variable._init):
+        return variable._init
+    try:
+        return variable._init()
+    except TypeError as error:
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            raise  # from inside
+        raise ArgumentError(
+            f"state {naming.describe(variable)} cannot start: its `init` takes arguments",
+            path=naming.path_of(variable),
+            where=naming.where(),
+            expected="a value, or a function of no arguments",
+            got=naming.show_name(str(error)),
+            made_at=variable.made_at,
+            cure="Give them: `mu.Param(init(rngs.params(), (2, 3)))`; or later, "
+            "`mu.Param(init=lambda: init(rngs.params(), (2, 3)))`.",
+        ) from None
 
 
 def note_stacked(variable: Variable, axis: int, size: int) -> None:
@@ -603,3 +700,5 @@ def set_mark(variable: Variable, name: str, mark: Any) -> None:
         structure.changed()
         setattr(variable, name, mark)
         structure.changed()
+        if name == "_frozen" and mark is None:
+            thawed(variable)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from mutatis.core.nodes import Reference, is_node
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.model.graphdef import describe_graph
-from mutatis.model.modules import Module
+from mutatis.model.modules import M
 from mutatis.model.surgery import modules
 from mutatis.model.walks import variables
 
 
-def view(module: Module, /, **statics: Any) -> Any:
+def view(module: M, /, **statics: Any) -> M:
     """Another module over the same cells with other static attributes, such as ``training=False``.
 
     Each attribute is set on every submodule that has it; `training` on all.
 
     Raises:
-      StructureError: no submodule has the attribute, or it holds states: those are the original's too.
+      ArgumentError: no submodule has the attribute, or it holds states: those are the original's too.
     """
     definition, cells = describe_graph(module)
     other = definition.build(list(cells))
@@ -30,7 +30,7 @@ def view(module: Module, /, **statics: Any) -> Any:
     for name, value in statics.items():
         having = [part for part in parts if name == "training" or name in part.__dict__]
         if not having:
-            raise StructureError(
+            raise ArgumentError(
                 f"no module of {type(module).__name__} has an attribute `{name}`",
                 path=name,
                 cure="`mu.view` changes static attributes that exist; `training` is one of every module.",
@@ -38,7 +38,7 @@ def view(module: Module, /, **statics: Any) -> Any:
         for part in having:
             held = part.__dict__.get(name)
             if is_node(held) or (isinstance(held, list | tuple | dict) and variables(held)):
-                raise StructureError(
+                raise ArgumentError(
                     f"`{name}` holds states, which a view shares with its original",
                     path=name,
                     expected="a static attribute",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, overload
 
 from mutatis import _compat
+from mutatis.core.naming import show_path
 from mutatis.core.nodes import Reference, is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject
 from mutatis.core.structure import structure_lock
-from mutatis.errors import StructureError
-from mutatis.model.filters import Filter, Path
+from mutatis.errors import ArgumentError, FilterError
+from mutatis.model.filters import Filter, Path, as_filter
 from mutatis.model.graph import Encoder, Parts, Spec, cell_spec
+from mutatis.model.kinds import kind_of
 from mutatis.model.modules import Module, described_of, set_described
-from mutatis.model.variables import Variable
+from mutatis.model.variables import V, Variable, spelled
 from mutatis.model.wrapped import Wrapped
 
 
@@ -94,7 +98,7 @@ def _held(obj: Any) -> list[Any]:
     return [obj.__func__, obj.__self__] if isinstance(obj, types.MethodType) else list(obj)
 
 
-def _find(node: Any, *, described: bool, marks: bool = True) -> tuple[Parts, list[Variable]]:
+def _find(node: Any, *, described: bool, marks: bool = True) -> tuple[Parts, list[Variable[Any]]]:
     """The parts of a node's definition, and its cells in the order of their numbers.
 
     A module is walked over only if it has changed. Without `described`, the paths are all that there is of a definition; without
@@ -117,19 +121,34 @@ def check_node(node: Any) -> Any:
     """The node itself, if it is a Module, a Variable or a pytree of them.
 
     Raises:
-      StructureError: it is something else.
+      ArgumentError: it is something else.
     """
     if is_node(node) or isinstance(node, list | tuple | dict):
         return node
-    raise StructureError(
-        f"{type(node).__name__} is not a node",
+    raise ArgumentError(
+        f"{show_value(node)} is not a node",
         expected="a Module, a Variable, or a list, tuple or dict of them",
-        got=f"{node!r:.60}",
-        cure="Write a model as `class Net(mu.Module)`; for a plain dict of arrays use `mu.State.from_flat`.",
+        got=show_class(node),
+        cure=_instead_of(node),
     )
 
 
-def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
+def _instead_of(node: Any) -> str:
+    """What to write for what was given as a node."""
+    if isinstance(node, type) and issubclass(node, Variable):
+        return f"The model comes first, and then filters: `mu.state(model, {spelled(node)})`."
+    if isinstance(node, type) and issubclass(node, Module):
+        return "Make one first, and give that: `mu.state(model)`."
+    if isinstance(node, Mapping):  # a State, which is no dict
+        return "Give the model itself, and then values for it: `mu.update(model, state)`."
+    return "Write a model as `class Net(mu.Module)`; for a plain dict of arrays use `mu.State.from_flat`."
+
+
+@overload
+def variables(node: Any, kind: type[V], /) -> dict[Path, V]: ...
+@overload
+def variables(node: Any, *filters: Any) -> dict[Path, Variable[Any]]: ...
+def variables(node: Any, *filters: Any) -> dict[Path, Any]:
     """The live cells of a node by path, each at its first place.
 
     Args:
@@ -143,11 +162,44 @@ def variables(node: Any, *filters: Any) -> dict[Path, Variable]:
     """
     selects = _any(filters)
     (_, _, paths, _), cells = _find(node, described=False)
-    pairs = zip(paths, cells, strict=True)
-    return dict(pairs) if selects is None else {path: cell for path, cell in pairs if selects(path, cell)}
+    by_path = dict(zip(paths, cells, strict=True))
+    if selects is None:
+        return by_path
+    chosen = {path: cell for path, cell in by_path.items() if selects(path, cell)}
+    if not chosen:
+        check_tags(filters, by_path)
+    return chosen
+
+
+def check_tags(filters: Iterable[Any], cells: Mapping[Path, Variable]) -> None:
+    """Raise if a string that selects none of some cells names a path or a kind: as a filter, it is a tag.
+
+    Raises:
+      FilterError: it does.
+    """
+    for tag in filters:
+        if not isinstance(tag, str) or kind_of(tag) is not None:
+            continue
+        kind = next((kind for kind in map(type, cells.values()) if kind.__name__ == tag), None)
+        at = next((path for path in cells if tag in path or show_path(path).startswith((f"{tag}.", f"{tag}["))), None)
+        exact = next((path for path in cells if show_path(path) == tag), None)
+        if (kind is None and at is None and exact is None) or any(as_filter(tag)(p, cell) for p, cell in cells.items()):
+            continue
+        if kind is not None:
+            cure = f"A kind is given itself: `mu.state(model, {spelled(kind)})`."
+        elif exact is not None:
+            cure = f"One state is `mu.variables(model)[{exact!r}]`."
+        elif at is not None and tag in at:
+            cure = f"What is at a path is selected by a key in it: `mu.state(model, mu.PathContains({tag!r}))`."
+        else:
+            cure = f"A part of a model is a node itself: `mu.state(model.{tag})`."
+        raise FilterError(
+            f"no state has the tag {tag!r}",
+            expected="a tag or the name of a collection",
+            got=f"the name of a {'kind' if kind is not None else 'path'}",
+            cure=cure,
+        )
 
 
 def _any(filters: tuple[Any, ...]) -> Filter | None:
-    from mutatis.model.filters import as_filter
-
     return as_filter(filters) if filters else None

@@ -19,7 +19,8 @@ from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
 from mutatis.core.cells import Deferred
-from mutatis.errors import StructureError
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import Param
 from mutatis.model.variables import Variable
 from mutatis.random import Rngs, stream_of
@@ -33,7 +34,24 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
     Raises:
       RandomStreamError: there is no stream to draw from.
     """
+    if not isinstance(rngs, Rngs):
+        raise RandomStreamError(
+            f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
+            path="params",
+            expected="Rngs",
+            got=show_class(rngs),
+            cure=_rngs_of(rngs),
+        )
     return stream_of(rngs, "params", f"`nn.{layer}`").draw()
+
+
+def _rngs_of(given: Any) -> str:
+    """What to give as `rngs`, for what was given."""
+    if isinstance(given, int):
+        return f"A seed starts streams: `rngs=mu.Rngs({given})`."
+    if isinstance(given, jax.Array):
+        return "A key starts streams: `rngs = mu.Rngs(key)`, and then `rngs=rngs`."
+    return "Make streams once, `rngs = mu.Rngs(0)`, and give them to every layer: `rngs=rngs`."
 
 
 def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike) -> Param:
@@ -59,16 +77,16 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
       ndim: the least number of axes of the input.
 
     Raises:
-      StructureError: the input has too few axes, or another number of features.
+      ArgumentError: the input has too few axes, or another number of features.
     """
     features = None if cell.deferred else cell.shape[along] * times
     if x.ndim >= ndim and -x.ndim <= axis < x.ndim and features in (None, x.shape[axis]):
         return int(x.shape[axis])
-    raise StructureError(
+    raise ArgumentError(
         f"state {naming.describe(cell)} does not fit the input of its layer",
         path=naming.path_of(cell),
         where=naming.where(),
-        expected=f"{'' if features is None else features} features along axis {axis} of {ndim} or more axes".lstrip(),
+        expected=f"{ndim} or more axes" + ("" if features is None else f", with {features} features along axis {axis}"),
         got=f"an input of shape {x.shape}",
         made_at=cell.made_at,
         cure="Give the size of the input where the layer is made, or None to take it from the first input: "
@@ -116,11 +134,11 @@ def as_tuple(layer: str, name: str, value: int | Sequence[int], length: int | No
     """A number for each spatial axis.
 
     Raises:
-      StructureError: there are more or fewer.
+      ArgumentError: there are more or fewer.
     """
     numbers = (value,) * (length or 1) if isinstance(value, int) else tuple(value)
     if length is not None and len(numbers) != length:
-        raise StructureError(
+        raise ArgumentError(
             f"`nn.{layer}` has {length} spatial axes, and `{name}` is for {len(numbers)}",
             path=name,
             expected=f"one int, or {length}",

@@ -12,7 +12,7 @@ from jax import lax
 from jax.nn.initializers import Initializer, lecun_normal, zeros
 from jax.typing import ArrayLike, DTypeLike
 
-from mutatis.errors import StructureError
+from mutatis.errors import ArgumentError
 from mutatis.model.modules import Module
 from mutatis.nn.layers import as_tuple, check_input, materialize, param_key, parameter, promote, stretch
 from mutatis.random import Rngs
@@ -86,7 +86,7 @@ class Linear(Module):
           An array of shape (..., out_features).
 
         Raises:
-          StructureError: the input has another number of features.
+          ArgumentError: the input has another number of features.
         """
         x = jnp.asarray(x)
         features = check_input(self.kernel, x, along=0)
@@ -115,7 +115,7 @@ class Conv(Module):
       bias: Param of shape (out_features,), or None.
 
     Raises:
-      StructureError: the sizes contradict each other.
+      ArgumentError: the sizes contradict each other.
       RandomStreamError: there is no stream to draw the parameters from.
 
     Example:
@@ -171,16 +171,16 @@ class Conv(Module):
           An array of shape (..., *spatial, out_features); the spatial sizes depend on the padding and strides.
 
         Raises:
-          StructureError: the input has another number of channels, or too few axes.
+          ArgumentError: the input has another number of channels, or too few axes.
         """
         x = jnp.asarray(x)
         axes = len(self.kernel_size) + 1
         features = check_input(self.kernel, x, along=-2, times=self.feature_group_count, ndim=axes)
         materialize(self.kernel, self.kernel_init, self._kernel_shape(features), self.param_dtype)
-        x, kernel, bias = promote(self.dtype, x, self.kernel.value, None if self.bias is None else self.bias.value)
-        batch = x.shape[:-axes]
+        inputs, kernel, bias = promote(self.dtype, x, self.kernel.value, None if self.bias is None else self.bias.value)
+        batch = inputs.shape[:-axes]
         y = lax.conv_general_dilated(
-            x.reshape(math.prod(batch), *x.shape[-axes:]),
+            inputs.reshape(math.prod(batch), *inputs.shape[-axes:]),
             kernel,
             self.strides,
             self.padding,
@@ -196,7 +196,7 @@ class Conv(Module):
     def _kernel_shape(self, in_features: int) -> tuple[int, ...]:
         groups = self.feature_group_count
         if in_features % groups or self.out_features % groups:
-            raise StructureError(
+            raise ArgumentError(
                 f"`nn.Conv` cannot divide its channels into {groups} groups",
                 path="feature_group_count",
                 expected=f"numbers of channels that {groups} divides",
@@ -217,7 +217,7 @@ def _lax_padding(padding: Padding, input_dilation: tuple[int, ...]) -> Any:
     if isinstance(padding, str):
         known = ("SAME", "SAME_LOWER", "VALID") if set(input_dilation) == {1} else ()
         if padding not in known:
-            raise StructureError(
+            raise ArgumentError(
                 f"`nn.Conv` does not know the padding {padding!r}{'' if known else ' of a dilated input'}",
                 path="padding",
                 expected=", ".join([*map(repr, known), "an int", "(low, high) for each spatial axis"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import naming
 from mutatis.core.cells import Deferred
-from mutatis.errors import StructureError
+from mutatis.errors import AxisError
 from mutatis.model.kinds import BatchStat, Param
 from mutatis.model.modules import Module
 from mutatis.nn.layers import (
@@ -112,14 +113,15 @@ class BatchNorm(Module):
         """Normalize.
 
         Args:
-          x: an array with `num_features` along the feature axis.
+          x: an array of shape (..., num_features), or with `num_features` along another `axis`.
           use_running_average: whether to use the running statistics; goes before what the layer was made with.
 
         Returns:
           An array of the same shape.
 
         Raises:
-          StructureError: the input has another number of features, or there is no axis `axis_name`.
+          ArgumentError: the input has another number of features.
+          AxisError: there is no axis `axis_name`.
           FrozenStateError: the running statistics would be updated, and are frozen.
         """
         x = jnp.asarray(x)
@@ -163,7 +165,7 @@ class BatchNorm(Module):
         try:
             return lax.pmean(mean, self.axis_name)
         except NameError:
-            raise StructureError(
+            raise AxisError(
                 f"state {naming.describe(self.mean)} is averaged over an axis `{self.axis_name}` that does not exist",
                 path=naming.path_of(self.mean),
                 where=naming.where(),
@@ -188,14 +190,14 @@ class BatchNorm(Module):
         materialize(self.bias, self.bias_init, shape, self.param_dtype)
 
 
-def _statistic(init: Initializer, features: int | None, dtype: DTypeLike) -> BatchStat:
+def _statistic(init: Initializer, features: int | None, dtype: Any) -> BatchStat:
     """A running statistic that `mu.reset` starts anew."""
     start = _waiting if features is None else _start(init, features, dtype)
     return BatchStat(start(), init=start)
 
 
 @functools.lru_cache(maxsize=1024)
-def _start(init: Initializer, features: int, dtype: DTypeLike) -> functools.partial[jax.Array]:
+def _start(init: Initializer, features: int, dtype: Any) -> functools.partial[jax.Array]:
     """How a statistic starts; one object for all that start alike, so that a walk over them describes it once."""
     return functools.partial(init, None, (features,), dtype)
 

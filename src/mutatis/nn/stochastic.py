@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.core import naming
-from mutatis.errors import RandomStreamError, StructureError
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.nn.layers import first_said
@@ -33,7 +34,7 @@ class Dropout(Module):
       stream: RngState, or None without `rngs`.
 
     Raises:
-      StructureError: the rate is not a probability.
+      ArgumentError: the rate is not a probability.
 
     Source:
       Srivastava et al., Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014,
@@ -56,12 +57,12 @@ class Dropout(Module):
         deterministic: bool | None = None,
         rngs: Rngs | None = None,
     ) -> None:
-        if not 0 <= rate <= 1:
-            raise StructureError(
-                f"`nn.Dropout` cannot drop with rate {rate}",
+        if not (hasattr(rate, "__float__") and 0 <= rate <= 1):
+            raise ArgumentError(
+                f"`nn.Dropout` cannot drop with rate {show_value(rate)}",
                 path="rate",
                 expected="a probability, from 0 to 1",
-                got=repr(rate),
+                got=show_value(rate),
                 cure="`nn.Dropout(0.5, rngs=rngs)`",
             )
         self.rate = rate
@@ -76,7 +77,7 @@ class Dropout(Module):
         """Drop elements.
 
         Args:
-          x: an array of floats.
+          x: an array of floats, of any shape.
           deterministic: whether to return the input as it is; goes before what the layer was made with.
           rngs: random streams to draw from in place of the layer's own.
 
@@ -94,7 +95,7 @@ class Dropout(Module):
         keep = 1 - self.rate
         together = {axis % x.ndim for axis in self.broadcast_dims}
         shape = tuple(1 if axis in together else size for axis, size in enumerate(x.shape))
-        kept = jax.random.bernoulli(self._stream(rngs).draw(), keep, shape)
+        kept = jax.random.bernoulli(self._stream(rngs).draw(), keep, shape, out_sharding=_placement(x, together))
         return jnp.where(kept, x / keep, jnp.zeros_like(x))
 
     def _stream(self, rngs: Rngs | None) -> RngState:
@@ -109,3 +110,12 @@ class Dropout(Module):
                 "`layer(x, rngs=rngs)`; to drop nothing, call `model.eval()`.",
             )
         return self.stream
+
+
+def _placement(x: jax.Array, together: Set[int]) -> jax.sharding.NamedSharding | None:
+    """How random numbers for an array are placed, where that is part of its type: as the array, but for axes of length 1."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty or all(axis is None for axis in sharding.spec):
+        return None
+    spec = (None if place in together else axis for place, axis in enumerate(sharding.spec))
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))

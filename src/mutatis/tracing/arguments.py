@@ -6,13 +6,63 @@ JAX gets leaves only. The function gets its own modules and variables back, at t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
 
-from mutatis.core.naming import innermost, probe
+from mutatis.core.naming import innermost, probe, show_name
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError
+
+
+def as_numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The positions that an option says: one, several, or none."""
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+
+
+def as_names(given: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The names that an option says: one, several, or none."""
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+def static_positions(count: int, names: Iterable[str], argnums: Collection[int], argnames: Collection[str]) -> set[Any]:
+    """Which arguments of a call are static: numbers from 0, and keywords.
+
+    Args:
+      count: how many positional arguments there are.
+      names: the keywords.
+      argnums: the numbers that were said, which may be negative; those that this call does not have say nothing.
+      argnames: the names that were said.
+    """
+    numbers = {number + count if number < 0 else number for number in argnums}
+    return {number for number in numbers if 0 <= number < count} | {name for name in names if name in argnames}
+
+
+def check_static_arguments(args: Sequence[Any], kwargs: dict[str, Any], positions: Iterable[Any], where: str) -> None:
+    """Raise if a static argument of a call cannot be hashed, as `check_hashable` says."""
+    for position in positions:
+        check_hashable(args[position] if isinstance(position, int) else kwargs[position], position, where)
+
+
+def check_hashable(value: Any, position: Any, where: str) -> None:
+    """Raise if a static argument cannot be hashed: its changes would not be seen.
+
+    Raises:
+      ArgumentError: it cannot.
+    """
+    try:
+        hash(value)
+    except TypeError:
+        place = f"argument {position}" if isinstance(position, int) else f"argument `{position}`"
+        raise ArgumentError(
+            f"static {place} is not hashable",
+            where=where,
+            expected="a hashable value: a number, string, tuple, function or frozen dataclass",
+            got=f"{type(value).__name__}: {value!r:.60}",
+            cure="Pass it as an ordinary argument, or a hashable value in its place: `tuple(x)` for a list.",
+        ) from None
 
 
 class FlatTree:
@@ -76,24 +126,58 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
         parameters = list(inspect.signature(function).parameters.values())
     except Exception:  # of a user's class, too
         parameters = []
-    names: list[str] = []
-    for index in range(len(args)):
-        parameter = parameters[min(index, len(parameters) - 1)] if parameters else None
-        if parameter is None:
-            names.append(f"args[{index}]")
-        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL or index >= len(parameters):
-            names.append(f"{parameter.name}[{index}]")
-        else:
-            names.append(parameter.name)
+    kinds = inspect.Parameter
+    positional = [p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), "args")
+    names = positional[: len(args)]
+    names += [f"{rest}[{index}]" for index in range(len(args) - len(names))]
     return [*names, *kwargs]
+
+
+def leaf_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
+    """What the leaves of the arguments go by in messages, in the order of a `FlatTree` of both: ``batch['x']``."""
+    kwargs = dict(sorted(kwargs.items()))
+    values = [*args, *kwargs.values()]
+    return [
+        name + place
+        for name, value in zip(argument_names(function, args, kwargs), values, strict=True)
+        for place in leaf_places(value)
+    ]
+
+
+def leaf_places(value: Any) -> list[str]:
+    """Where the leaves of a value are in it, as Python writes it: ``['x'][0]``."""
+    entries = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_node)[0]
+    return [jax.tree_util.keystr(path) for path, item in entries if not is_node(item)]
+
+
+def check_result(result: Any, leaves: Sequence[Any], label: str) -> None:
+    """Raise if a function returned something that JAX has no arrays for.
+
+    Args:
+      result: the structure of what it returned: what can be unflattened.
+      leaves: the leaves.
+      label: the call, for the message.
+
+    Raises:
+      ArgumentError: it did; the message says where in the result.
+    """
+    for index, leaf in enumerate(leaves):
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            place = leaf_places(result.unflatten(leaves))[index]
+            raise ArgumentError(
+                f"the function returned {show_value(leaf)}, which JAX has no arrays for",
+                where=label,
+                expected="arrays, numbers, modules, or pytrees of these",
+                got=show_class(leaf) + (f" at {place}" if place else ""),
+                cure="Return arrays. What does not depend on them is an attribute of a module, or known outside.",
+            ) from None
 
 
 def function_name(function: Any) -> str:
     """A function's name, for messages."""
     function = innermost(function)
     name = probe(function, "__qualname__")
-    return (
-        (name if isinstance(name, str) else type(function).__name__)
-        .replace("<locals>.", "")
-        .replace("<lambda>", "lambda")
-    )
+    return show_name(name if isinstance(name, str) else type(function).__name__)

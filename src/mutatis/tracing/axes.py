@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import jax
 
 from mutatis.core import access, naming
-from mutatis.errors import AxisError
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, AxisError
 from mutatis.model.filters import Filter, FilterLike, Path, as_filter
 from mutatis.model.variables import Variable, spelled
 from mutatis.model.walks import variables
@@ -45,13 +46,20 @@ class ByFilter:
     _pair: ClassVar[str]
 
     def __init__(self, entries: Mapping[FilterLike, Any]) -> None:
+        if not isinstance(entries, Mapping):
+            raise ArgumentError(
+                f"`{type(self).__name__}` is made of a dictionary: for each filter {self._what}",
+                expected=f"a dictionary from filters to one of {self._expected}",
+                got=show_class(entries),
+                cure=f"`{self._example}`",
+            )
         self._entries: tuple[tuple[Filter, Any], ...] = tuple((as_filter(f), entry) for f, entry in entries.items())
         for _, entry in self._entries:
             if not self._fits(entry):
                 raise AxisError(
-                    f"{entry!r:.40} is not {self._what}",
+                    f"{show_value(entry)} is not {self._what}",
                     expected=self._expected,
-                    got=type(entry).__name__,
+                    got=show_class(entry),
                     cure=f"`{self._example}`",
                 )
 
@@ -62,6 +70,10 @@ class ByFilter:
     @staticmethod
     def _normal(entry: Any) -> Any:
         return entry
+
+    def entries(self) -> list[Any]:
+        """Everything that is said."""
+        return [entry for _, entry in self._entries]
 
     def of(self, path: Path, variable: Variable) -> Any:
         """What is said for a state, None if no filter selects it."""
@@ -105,11 +117,12 @@ class StateAxes(ByFilter):
 
 
 class StateSharding(ByFilter):
-    """Partition specs of states for `mu.shard_map`, by filter: the first filter that selects a state decides.
+    """Partition specs of states for `mu.shard_map` and `mu.jit`, by filter: the first filter that selects a state decides.
 
     Args:
       specs: for each filter a `jax.sharding.PartitionSpec`, or None (each device has the whole state), or `mu.Shared` (so
-        has it, and random streams draw alike on all devices).
+        has it, and random streams draw alike on all devices). In `mu.jit` specs are of the mesh that is set
+        (`jax.set_mesh`), and a whole `jax.sharding.Sharding` will do.
 
     Example:
       >>> import mutatis as mu
@@ -129,7 +142,7 @@ class StateSharding(ByFilter):
 
     @staticmethod
     def _fits(entry: Any) -> bool:
-        return entry is None or entry is Shared or isinstance(entry, jax.sharding.PartitionSpec)
+        return entry is None or entry is Shared or isinstance(entry, jax.sharding.PartitionSpec | jax.sharding.Sharding)
 
     @staticmethod
     def _normal(entry: Any) -> Any:
@@ -158,10 +171,10 @@ def axes_by_cell(
         pairs += states
     elif states is not None and not isinstance(states, by):
         raise AxisError(
-            f"`states={states!r:.40}` says no axes",
+            f"`states={show_value(states)}` says no axes",
             where=site.label,
             expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
-            got=type(states).__name__,
+            got=show_class(states),
             cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
         )
     for node, axes in pairs:
@@ -173,7 +186,7 @@ def axes_by_cell(
                     path=site.scope.locate(cell),
                     where=site.label,
                     expected=by._expected,
-                    got=f"{axis!r:.60}",
+                    got=show_value(axis),
                     cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
                 )
             axis = by._normal(axis)
@@ -183,7 +196,7 @@ def axes_by_cell(
                     path=site.scope.locate(cell),
                     where=site.label,
                     expected="one axis or spec for a state, however it is reached",
-                    got=f"{found[cell]!r} and {axis!r}",
+                    got=f"{show_value(found[cell])} and {show_value(axis)}",
                     cure="Give the same axis at both places, or pass the module once.",
                 )
             found[cell] = axis

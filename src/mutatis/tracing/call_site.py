@@ -22,9 +22,15 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+
 from mutatis import _compat
 from mutatis.core import access, naming, transactions
+from mutatis.core.cells import Cell
 from mutatis.core.journal import Journal
+from mutatis.core.leftovers import Leftovers
+from mutatis.core.nodes import is_node
+from mutatis.core.places import Place
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
 from mutatis.model.byhand import drop_traced, settle
@@ -34,7 +40,7 @@ from mutatis.model.modules import Module, birth_of
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, argument_names, function_name, named_nodes, unflatten
 from mutatis.tracing.captures import Captures, search
-from mutatis.tracing.scope import Scope, show_root_path
+from mutatis.tracing.scope import Scope
 
 
 class RunResult:
@@ -43,13 +49,14 @@ class RunResult:
     It holds no values: those go through JAX and come back.
     """
 
-    __slots__ = ("born", "cells", "nodes", "structure")
+    __slots__ = ("born", "cells", "dropped", "nodes", "structure")
 
     def __init__(self, out: FlatTree, tx: Transaction) -> None:
         self.structure = out.structure
         self.nodes = out.nodes
         self.cells: list[Any] = list(tx.written)
         self.born: dict[Any, None] = dict(tx.born)
+        self.dropped = Leftovers([])  # of the states that it made, those that are let go
 
     def without_cells(self) -> RunResult:
         """The shape of the result alone."""
@@ -92,17 +99,20 @@ class CallSite:
         values = [*self.args, *self.kwargs.values()]
         nodes = named_nodes(argument_names(function, self.args, self.kwargs), values)
         further = named_nodes([name for name, _ in others], [value for _, value in others])
-        self.scope = Scope([*nodes, *self.captures.roots, *further])
+        self.scope = Scope([*nodes, *self.captures.roots, *further], self.captures.find_places())
         self.outer = _compat.current_trace()
         self.end: RunResult
         self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
         self.split: dict[Any, int] = {}  # cells of which each run sees a slice, along this axis
-        self.journal = Journal(self.scope.containers)  # of all runs
+        self.journal = Journal(self.scope.containers, self.scope.places)  # of all runs
+        self._tracing = transactions.tracing(self.journal)
 
     def __enter__(self) -> Self:
+        self._tracing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        self._tracing.__exit__(kind, _value, _trace)
         if kind is not None:
             self.journal.undo()
             return
@@ -110,7 +120,10 @@ class CallSite:
             for container, _ in self.journal.changed_containers():
                 number = self.scope.encoder.known(container)
                 path = () if number is None else self.scope.encoder.object_paths[number]
-                Encoder().encode(container, path)  # what was put in is no array, and so no tracer
+                loose = number in self.scope.encoder.outside
+                Encoder(loose=loose).encode(container, path)  # what was put in is no tracer
+            for place, _ in self.journal.changed_places():
+                Encoder(loose=True).encode(place.get(), (place.path,))
         except StructureError:
             self.journal.undo()
             raise
@@ -171,7 +184,7 @@ class CallSite:
         Raises:
           TraceLevelError: it made states of modules that outlive a raw JAX transform around the call.
         """
-        for obj, name, _ in self.journal.noted if end.born else ():
+        for obj, name, _ in self.journal.changes() if end.born else ():
             value = obj.__dict__.get(name) if isinstance(obj, Module) else None
             if isinstance(value, Variable) and value in end.born:
                 access.check_outlived(type(obj).__name__, birth_of(obj), name)
@@ -179,7 +192,7 @@ class CallSite:
         return end.unflatten(leaves)
 
     def undo(self, keep: Sequence[Any] = ()) -> None:
-        """Put structure back as it was before the call, as an exception would.
+        """Put structure back as it was before the call, as an exception would; what was made since is none of it.
 
         Args:
           keep: nodes that were made in the call and stay as they are.
@@ -187,8 +200,9 @@ class CallSite:
         encoder = Encoder()
         for node in keep:
             encoder.encode(node)
-        new = {id(obj) for obj in encoder.objects if self.scope.encoder.known(obj) is None}
-        self.journal.undo(but=frozenset(new))
+        made = [*encoder.objects, *self.journal.made()]
+        new = {id(obj) for obj in made if self.scope.encoder.known(obj) is None}
+        self.journal.undo(keeps=lambda obj: id(obj) in new)
 
     def refuse_creation(self, end: RunResult, what: str) -> None:
         """Raise if the function created deferred states, where that has no meaning.
@@ -199,11 +213,12 @@ class CallSite:
         for cell in end.cells:
             if cell not in end.born and access.is_deferred(cell):
                 raise StructureError(
-                    f"state {naming.describe(cell)} was created inside {what}",
+                    f"state {naming.describe(cell)} was created in {what}",
                     path=self.scope.locate(cell),
                     where=self.label,
                     made_at=naming.made_at(cell),
-                    cure="Create it before: call the model once, or give its size where it is made.",
+                    cure="Create it before: call the model once, or give its size where it is made."
+                    + ("" if cell.init is None else " This one starts by `mu.reset(model, batch_shape=(4,))`."),
                 )
 
     def sown(self, end: RunResult) -> list[Any]:
@@ -212,8 +227,7 @@ class CallSite:
         Raises:
           StructureError: one is reduced over the runs of the function, of which none is the first.
         """
-        new = [o.__dict__.get(name) for o, name, _ in self.journal.noted if isinstance(o, Module)]
-        sown = [cell for cell in new if isinstance(cell, Intermediate) and cell in end.born]
+        sown = self._sown(end)
         for cell in sown:
             if "reduced" in cell.metadata:
                 raise StructureError(
@@ -226,6 +240,16 @@ class CallSite:
                 )
         return sown
 
+    def made(self, end: RunResult) -> list[Any]:
+        """The states that the function made and returned in modules, but for those that it sowed."""
+        returned = {cell for node in end.nodes for cell in self.scope.cells_of(node).values()} - set(self._sown(end))
+        return [cell for cell in end.cells if cell in end.born and cell in returned]
+
+    def _sown(self, end: RunResult) -> list[Any]:
+        changed = [(obj, name) for obj, name, _ in self.journal.changes() if isinstance(obj, Module)]
+        new = [obj.__dict__.get(name) for obj, name in changed if self.scope.place_of(obj, name) is not None]
+        return [cell for cell in new if isinstance(cell, Intermediate) and cell in end.born]
+
     def refuse_changes(self, what: str, but: Sequence[Any] = ()) -> None:
         """Raise if the function changed attributes or containers, where that has no meaning.
 
@@ -236,26 +260,56 @@ class CallSite:
         Raises:
           StructureError: it did; the message names the first.
         """
-        for obj, name, _ in self.journal.entries():
-            number = self.scope.encoder.known(obj)
-            if number is None:
-                continue  # an object that the function made
-            if isinstance(obj, Module) and any(obj.__dict__.get(name) is cell for cell in but):
+        for obj, name, _ in self.journal.changes():
+            path = self.scope.place_of(obj, name)
+            if path is None:
+                continue  # an object that the function made, or one that `refuse_leftovers` looks at
+            now = obj.__dict__.get(name) if isinstance(obj, Module) else obj.get() if isinstance(obj, Place) else obj
+            if any(now is cell for cell in but):
                 continue
-            if isinstance(obj, Module) and isinstance(obj.__dict__.get(name), Intermediate):
+            if isinstance(obj, Module) and isinstance(now, Intermediate):
                 raise StructureError(
-                    f"a value was kept inside {what}, by `mu.sow` or `mu.capture`",
-                    path=naming.path_of(obj.__dict__[name]),
+                    f"a value was kept in {what}, by `mu.sow` or `mu.capture`",
+                    path=naming.path_of(now),
                     where=self.label,
                     expected="values that are kept each time that it runs",
                     got=f"a first value for `{name}`",
                     cure="Return the value from there, and keep it outside.",
                 )
-            path = show_root_path((*self.scope.encoder.object_paths[number], *((name,) if name else ())))
             raise StructureError(
-                f"`{path}` was changed inside {what}",
+                f"`{path}` was changed in {what}",
                 path=path,
                 where=self.label,
+                made_at=next(filter(None, map(naming.made_at, jax.tree.leaves(now, is_leaf=is_node))), None),
                 cure="The body is traced once, not run each time. Make states and change attributes before; "
                 "inside, write to states.",
             )
+
+    def let_go(self, end: RunResult) -> None:
+        """Have a run that is over hold none of the states that it made, but for those that it sowed or returned."""
+        kept = set(self._sown(end))
+        for node in end.nodes:
+            kept.update(self.scope.cells_of(node).values())
+        dropped = [cell for cell in end.born if cell not in kept]
+        end.dropped = Leftovers(dropped)
+        stand_ins = {cell: Cell() for cell in dropped}
+        end.cells = [stand_ins.get(cell, cell) for cell in end.cells]
+        end.born = {stand_ins.get(cell, cell): None for cell in end.born}
+
+    def refuse_leftovers(self, end: RunResult) -> None:
+        """Raise if states that a run made, or changes of modules that nothing leads to, are kept where they are not seen.
+
+        It is for runs whose other changes have been refused or put back already.
+
+        Raises:
+          StructureError: there are some; the message says where the first was made.
+        """
+        made = set(map(id, self.journal.made()))
+        known = self.scope.encoder.known
+        changes = [entry for entry in self.journal.changes() if isinstance(entry[0], Module)]
+        strays = [entry for entry in changes if id(entry[0]) not in made and known(entry[0]) is None]
+        self.journal.condense(lambda obj, name: self.scope.place_of(obj, name) is not None)
+        leftovers = Leftovers([], strays)
+        del changes, strays
+        end.dropped.refuse(self.label)
+        leftovers.refuse(self.label)

@@ -1,331 +1,406 @@
-"""What a function names: the modules and variables that become implicit arguments of a transform.
+"""What a function names: the modules and variables that become implicit arguments of a transform, and all else it depends on.
 
-`search` looks through closure cells, global names, defaults, partials, `__self__`, containers, the attributes of plain
-objects, and the Python functions that are named, transitively. It returns three things:
+`search` looks through closure cells, global names, defaults, partials, `__self__`, containers, the attributes of objects,
+classes and Python modules that the code loads, and the Python functions that are named, transitively; then, when a walk has
+found the modules, through the methods of their classes. It gives:
 
 - `roots`: the nodes found (and the containers that hold some), with the names they go by;
-- `token`: a key of all else that was found on the way (numbers, flags, other functions' code): a program that was
-  traced with other values is another program;
-- guards: what to compare at the next call to notice that a name is bound to something else.
+- `token`: a key of all else that was found. Two searches have equal tokens only if everything that they found is equal; what is
+  not understood counts by identity, and is kept alive by the token;
+- `guards`: what to compare at the next call to notice that something is another;
+- `find_places`: where the functions may put states that they make;
+- `opaque`: whether something was found that may change without being seen (an iterator, an object that is written in C). Then
+  a program is good for the very same function only, as JAX's are.
 
-Functions of installed libraries are searched through their closures only: their globals name no user's model. Names
-that the function itself rebinds (a count of its traces) are left out, once tracing has shown them (`ignored`).
+Functions of libraries are searched through their closures only, and what libraries hold counts by identity: their globals name
+no user's model.
 """
 
 from __future__ import annotations
 
-import dis
+import enum
 import functools
+import marshal
+import operator
 import sys
-import sysconfig
 import types
-from collections.abc import Hashable
-from itertools import repeat
-from operator import attrgetter
-from typing import Any, TypeAlias
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
 
 import jax
+import numpy as np
 
-from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.naming import probe, wrapped
-from mutatis.core.nodes import is_node, searched_attributes
-from mutatis.core.statics import Identity, Static, static_key
+from mutatis.core.nodes import holds_nodes, is_node, searched_attributes
+from mutatis.core.places import Place
+from mutatis.core.statics import Identity, Static, StaticObject, array_key, static_key
 from mutatis.model import contexts
 from mutatis.model.filters import Filter
+from mutatis.model.graph import Encoder
 from mutatis.model.modules import Module
 from mutatis.model.wrapped import Wrapped
+from mutatis.tracing import traced
+from mutatis.tracing.attributes import AttributeSearch
+from mutatis.tracing.classes import is_library_class, is_library_object, is_plain_library, is_value, shows_its_state
+from mutatis.tracing.codes import (
+    contents,
+    default_names,
+    identifiers,
+    is_library_file,
+    names_of,
+)
+from mutatis.tracing.guards import EMPTY, items_of
+from mutatis.tracing.places import places_of
 
-_EMPTY = object()
-_get_contents = attrgetter("cell_contents")
-_SMALL = 64  # containers of static values up to this length count
-_MANY = 10_000  # longer containers are data
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-_SKIPPED = (types.ModuleType, type, types.BuiltinFunctionType, types.MethodWrapperType)
+_MANY = 1024  # containers up to this length are looked into
+_BUDGET = 20_000  # objects that one search looks at
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, types.EllipsisType})
+_PLAIN_DATA = frozenset({type(None), bool, int, float, str})
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque, types.MappingProxyType)
+_GETTERS = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
+_NO_PLACES = (types.ModuleType, types.FunctionType, type)  # what is put there outlives every model
+_BUILTIN = (types.BuiltinFunctionType, types.MethodWrapperType)
+_UNCHANGING = frozenset({"jax", "jaxlib", "optax", "ml_dtypes", "mutatis"})  # what they make does not change
+_CONSTANT = (
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GenericAlias,
+    np.ufunc,
+    types.CodeType,
+)
 
 
-Slot: TypeAlias = tuple[Hashable, str]  # a name in the code of a function
-
-
-class Captures:
+class Captures(AttributeSearch):
     """The result of a search; `unchanged` says whether it still holds."""
 
-    __slots__ = (
-        "_attributes",
-        "_cells",
-        "_container_slots",
-        "_containers",
-        "_contents",
-        "_guards",
-        "_inside",
-        "_keep",
-        "_names",
-        "_objects",
-        "_seen",
-        "ephemeral",
-        "ignored",
-        "named",
-        "roots",
-        "token",
-    )
+    __slots__ = ("_functions", "_holders", "_loose", "ephemeral", "roots")
 
-    def __init__(self, ignored: frozenset[Slot] = frozenset()) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         self.roots: list[tuple[str, Any]] = []
-        self.token: list[Hashable] = []
-        self.named: dict[str, str] = {}  # the numbers and strings that were found, for explanations
         self.ephemeral = False  # a tracer is captured: what is made from this search must not be kept
-        self.ignored = ignored
-        self._inside: Hashable = None  # the code of the function that is looked into
-        self._cells: list[tuple[Any, int, Slot]] = []
-        self._names: list[tuple[dict[str, Any], str, int, Slot]] = []
-        self._containers: list[Any] = []  # small lists and dicts of static values
-        self._container_slots: list[Slot] = []
-        self._contents: ContainerSnapshot
-        self._guards: tuple[list[Any], list[Any], list[Any], list[int]]  # cells, dicts, keys; what all of them held
-        self._keep: list[Any] = []  # keeps the identities of guarded values from being used again
-        self._objects: list[tuple[str, Any, set[str]]] = []  # plain objects, with the attributes that were looked at
-        self._seen: set[int] = set()
-        self._attributes: dict[str, None] = {}  # the attribute names that the functions load
+        self._holders: set[int] = set()  # the classes and static values of modules that were looked into
+        self._functions: list[types.FunctionType] = []  # of the user's that were looked into
+        self._loose: list[tuple[str, Any]] = []  # lists and dicts that hold no states
 
     def unchanged(self) -> bool:
         """Whether every name is still bound to what it was bound to."""
-        closures, dicts, keys, identities = self._guards
-        try:
-            now = list(map(id, map(_get_contents, closures)))
-        except ValueError:  # one of them was emptied
-            now = [id(_contents(cell)) for cell in closures]
-        now += map(id, map(dict.get, dicts, keys, repeat(_EMPTY)))
-        return now == identities and self._contents.unchanged()
-
-    def changed(self) -> frozenset[Slot]:
-        """The names that are bound to something else now."""
-        cells = {slot for cell, identity, slot in self._cells if id(_contents(cell)) != identity}
-        names = {slot for names, key, identity, slot in self._names if id(names.get(key, _EMPTY)) != identity}
-        before = zip(self._containers, self._contents.copies, self._container_slots, strict=True)
-        items = {slot for now, then, slot in before if static_key(now) != static_key(then)}
-        return frozenset(cells | names | items)
+        return self.guards.unchanged()
 
     def complete(self) -> None:
-        """End the search: with all functions known, look at the attributes that they load of plain objects."""
-        while any(self._object(*entry) for entry in self._objects):
-            pass
-        self._contents = ContainerSnapshot(self._containers, copies=True)
-        identities = [identity for _, identity, _ in self._cells]
-        identities += [identity for _, _, identity, _ in self._names]
-        names = self._names
-        self._guards = ([c for c, _, _ in self._cells], [d for d, *_ in names], [k for _, k, *_ in names], identities)
+        """End the search."""
+        self._settle()
+        if self._misses:
+            for owner, key in self._absent:
+                self._guard(owner, key, EMPTY)
+        self.guards.close()
         self._seen.clear()
+        self._entries.clear()
+        self._absent.clear()
+        self._functions.clear()
+        self._loose.clear()
 
-    # -- the search ------------------------------------------------------------------------------------------
+    def find_places(self) -> list[Place]:
+        """Where the functions may put states, besides in models. It is asked before the search ends."""
+        objects = [
+            (entry.name, entry.obj)
+            for entry in self._entries
+            if entry.namespace and not isinstance(entry.obj, _NO_PLACES) and not is_library_object(type(entry.obj))
+        ]
+        return places_of(self._functions, objects, self._loose)
+
+    def look_into_modules(self, encoder: Encoder) -> bool:
+        """Look into the classes of modules that a walk found, and into their functions; whether that led to further nodes."""
+        self._settle()
+        before = len(self.roots)
+        for kind in dict.fromkeys(type(obj) for obj in encoder.objects if isinstance(obj, Module)):
+            if id(kind) not in self._holders:
+                self._holders.add(id(kind))
+                self._class(kind.__name__, kind)
+        named = dict(self.named)
+        for _, static in encoder.statics():
+            value = static.value
+            runs = isinstance(value, types.FunctionType | functools.partial | types.MethodType)
+            if runs and id(value) not in self._holders:
+                self._holders.add(id(value))
+                self.visit(getattr(value, "__name__", "static"), value)
+        self.named = named  # explanations say by which path of the model they came to these
+        self._settle()
+        return len(self.roots) > before
+
+    # -- values ----------------------------------------------------------------------------------------------
 
     def enter(self, name: str, function: Any) -> None:
         """Look into a function without keeping it alive: whoever calls it does."""
-        self._seen.add(id(function))
+        self._seen[id(function)] = len(self.token)
         self._look_into(name, function)
 
     def visit(self, name: str, value: Any) -> None:
         """Look into one value that goes by a name."""
-        if isinstance(value, _SKIPPED):
-            return
-        if is_node(value) and not isinstance(value, Wrapped):
+        if type(value) in _ATOMS:
+            self.token.append(static_key(value))
+            self.named[name] = f"{value!r:.100}"
+            if type(value) is str:
+                self._names.update(dict.fromkeys(identifiers(value)))
+        elif is_node(value) and not isinstance(value, Wrapped):
+            self.token.append("node")
             self.roots.append((name, value))
             for attribute in searched_attributes(value) or ():
                 self.visit(attribute, value.__dict__[attribute])
-        elif isinstance(value, contexts.Context):
-            self.token.append(Identity(value))
-            if is_node(value.default):
-                self.visit(name, value.default)
         elif isinstance(value, jax.core.Tracer):
             self.ephemeral = True
             self.token.append(Identity(value))
-        elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
-            self.token.append(static_key(value))
-            self.named[name] = f"{value!r:.100}"
-        elif id(value) in self._seen:
-            self.token.append("again")
+        elif (at := self._seen.get(id(value))) is not None:
+            self.token.append(("again", at))
         else:
-            self._seen.add(id(value))
+            self._seen[id(value)] = len(self.token)
             self._keep.append(value)
-            self._look_into(name, value)
+            if len(self._keep) > _BUDGET:
+                self._unknown(value)
+            else:
+                self._look_into(name, value)
 
     def _look_into(self, name: str, value: Any) -> None:
+        kind = type(value)
         if isinstance(value, types.FunctionType):
-            self._function(value)
-        elif isinstance(value, types.MethodType):
+            self.named[name] = f"function {value.__qualname__}"
+            self._function(name, value)
+        elif isinstance(value, type):
+            self.named[name] = f"class {value.__qualname__}"
+            self._identity(value)
+            self._class(name, value, makes=True)
+        elif isinstance(value, types.ModuleType):
+            self._identity(value)
+            self._entry(name, value, vars(value))
+        elif isinstance(value, _CONTAINERS):
+            self._container(name, value)
+        elif isinstance(value, np.ndarray | np.generic | jax.Array):
+            self._array(name, value)
+        elif isinstance(value, enum.Enum):
+            self.named[name] = str(value)
+            self._identity(value)
+            self._class(name, kind)
+            self.visit(f"{name}.value", value._value_)
+        elif isinstance(value, int | float | complex | str | bytes):
+            base = next(base for base in (int, float, complex, str, bytes) if isinstance(value, base))
+            self._part(Identity(kind), base.__repr__(value))
+            self._object(name, value, state=False)
+        elif self._callable(name, value) or self._of_ours(name, value):
+            pass
+        elif isinstance(value, types.SimpleNamespace) or (shows_its_state(kind) and not is_library_object(kind)):
+            self._part("object", Identity(kind))
+            self._object(name, value)
+        else:
+            self._other(name, value)
+
+    def _callable(self, name: str, value: Any) -> bool:
+        """Look into what Python makes of functions; whether it is of that sort."""
+        kind = type(value)
+        if isinstance(value, types.MethodType):
+            self._part("method")
             self.visit(name, value.__func__)
             self.visit("self", value.__self__)
         elif isinstance(value, functools.partial):
+            self._part("partial", Identity(kind), len(value.args), tuple(value.keywords))
             self.visit(name, value.func)
             for index, item in enumerate(value.args):
                 self.visit(f"{name}.args[{index}]", item)
             for key, item in value.keywords.items():
                 self.visit(key, item)
-        elif isinstance(value, Filter):
-            self.visit(name, value._parts())
-        elif isinstance(value, Wrapped):
-            self.token.append(static_key(value.remake))
+            if kind is not functools.partial:
+                self._object(name, value)
+        elif isinstance(value, _BUILTIN):
+            owner = value.__self__
+            if owner is None or isinstance(owner, types.ModuleType | type):
+                self.named[name] = f"function {value.__qualname__}"
+                self._identity(value)
+            else:
+                self._part("of an object", kind, value.__name__)
+                self.visit(name, owner)
+        elif isinstance(value, _GETTERS):
+            self._part(kind)
+            self.visit(name, value.__reduce__()[1:])
+        elif isinstance(value, staticmethod | classmethod):
+            self._part(kind)
+            self.visit(name, value.__func__)
+        elif isinstance(value, property):
+            self._part(kind)
+            self.visit(name, (value.fget, value.fset))
+        elif isinstance(value, functools.cached_property):
+            self._part(kind)
+            self.visit(name, value.func)
+        elif isinstance(value, weakref.ref):
+            self._part(kind)
+            self.visit(name, value())
+        elif isinstance(value, types.CellType):
+            self._part(kind)
+            self._bound(name, value, None, contents(value, EMPTY))
+        else:
+            return False
+        return True
+
+    def _of_ours(self, name: str, value: Any) -> bool:
+        """Look into what Mutatis, or JAX, makes of functions; whether it is of that sort."""
+        if isinstance(value, Wrapped):
+            self._part("transformed", Identity(type(value)), len(value.parts), len(value.rules))
+            self.visit("options", value.remake)
             self.visit(name, value.__wrapped__)
             for part in (*value.parts.values(), *value.rules):
                 self.visit(name, part)
-        elif _is_container(value):
-            self._container(name, value)
-        elif isinstance(wrapped(value), types.FunctionType):
-            self.token.append(Identity(value))
-            self.visit(name, value.__wrapped__)
-            for rule in ("fwd", "bwd", "jvp"):  # of JAX's `custom_vjp` and `custom_jvp`
-                self.visit(rule, probe(value, rule))
+        elif isinstance(value, Filter):
+            self._part("filter", Identity(type(value)))
+            self.visit(name, value._parts())
+        elif isinstance(value, contexts.Context):
+            self._identity(value)
+            if is_node(value.default):
+                self.visit(name, value.default)
+        elif isinstance(value, StaticObject):
+            self._identity(value.value)
         elif (attributes := searched_attributes(value)) is not None:
-            self.token.append(Identity(value))
+            self._identity(value)
             for attribute in attributes:
                 self.visit(attribute, getattr(value, attribute))
-        elif _is_plain(value):
-            self.token.append(static_key(type(value)))
-            self._objects.append((name, value, set()))
+        elif is_library_class(type(value)) and callable(inner := wrapped(value)):
+            self.named[name] = f"function {probe(value, '__qualname__', name)}"
+            self._identity(value)
+            if not (isinstance(inner, types.FunctionType) and is_plain_library(inner)):
+                self.visit(name, inner)
+                for rule in ("fwd", "bwd", "jvp", "jvp_rule"):  # of JAX's `custom_vjp` and `custom_jvp`
+                    self.visit(rule, probe(value, rule))
         else:
+            return False
+        return True
+
+    def _other(self, name: str, value: Any) -> None:
+        """What is a value, by what it says itself; else by its identity, and it may change without being seen."""
+        self.named[name] = f"{value!r:.100}" if is_library_class(type(value)) else type(value).__name__
+        if isinstance(value, _CONSTANT) or type(value) is object:
+            self._identity(value)
+        elif is_value(value):
             self.token.append(static_key(value))
+        else:
+            self.opaque = self.opaque or type(value).__module__.partition(".")[0] not in _UNCHANGING
+            self._identity(value)
+            self._object(name, value, state=False)
 
-    def _function(self, function: types.FunctionType) -> None:
+    def _unknown(self, value: Any) -> None:
+        self.opaque = True
+        self.token.append(Identity(value))
+
+    # -- functions -------------------------------------------------------------------------------------------
+
+    def _function(self, name: str, function: types.FunctionType) -> None:
         code = function.__code__
-        outside, self._inside = self._inside, code
-        self.token.append(code)
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            value = _contents(cell)
-            if (code, name) not in self.ignored:
-                self._cells.append((cell, id(value), (code, name)))
-                if value is not _EMPTY:
-                    self.visit(name, value)
-        for name, value in zip(_default_names(function), function.__defaults__ or (), strict=True):
-            self.visit(name, value)
-        for name, value in (function.__kwdefaults__ or {}).items():
-            self.visit(name, value)
-        if not _is_library(code.co_filename):
-            names, attributes = _names_of(code)
-            self._attributes.update(dict.fromkeys(attributes))
-            for name in names:
-                value = function.__globals__.get(name, _EMPTY)
-                if value is not _EMPTY and not isinstance(value, _SKIPPED) and not _is_library_function(value):
-                    self._named(function.__globals__, name, name, value)
-        self._inside = outside
-
-    def _named(self, names: dict[str, Any], key: str, name: str, value: Any) -> None:
-        """A value that a global or an attribute is bound to."""
-        slot = (self._inside, name)
-        if slot in self.ignored:
+        defaults, keywords = function.__defaults__ or (), function.__kwdefaults__ or {}
+        self._part(code, Identity(function.__globals__), len(defaults), tuple(keywords))
+        for variable, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            if variable == "__class__":  # of `super()`: nothing is made of it
+                self._class(variable, contents(cell, object))
+            else:
+                self._bound(variable, cell, None, contents(cell, EMPTY))
+        for variable, value in zip(default_names(function), defaults, strict=True):
+            self.visit(variable, value)
+        if keywords:
+            self.guards.add_contents(keywords)
+        for variable, value in keywords.items():
+            self.visit(variable, value)
+        if is_library_file(code.co_filename):
             return
-        self._names.append((names, key, id(value), slot))
-        if not is_node(value):
-            self._keep.append(value)
-        self.visit(name, value)
+        self._functions.append(function)
+        names = names_of(code)
+        self._note(names)
+        for variable in names.globals:
+            if variable in function.__globals__:
+                self._part("global", variable)
+                self._bound(variable, function.__globals__, variable, function.__globals__[variable])
+            else:
+                self.guards.add_name(function.__globals__, variable, EMPTY)
+        for module in names.imports:
+            if module in sys.modules:
+                self.visit(module, sys.modules[module])
+        if attributes := vars(function):
+            self._entry(name, function, attributes)
+
+    # -- data ------------------------------------------------------------------------------------------------
 
     def _container(self, name: str, value: Any) -> None:
-        items = list(value.values()) if isinstance(value, dict) else list(value)
-        if _holds_nodes(value):
-            self.roots.append((name, value))
+        kind = type(value)
+        items = items_of(value)
+        mapping = isinstance(value, dict | types.MappingProxyType)
+        width = len(items) // 2 if mapping else len(items)
+        holds = holds_nodes(items)
+        if holds and (kind in (list, dict) or isinstance(value, tuple)):
+            self.roots.append((name, value))  # itself: what is put into it is put into the user's own
+        elif width > _MANY:
+            self._unknown(value)
+            return
+        elif not isinstance(value, tuple | frozenset):
+            self.guards.add_contents(value)
+            if kind in (list, dict):
+                self._loose.append((name, value))
+        start = len(self.token)
+        self._part(Identity(kind), width)
+        if not mapping and not holds and width > 8 and _PLAIN_DATA.issuperset(map(type, items)):
+            self.token.append(marshal.dumps(items, 2))
+            self._names.update(dict.fromkeys(_names_among(items)))
+        elif mapping:
+            self._mapping(name, items[:width], items[width:])
+        else:
+            fields = getattr(kind, "_fields", ())
             for index, item in enumerate(items):
-                if not is_node(item):
-                    self.visit(f"{name}[{index}]", item)
-        elif len(items) <= _SMALL and (self._inside, name) not in self.ignored:
-            keys = tuple(value) if isinstance(value, dict) else len(items)
-            self.token.append((type(value).__name__, static_key(keys)))
-            if not isinstance(value, tuple):
-                self._containers.append(value)
-                self._container_slots.append((self._inside, name))
-            for index, item in enumerate(items):
-                self.visit(f"{name}[{index}]", item)
+                self.visit(f"{name}.{fields[index]}" if index < len(fields) else f"{name}[{index}]", item)
+        if kind not in (list, tuple, dict, set, frozenset) and (
+            hasattr(value, "__dict__") or not is_library_class(kind)
+        ):
+            self._object(name, value)
+        if isinstance(value, dict) and (factory := getattr(value, "default_factory", None)) is not None:
+            self.visit(f"{name}.default_factory", factory)
+        if not holds:
+            self._count_as_one(start, traced.class_of(value, None, items))
 
-    def _object(self, name: str, value: Any, done: set[str]) -> bool:
-        """Look at the attributes of a user's object that are nodes or that the functions load, but for those done."""
-        attributes = vars(value)
-        nodes = [k for k, v in attributes.items() if is_node(v) or (_is_container(v) and _holds_nodes(v))]
-        rest = [key for key in dict.fromkeys([*nodes, *self._attributes]) if key not in done]
-        done.update(rest)
-        for key in rest:
-            if key in attributes:
-                self._named(attributes, key, f"{name}.{key}", attributes[key])
-            elif isinstance(method := getattr(type(value), key, None), types.FunctionType):
-                self.visit(key, method)
-        return bool(rest)
+    def _mapping(self, name: str, keys: list[Any], values: list[Any]) -> None:
+        if _PLAIN_DATA.issuperset(map(type, keys)):
+            self.token.append(static_key(keys))
+            self._names.update(dict.fromkeys(_names_among(keys)))
+        else:
+            for key in keys:  # dicts find them by hash: they do not change
+                if is_node(key) or isinstance(key, tuple):
+                    self.visit(f"a key of {name}", key)
+                else:
+                    self.token.append(static_key(key) if type(key) in _ATOMS else Identity(key))
+        for key, value in zip(keys, values, strict=True):
+            self.visit(f"{name}[{key!r:.50}]", value)
+
+    def _array(self, name: str, array: Any) -> None:
+        key = array_key(array)
+        self.token.append(key)
+        self.named[name] = f"{array.dtype}{list(array.shape)} array"
+        if isinstance(array, np.ndarray):
+            if isinstance(key, Identity):
+                self.opaque = True
+            else:
+                self.guards.add_contents(array)
 
 
-def search(*functions: Any, ignored: frozenset[Slot] = frozenset()) -> Captures:
-    """What the functions name, except for names that are to be ignored, and what contexts are set to."""
-    found = Captures(ignored)
+def search(*functions: Any) -> Captures:
+    """What the functions name, and what contexts are set to; to be completed."""
+    found = Captures()
     for function in functions:
         if isinstance(function, Module):
+            found.token.append("node")
             found.roots.append(("model", function))
         else:
             found.enter(str(probe(function, "__name__", "f")), function)
     for context, entry in contexts.active():
         found.visit(context.name, entry.value if isinstance(entry, Static) else entry)
-    found.complete()
+    found._settle()
     return found
 
 
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet bound
-        return _EMPTY
-
-
-def _is_container(value: Any) -> bool:
-    return type(value) in (list, tuple, dict) or (isinstance(value, tuple) and hasattr(value, "_fields"))
-
-
-def _holds_nodes(value: Any, depth: int = 4) -> bool:
-    items = value.values() if isinstance(value, dict) else value
-    return len(items) <= _MANY and any(
-        is_node(item) or (depth > 0 and _is_container(item) and _holds_nodes(item, depth - 1)) for item in items
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _names_of(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The globals and the attributes that a function and the functions defined in it load, in order of first use."""
-    names: dict[str, None] = {}
-    attributes: dict[str, None] = {}
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            names[instruction.argval] = None
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            attributes[instruction.argval] = None
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner_names, inner_attributes = _names_of(constant)
-            names.update(dict.fromkeys(inner_names))
-            attributes.update(dict.fromkeys(inner_attributes))
-    return tuple(names), tuple(attributes)
-
-
-def _default_names(function: types.FunctionType) -> tuple[str, ...]:
-    code = function.__code__
-    count = len(function.__defaults__ or ())
-    return code.co_varnames[code.co_argcount - count : code.co_argcount]
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_library(filename: str) -> bool:
-    return filename.startswith(_LIBRARIES) or "/site-packages/" in filename or _is_ours(filename)
-
-
-_HERE = __file__.rpartition("captures")[0]
-
-
-def _is_ours(filename: str) -> bool:
-    return filename.startswith(_HERE)
-
-
-def _is_library_function(value: Any) -> bool:
-    """Whether a global name holds a function of a library, which names no user's model."""
-    return isinstance(value, types.FunctionType) and _is_library(value.__code__.co_filename) and not value.__closure__
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether an object is of a user's own class, so that its attributes may hold models."""
-    kind = type(value)
-    if isinstance(value, types.SimpleNamespace):
-        return True
-    if not hasattr(value, "__dict__"):
-        return False
-    module = sys.modules.get(kind.__module__)
-    file = getattr(module, "__file__", None)
-    return kind.__module__ != "builtins" and (file is None or not _is_library(file))
+def _names_among(items: Iterable[Any]) -> list[str]:
+    return [name for item in items if type(item) is str for name in identifiers(item)]

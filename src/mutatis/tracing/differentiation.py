@@ -10,6 +10,7 @@ the function reads is closed over, and everything that it writes comes back as a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from mutatis.core import access
 from mutatis.core.avals import show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.errors import DeferredStateError, FilterError, StructureError
+from mutatis.core.showing import show_class, show_structure, show_value
+from mutatis.errors import ArgumentError, DeferredStateError, FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.state import State
 from mutatis.model.variables import Variable
@@ -63,7 +65,7 @@ class Target:
         """The cells' and the leaves' parts of a tangent in the structure of the argument.
 
         Raises:
-          StructureError: it has another structure.
+          ArgumentError: it has another structure.
         """
         treedef, places = self.structure
         try:
@@ -72,33 +74,33 @@ class Target:
             parts = None
         at = set(places)
         if parts is None or not all(jax.tree_util.all_leaves([p]) for i, p in enumerate(parts) if i not in at):
-            raise StructureError(
+            raise ArgumentError(
                 f"the tangent of `{self.name}` has another structure than `{self.name}`",
                 path=self.name,
-                expected=str(treedef),
-                got=f"{given!r:.60}",
+                expected=show_structure(treedef),
+                got=show_value(given),
                 cure="Give a tangent for each leaf, and a `mu.State` of tangents for each Module or Variable.",
             )
         cells = []
         for place, kinds, shapes in zip(places, self.kinds, self.shapes, strict=True):
             flat = parts[place].flat() if isinstance(parts[place], State) else None
             if flat is None or set(flat) != set(kinds):
-                raise StructureError(
+                raise ArgumentError(
                     f"the tangent of `{self.name}` is not a State of the states that are differentiated",
                     path=self.name,
                     expected=f"a State of {', '.join(show_path(path) or '.' for path in kinds) or 'no states'}",
-                    got=type(parts[place]).__name__
+                    got=show_class(parts[place])
                     if flat is None
                     else f"a State of {', '.join(show_path(path) or '.' for path in flat)}",
                     cure="What `mu.grad` of the same gives has the structure.",
                 )
             for path, shape in shapes.items():
                 if jax.tree.map(jnp.shape, flat[path]) != shape:
-                    raise StructureError(
+                    raise ArgumentError(
                         f"the tangent of state `{show_path(path) or self.name}` has another shape",
                         path=show_path(path),
-                        expected=shape,
-                        got=jax.tree.map(jnp.shape, flat[path]),
+                        expected=show_value(shape),
+                        got=show_value(jax.tree.map(jnp.shape, flat[path])),
                         cure="What `mu.grad` of the same gives has the structure.",
                     )
             cells += [flat[path] for path in kinds]
@@ -115,11 +117,11 @@ def select(name: str, value: Any, wrt: FilterLike, seen: set[Variable]) -> tuple
     """
     packed = FlatTree(value)
     if name == "of" and (packed.leaves or not packed.nodes):
-        raise FilterError(
-            f"`of` cannot be a {type(value).__name__}",
+        raise ArgumentError(
+            f"`of` cannot be {show_value(value)}",
             path="of",
             expected="a Module, a Variable, or a tuple, list or dict of them",
-            got=f"{value!r:.60}",
+            got=show_class(value),
             cure="Name what the function reads: `of=model`; arrays are differentiated as arguments, by `argnums`.",
         )
     selects = as_filter(wrt)
@@ -195,10 +197,19 @@ class Differentiation(CallSite):
     ) -> None:
         super().__init__(name, function, args, kwargs, others=[] if of is None else [("of", of)])
         self._has_aux = has_aux
-        self._several = not isinstance(argnums, int)
-        wanted = [argnums] if isinstance(argnums, int) else [*argnums]
+        self._several = isinstance(argnums, Sequence) and not isinstance(argnums, str)
+        wanted: Any = argnums if self._several else [argnums]
+        if not all(hasattr(type(number), "__index__") for number in wanted):
+            raise ArgumentError(
+                f"{show_value(argnums)} in `argnums` is no position of an argument",
+                path="argnums",
+                where=self.label,
+                expected="an int, or several: `argnums=0`, `argnums=(0, 1)`",
+                got=show_class(argnums),
+                cure=f"States are chosen by another keyword: `mu.{name}(f, wrt=mu.Param)`.",
+            )
         if of is not None and argnums is UNSAID:
-            wanted = []
+            wanted = ()
         self._numbers = [_position(name, function, number, len(args)) for number in wanted]
         each = isinstance(wrt, tuple) and self._several and len(wrt) == len(wanted)
         filters = list(wrt) if each else [wrt] * len(wanted)
@@ -244,10 +255,10 @@ class Differentiation(CallSite):
         packed = FlatTree(result[0] if fits and self._has_aux else result)
         if not fits or packed.nodes:
             raise StructureError(
-                f"the function of `{self.label}` does not return what is differentiated",
+                "the result cannot be differentiated",
                 where=self.label,
                 expected="a pair of arrays and anything (has_aux=True)" if self._has_aux else "arrays",
-                got=f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, tuple | list) else ""),
+                got=show_value(result),
                 cure="Return `loss`; with more, return `loss, rest` and say `has_aux=True`; of a Variable, its `.value`.",
             )
         return packed.structure[0]
@@ -257,13 +268,22 @@ class Differentiation(CallSite):
         out, aux = self.pure(inputs)
         if self._out != jax.tree.structure(0):
             raise StructureError(
-                f"the function of `{self.label}` does not return what is differentiated",
+                "the result cannot be differentiated",
                 where=self.label,
                 expected="a pair of a scalar array and anything (has_aux=True)"
                 if self._has_aux
                 else "one scalar array",
-                got=f"{self.end.unflatten([*out, *aux[0]])!r:.60}",
+                got=show_value(self.end.unflatten([*out, *aux[0]])),
                 cure="Return `loss`; with more, return `loss, rest` and say `has_aux=True`.",
+            )
+        if jnp.shape(out[0]):
+            raise ArgumentError(
+                "the function does not return a scalar",
+                where=self.label,
+                expected="one number",
+                got=show_value(out[0]),
+                cure="Return one number: `mu.grad(lambda *args: jnp.mean(f(*args)))(model, x)`; `mu.jacrev(f)(model, x)` "
+                "differentiates all of an array.",
             )
         return out[0], aux
 
@@ -340,34 +360,35 @@ class Form:
         leaves: list[Any]
         leaves, treedef = jax.tree.flatten(given)
         if treedef != self._out:
-            raise StructureError(
+            raise ArgumentError(
                 "the cotangent has another structure than the result",
-                expected=str(self._out),
-                got=str(treedef),
+                expected=show_structure(self._out),
+                got=show_structure(treedef),
                 cure="Give the cotangent in the structure that the function returned.",
             )
         return leaves
 
 
-def _bad_tangents(expected: str, given: Any) -> StructureError:
-    return StructureError(
+def _bad_tangents(expected: str, given: Any) -> ArgumentError:
+    return ArgumentError(
         "the tangents do not fit what is differentiated",
         expected=expected,
-        got=f"{given!r:.60}",
+        got=show_value(given),
         cure="Give one tangent for each primal: `mu.jvp(f, (model, x), (state, dx))`.",
     )
 
 
-def _position(name: str, function: Any, number: int, count: int) -> int:
+def _position(name: str, function: Any, number: Any, count: int) -> int:
+    number = operator.index(number)
     if not -count <= number < count:
-        raise FilterError(
-            f"`{name}` cannot differentiate argument {number}: the call has {count} positional arguments",
+        raise ArgumentError(
+            f"there is no argument {number} to differentiate",
             where=f"{name}({function_name(function)})",
-            expected=f"a position below {count}",
-            got=number,
+            expected=f"a position from {-count} to {count - 1}" if count else "a call with positional arguments",
+            got=f"{number}, in a call with {count or 'no'} positional argument{'s' * (count != 1)}",
             cure="Say which, `argnums=0`, or differentiate what the function names: `of=model`.",
         )
-    return number % count
+    return int(number % count)
 
 
 def _is_flag(x: Any) -> bool:

@@ -6,11 +6,12 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import jax
 
 from mutatis import _compat
+from mutatis.core.calls import check_transformed, without_own_frames
 from mutatis.core.naming import PACKAGE, probe
 from mutatis.core.nodes import is_node
 from mutatis.model.wrapped import Wrapped, borrows
@@ -18,8 +19,13 @@ from mutatis.tracing.arguments import function_name
 
 _compat.hide_frames(PACKAGE)  # users' tracebacks show users' code
 
+P = ParamSpec("P")
+Rest = ParamSpec("Rest")
+R_co = TypeVar("R_co", covariant=True)
+Owner = TypeVar("Owner")
 
-class Transformed(Wrapped):
+
+class Transformed(Wrapped, Generic[P, R_co]):
     """A function that a transform was applied to. Works as a method, and as an attribute of modules.
 
     Args:
@@ -34,6 +40,8 @@ class Transformed(Wrapped):
         remake: Callable[..., Any],
         call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None,
     ) -> None:
+        if not is_node(function):  # a Module that is not called is a part of a model all the same
+            check_transformed(function, getattr(remake, "func", remake).__name__)
         self.__wrapped__ = function
         self.set_recipe(remake)
         self._call = call
@@ -50,10 +58,19 @@ class Transformed(Wrapped):
             remake = functools.partial(remake.func, *remake.args, **rest)  # type: ignore[attr-defined]
         self.remake = remake
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         assert self._call is not None
-        return self._call(self.__wrapped__, args, kwargs)
+        try:
+            return self._call(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]  # as the transform says
+        except Exception as error:
+            raise without_own_frames(error)  # noqa: B904  # it is the same error
 
+    @overload
+    def __get__(self, obj: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(
+        self: Transformed[Concatenate[Owner, Rest], R_co], obj: Owner, owner: type | None = None
+    ) -> Callable[Rest, R_co]: ...
     def __get__(self, obj: Any, owner: type | None = None) -> Any:
         return self if obj is None else types.MethodType(self, obj)
 

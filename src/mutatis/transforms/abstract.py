@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import numpy as np
 
 from mutatis.core import access
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, as_numbers, check_static_arguments, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
+R = TypeVar("R")
 
-def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+
+def eval_shape(f: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
     """The shapes and dtypes of a function's result; as `jax.eval_shape`, with states.
 
     Nothing is computed, allocated or written. A module that `f` makes comes back with shapes for values.
@@ -41,10 +43,12 @@ def eval_shape(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
         out, written = jax.eval_shape(pure, site.values(cells), site.packed.leaves)
         site.undo(keep=site.end.nodes)
+        site.let_go(site.end)
+        site.refuse_leftovers(site.end)
         for cell, shape in zip(site.end.cells, written, strict=True):
             if cell in site.end.born:
                 access.create_detached(cell, shape)
-        return site.end.unflatten(out)
+        return site.end.unflatten(out)  # type: ignore[no-any-return]
 
 
 def eval_arrays(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -65,6 +69,21 @@ def eval_arrays(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, An
 _ARRAYS = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 
 
+@overload
+def make_jaxpr(
+    f: Callable[..., Any],
+    static_argnums: int | Sequence[int] = ...,
+    axis_env: Sequence[tuple[Any, int]] | None = ...,
+    return_shape: Literal[False] = ...,
+) -> Transformed[..., Any]: ...
+@overload
+def make_jaxpr(
+    f: Callable[..., R],
+    static_argnums: int | Sequence[int] = ...,
+    axis_env: Sequence[tuple[Any, int]] | None = ...,
+    *,
+    return_shape: Literal[True],
+) -> Transformed[..., tuple[Any, R]]: ...
 def make_jaxpr(
     f: Callable[..., Any],
     static_argnums: int | Sequence[int] = (),
@@ -89,9 +108,9 @@ def make_jaxpr(
     """
 
     def call(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        statics = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-        numbers = {n % len(args) for n in statics} if args else set()
-        packed = FlatTree(({n: arg for n, arg in enumerate(args) if n not in numbers}, kwargs))
+        statics = static_positions(len(args), (), as_numbers(static_argnums), ())
+        check_static_arguments(args, kwargs, statics, "make_jaxpr")
+        packed = FlatTree(({n: arg for n, arg in enumerate(args) if n not in statics}, kwargs))
         with CallSite("make_jaxpr", function, args, kwargs) as site:
             cells = site.scope.cells
 
@@ -105,6 +124,9 @@ def make_jaxpr(
             trace = jax.make_jaxpr(pure, axis_env=axis_env, return_shape=True)
             jaxpr, shapes = trace(site.values(cells), packed.leaves)
             site.undo()
-            return (jaxpr, site.end.unflatten(shapes[0])) if return_shape else jaxpr
+            end = site.end.without_cells()
+            site.let_go(site.end)
+            site.refuse_leftovers(site.end)
+            return (jaxpr, end.unflatten(shapes[0])) if return_shape else jaxpr
 
     return Transformed(f, make_jaxpr, call)

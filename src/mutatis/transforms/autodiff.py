@@ -4,16 +4,124 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
+from mutatis.core.calls import takes
 from mutatis.model.filters import FilterLike
 from mutatis.model.kinds import Param
+from mutatis.model.modules import Module
+from mutatis.model.state import State
+from mutatis.model.variables import Variable
 from mutatis.tracing.differentiation import UNSAID, Differentiation
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+Rest = ParamSpec("Rest")
+R = TypeVar("R")
+Aux = TypeVar("Aux")
+N = TypeVar("N", bound=Module | Variable[Any] | State)
+OfNode = TypeVar("OfNode")
+OfArray = TypeVar("OfArray")
+Other = TypeVar("Other", covariant=True)
 
+if TYPE_CHECKING:
+
+    class _Unsaid:
+        """Declared of no argument: who matches it is an argument without a declaration, as those of a lambda are."""
+
+    class Gradient(Transformed[P, Other], Generic[P, OfNode, OfArray, Other]):
+        """What gives a gradient: its type is known of what is declared to be a node or an array, and else it is any.
+
+        Other transforms take it as the `Transformed` that it is: of overloaded calls mypy knows no signature to keep.
+        """
+
+        @overload
+        def __call__(self: Gradient[[_Unsaid], OfNode, OfArray, Other], *args: P.args, **kwargs: P.kwargs) -> Other: ...
+        @overload
+        def __call__(
+            self: Gradient[[_Unsaid, _Unsaid], OfNode, OfArray, Other], *args: P.args, **kwargs: P.kwargs
+        ) -> Other: ...
+        @overload
+        def __call__(
+            self: Gradient[[_Unsaid, _Unsaid, _Unsaid], OfNode, OfArray, Other], *args: P.args, **kwargs: P.kwargs
+        ) -> Other: ...
+        @overload
+        def __call__(
+            self: Gradient[Concatenate[N, Rest], OfNode, OfArray, Other],
+            first: N,
+            *args: Rest.args,
+            **kwargs: Rest.kwargs,
+        ) -> OfNode: ...
+        @overload
+        def __call__(
+            self: Gradient[Concatenate[jax.Array, Rest], OfNode, OfArray, Other],
+            first: jax.Array,
+            *args: Rest.args,
+            **kwargs: Rest.kwargs,
+        ) -> OfArray: ...
+        @overload
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Other: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class GradOptions(TypedDict, total=False):
+    """What `grad` and `value_and_grad` can be told, for type checkers."""
+
+    holomorphic: bool
+    allow_int: bool
+    reduce_axes: Sequence[Any]
+    wrt: FilterLike
+
+
+@overload
+def value_and_grad(
+    f: Callable[P, tuple[R, Aux]], *, has_aux: Literal[True], of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, tuple[tuple[R, Aux], State]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, R], *, has_aux: Literal[False] = ..., of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, tuple[R, State]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, tuple[R, Aux]], argnums: Literal[0] = ..., *, has_aux: Literal[True], **options: Unpack[GradOptions]
+) -> Gradient[P, tuple[tuple[R, Aux], State], tuple[tuple[R, Aux], jax.Array], tuple[tuple[R, Aux], Any]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, R], argnums: Literal[0] = ..., has_aux: Literal[False] = ..., **options: Unpack[GradOptions]
+) -> Gradient[P, tuple[R, State], tuple[R, jax.Array], tuple[R, Any]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, tuple[R, Aux]],
+    argnums: int | Sequence[int] = ...,
+    *,
+    has_aux: Literal[True],
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Transformed[P, tuple[tuple[R, Aux], Any]]: ...
+@overload
+def value_and_grad(
+    f: Callable[P, R],
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    allow_int: bool = ...,
+    reduce_axes: Sequence[Any] = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Transformed[P, tuple[Any, Any]]: ...
+@overload
+def value_and_grad(
+    f: None = None,
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    *,
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Callable[[Callable[P, R]], Transformed[P, tuple[Any, Any]]]: ...
+@takes("mu.value_and_grad(f)(x)", _="Call what comes back with the arguments: `mu.value_and_grad(f)(x)`.")
 def value_and_grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,
@@ -54,6 +162,53 @@ def value_and_grad(
     return _transform(value_and_grad, f, options, lambda value, gradient: (value, gradient))
 
 
+@overload
+def grad(
+    f: Callable[P, tuple[R, Aux]], *, has_aux: Literal[True], of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, tuple[State, Aux]]: ...
+@overload
+def grad(
+    f: Callable[P, R], *, has_aux: Literal[False] = ..., of: Module | Variable[Any], **options: Unpack[GradOptions]
+) -> Transformed[P, State]: ...
+@overload
+def grad(
+    f: Callable[P, tuple[R, Aux]], argnums: Literal[0] = ..., *, has_aux: Literal[True], **options: Unpack[GradOptions]
+) -> Gradient[P, tuple[State, Aux], tuple[jax.Array, Aux], tuple[Any, Aux]]: ...
+@overload
+def grad(
+    f: Callable[P, R], argnums: Literal[0] = ..., has_aux: Literal[False] = ..., **options: Unpack[GradOptions]
+) -> Gradient[P, State, jax.Array, Any]: ...
+@overload
+def grad(
+    f: Callable[P, tuple[R, Aux]],
+    argnums: int | Sequence[int] = ...,
+    *,
+    has_aux: Literal[True],
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Transformed[P, tuple[Any, Aux]]: ...
+@overload
+def grad(
+    f: Callable[P, R],
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    allow_int: bool = ...,
+    reduce_axes: Sequence[Any] = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Transformed[P, Any]: ...
+@overload
+def grad(
+    f: None = None,
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    *,
+    of: Any = ...,
+    **options: Unpack[GradOptions],
+) -> Callable[[Callable[P, R]], Transformed[P, Any]]: ...
+@takes("mu.grad(f)(x)", _="Call what comes back with the arguments: `mu.grad(f)(x)`.")
 def grad(
     f: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,

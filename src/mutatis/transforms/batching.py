@@ -7,8 +7,8 @@ has to be the same in all lanes. Random streams without an axis give each lane a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,61 @@ import numpy as np
 
 from mutatis import _compat
 from mutatis.core import naming
+from mutatis.core.calls import takes
+from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, note_stacked, spelled
-from mutatis.tracing.arguments import broadcast
+from mutatis.model.walks import variables
+from mutatis.tracing.arguments import broadcast, check_result, leaf_names
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def vmap(
+    f: Transformed[P, R],
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def vmap(
+    f: Callable[P, R],
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def vmap(
+    f: None = None,
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable | None = ...,
+    axis_size: int | None = ...,
+    spmd_axis_name: Hashable | None = ...,
+    sum_match: bool = ...,
+    *,
+    states: Any = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
+@takes("mu.vmap(f)(xs)", _="Call what comes back with the arguments: `mu.vmap(f)(xs)`.")
 def vmap(
     f: Callable[..., Any] | None = None,
     in_axes: Any = 0,
@@ -41,7 +85,7 @@ def vmap(
     """Vectorize a function over an axis of its arguments; as `jax.vmap`, with states.
 
     An axis for a Module argument splits all its states, random streams too: the module is an ensemble. None shares
-    them. States that the function makes have axis 0 outside.
+    them. States that the function makes have axis 0 outside; those of a Module that it makes and returns, the axis of `out_axes`.
 
     A random stream that is shared gives each lane a stream of its own, from the stream's key, its count and the number of
     the lane; outside, its count is one further if it was used.
@@ -49,7 +93,9 @@ def vmap(
     Args:
       f: the function, bound method, partial or callable Module.
       in_axes: as in `jax.vmap`; `mu.StateAxes` in the place of a Module's axis chooses by filter.
-      out_axes, axis_name, axis_size, spmd_axis_name, sum_match: as in `jax.vmap`.
+      out_axes: as in `jax.vmap`, for Modules that the function makes, too: an axis, or a `mu.StateAxes`. One that was there
+        before keeps the axes that it came in with.
+      axis_name, axis_size, spmd_axis_name, sum_match: as in `jax.vmap`.
       states: `mu.StateAxes` for everything that the function captures, or pairs of a node and its axes.
 
     Raises:
@@ -66,7 +112,7 @@ def vmap(
       (Array([0, 2, 4], dtype=int32), 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(vmap, **options)
+    remake: functools.partial[Any] = functools.partial(vmap, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: vectorize(function, args, kwargs, **options))
@@ -116,10 +162,15 @@ def vectorize(
 
             overlay = dict(zip(split, values, strict=True))
             site.end, out, written = site.run(overlay, leaves, make=make)
+            check_result(site.end, out, site.label)
             result = site.end.unflatten(out, [None] * len(site.end.nodes))
-            return result, *_sort_by_axis(site, site.end, split, written, opened[0], trace if writes else None)
+            outside.update(_result_axes(site, site.end, out, out_axes, split))
+            return result, *_sort_by_axis(
+                site, site.end, outside, groups, written, opened[0], trace if writes else None
+            )
 
-        groups = {axis: axis for axis in {*split.values(), 0}}
+        outside: dict[Any, Any] = dict(split)  # the axes that states have outside
+        groups = {axis: axis for axis in {*split.values(), 0, *_numbers_in(out_axes)}}
         out, by_axis, shared = jax.vmap(
             pure,
             in_axes=(list(split.values()), leaf_axes, 0),
@@ -134,30 +185,78 @@ def vectorize(
         shared_left = iter(shared)
         ordered = []
         for cell in end.cells:
-            axis = 0 if cell in end.born else split.get(cell)
-            if cell in end.born:
-                note_stacked(cell, 0, lanes.size)
-            ordered.append(next(shared_left) if axis is None else next(groups_left[axis]))
+            axis = outside.get(cell)
+            value = next(shared_left) if axis is None else next(groups_left[axis])
+            ordered.append(value)
+            if cell in end.born and axis is not None and (leaves := jax.tree.leaves(value)):
+                note_stacked(cell, axis % jnp.ndim(leaves[0]), lanes.size)
         return site.commit(end, ordered, jax.tree.leaves(out))
 
 
+def _result_axes(
+    site: CallSite, end: RunResult, out: Sequence[Any], out_axes: Any, split: dict[Variable, int]
+) -> dict[Any, Any]:
+    """The axes that the states that were made have outside: what `out_axes` says of a node that is returned, else 0.
+
+    Raises:
+      AxisError: it says something that cannot be done.
+    """
+    found: dict[Any, Any] = {}
+    result = end.unflatten(out)
+    try:
+        entries = broadcast(tuple(out_axes) if isinstance(out_axes, list) else out_axes, result, _is_axis)
+    except ValueError:  # JAX says it better
+        entries = []
+    for axes, node in entries:
+        for path, cell in variables(node).items() if is_node(node) else ():
+            axis = axes.of(path, cell) if isinstance(axes, StateAxes) else axes
+            axis = None if axis is Shared else axis
+            made = cell in end.born
+            before = found.get(cell, axis) if made else axis if axis == 0 else split.get(cell)
+            if axis != before or not (axis is None or isinstance(axis, int)):
+                raise AxisError(
+                    f"state {site.describe(cell)} cannot come out along {axis!r}",
+                    path=site.scope.locate(cell) or show_path(path),
+                    where=site.label,
+                    expected=f"{before!r}, " + ("as at another place" if made else "the axis that it came in with"),
+                    got=f"out_axes={show_value(out_axes)}",
+                    made_at=naming.made_at(cell),
+                    cure="`out_axes` is for modules that the function makes. Say the axis of others by `in_axes` or `states=`.",
+                )
+            if made:
+                found[cell] = axis
+    return dict.fromkeys(end.born, 0) | found
+
+
+def _numbers_in(out_axes: Any) -> set[int]:
+    """All axes that occur in `out_axes`."""
+    entries = jax.tree.leaves(out_axes, is_leaf=_is_axis)
+    every = [axis for entry in entries for axis in (entry.entries() if isinstance(entry, StateAxes) else [entry])]
+    return {axis for axis in every if isinstance(axis, int)}
+
+
 def _sort_by_axis(
-    site: CallSite, end: RunResult, split: dict[Variable, int], written: list[Any], tx: LaneTransaction, trace: Any
+    site: CallSite,
+    end: RunResult,
+    outside: dict[Any, Any],
+    axes: Iterable[int],
+    written: list[Any],
+    tx: LaneTransaction,
+    trace: Any,
 ) -> tuple[dict[int, list[Any]], list[Any]]:
     """The written values by the axis that they have outside, and those without one (refused if there is no `trace`)."""
-    groups: dict[int, list[Any]] = {axis: [] for axis in {*split.values(), 0}}
+    groups: dict[int, list[Any]] = {axis: [] for axis in axes}
     shared: list[Any] = []
     sown = site.sown(end)
     for cell, value in zip(end.cells, written, strict=True):
-        if cell in end.born and (trace is not None or cell not in sown):
-            groups[0].append(value)
-        elif cell in split:
-            groups[split[cell]].append(value)
+        axis = outside.get(cell)
+        if axis is not None and (trace is not None or cell not in sown):
+            groups[axis].append(value)
         elif (new := tx.outside(cell, value)) is not value:
             shared.append(new)
         elif trace is None:
             raise LaneError(
-                f"state {site.describe(cell)} was written in a vectorized `map`, where items have no order",
+                f"state {site.describe(cell)} was written in a batch of items, which have no order",
                 path=site.scope.locate(cell),
                 where=site.label,
                 made_at=naming.made_at(cell),
@@ -190,10 +289,19 @@ def _argument_axes(
             f"`in_axes` has {len(in_axes)} entries for {len(args)} positional arguments",
             where=site.label,
             expected=f"{len(args)} entries, or one axis for all",
-            got=f"{in_axes!r:.60}",
+            got=show_value(in_axes),
             cure="Give an axis for each positional argument; keyword arguments are mapped over axis 0.",
         )
-    entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
+    try:
+        entries = broadcast(in_axes, args, _is_axis) + broadcast(0, kwargs, _is_axis)
+    except ValueError as error:
+        raise AxisError(
+            "`in_axes` does not have the structure of the arguments",
+            where=site.label,
+            expected="an axis for each argument: an int, None, `mu.StateAxes`, or a tree of them like the argument",
+            got=show_value(in_axes),
+            cure="Choose axes of a module by filter: `mu.vmap(f, in_axes=(mu.StateAxes({mu.Param: None, ...: 0}), 0))`.",
+        ) from error
     leaves = [axis for axis, item in entries if not is_node(item)]
     nodes = [(item, axis) for axis, item in entries if is_node(item)]
     return leaves, nodes
@@ -208,6 +316,31 @@ def _plain_axes(out_axes: Any) -> Any:
     return jax.tree.map(lambda axis: 0 if isinstance(axis, StateAxes) else axis, out_axes, is_leaf=_is_axis)
 
 
+def _check_argument_axis(site: CallSite, name: str, leaf: Any, axis: Any) -> None:
+    """Refuse what is no axis of an argument."""
+    count = jnp.ndim(leaf)
+    if not isinstance(axis, int):
+        problem, expected = (
+            "is asked for along what is not an axis of an array",
+            "an int or None; of a Module, `mu.StateAxes` too",
+        )
+    elif not -count <= axis < count:
+        problem = f"has no axis {axis}"
+        expected = (
+            f"an axis from {-count} to {count - 1}, or None" if count else "None, for a scalar is the same in all lanes"
+        )
+    else:
+        return
+    raise AxisError(
+        f"argument `{name}` {problem}",
+        path=name,
+        where=site.label,
+        expected=expected,
+        got=f"axis {show_value(axis)} of {show_value(leaf)}",
+        cure="Give each argument its own, and None to those that the lanes share: `mu.vmap(f, in_axes=(None, 0))`.",
+    )
+
+
 def _count(
     site: CallSite, leaf_axes: Sequence[Any], split: dict[Variable, int], values: Sequence[Any], axis_size: int | None
 ) -> int:
@@ -217,17 +350,20 @@ def _count(
       AxisError: nothing is mapped, or states disagree about the number.
     """
     sizes: dict[int, str] = {} if axis_size is None else {axis_size: "axis_size"}
-    for axis, leaf in zip(leaf_axes, site.packed.leaves, strict=True):
-        if axis is not None and jnp.ndim(leaf):
-            sizes.setdefault(jnp.shape(leaf)[axis], "an argument")
+    names = leaf_names(site.function, site.args, site.kwargs)
+    for axis, leaf, name in zip(leaf_axes, site.packed.leaves, names, strict=True):
+        if axis is not None:
+            _check_argument_axis(site, name, leaf, axis)
+            sizes.setdefault(jnp.shape(leaf)[axis], name)
     for (cell, axis), value in zip(split.items(), values, strict=True):
         for leaf in jax.tree.leaves(value):
             sizes.setdefault(leaf.shape[axis], f"state {site.scope.locate(cell)}")
     if len(sizes) == 1:
         return next(iter(sizes))
     raise AxisError(
-        "`vmap` is given axes of different sizes" if sizes else "`vmap` has nothing to map over",
+        "the mapped axes have different sizes" if sizes else "there is nothing to map over",
         where=site.label,
         got=", ".join(f"{name}: {size}" for size, name in sizes.items()) or None,
-        cure="All mapped axes have one size; share the others with None, or say `axis_size=`.",
+        cure="All mapped axes have one size; None shares an argument: `mu.vmap(f, in_axes=(0, None))`. With nothing to map, "
+        "say how many lanes there are: `mu.vmap(f, in_axes=None, axis_size=8)`.",
     )

@@ -6,21 +6,44 @@ passes it on, so the branch that is not taken leaves states alone.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, overload
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.errors import StructureError
-from mutatis.tracing.arguments import FlatTree
+from mutatis.core.avals import show_type
+from mutatis.core.calls import check_function, takes
+from mutatis.core.showing import show_class, show_structure, show_value
+from mutatis.errors import ArgumentError, StateTypeError, StructureError
+from mutatis.model.variables import Variable
+from mutatis.tracing.arguments import FlatTree, leaf_places
 from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage
+from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage, stage_together
+from mutatis.tracing.unrolled import is_concrete, run_once
 
 _NONE = object()
 
+R = TypeVar("R")
+X = TypeVar("X")
+Xs = TypeVarTuple("Xs")
 
+_COND = (
+    "Give what to test, and two functions, also for doing nothing (`lambda *_: None`): "
+    "`mu.cond(pred, true_fun, false_fun, *operands)`."
+)
+_SWITCH = "Give the number, and a list of functions: `mu.switch(index, [f, g], *operands)`."
+
+
+@overload
+def cond(pred: ArrayLike, true_fun: Callable[[*Xs], R], false_fun: Callable[[*Xs], R], *operands: *Xs) -> R: ...
+@overload
+def cond(pred: ArrayLike, true_fun: Callable[[X], R], false_fun: Callable[[X], R], *, operand: X) -> R: ...
+@takes("mu.cond(pred, true_fun, false_fun, *operands)", _=_COND)  # type: ignore[misc]  # `*Any` takes what `*Xs` does
 def cond(
     pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, operand: Any = _NONE
 ) -> Any:
@@ -46,13 +69,29 @@ def cond(
       >>> int(n)
       1
     """
+    _check_choice("cond", pred, _COND)
+    check_function(true_fun, "cond", "true_fun", _COND)
+    check_function(false_fun, "cond", "false_fun", _COND)
     if operand is not _NONE:
         operands = (operand,)
     if runs_eagerly():
-        return compiled("cond", _choose_compiled, (false_fun, true_fun), {"name": "cond"}, pred, operands)
+        return compiled(
+            "cond",
+            _choose_compiled,
+            (false_fun, true_fun),
+            {"name": "cond"},
+            pred,
+            operands,
+            names=("pred", "operands"),
+        )
     return _choose("cond", pred, (false_fun, true_fun), operands)
 
 
+@overload
+def switch(index: ArrayLike, branches: Sequence[Callable[[*Xs], R]], *operands: *Xs) -> R: ...
+@overload
+def switch(index: ArrayLike, branches: Sequence[Callable[[X], R]], *, operand: X) -> R: ...
+@takes("mu.switch(index, [f, g], *operands)", _=_SWITCH)  # type: ignore[misc]  # `*Any` takes what `*Xs` does
 def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, operand: Any = _NONE) -> Any:
     """Run one of several functions; as `jax.lax.switch`, with states. The index is clamped.
 
@@ -63,14 +102,31 @@ def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, o
       >>> int(n)
       3
     """
-    if not branches:
-        raise StructureError(
-            "`switch` has no branches", expected="at least one function", cure="Give a list of functions."
+    _check_choice("switch", index, _SWITCH)
+    if not isinstance(branches, Sequence):
+        raise ArgumentError(
+            "`mu.switch` takes its functions as a list",
+            path="branches",
+            expected="a list of functions",
+            got=show_class(branches),
+            cure=_SWITCH,
         )
+    for branch in branches:
+        check_function(branch, "switch", "branches", _SWITCH)
+    if not branches:
+        raise ArgumentError("`switch` has no branches", expected="at least one function", cure=_SWITCH)
     if operand is not _NONE:
         operands = (operand,)
     if runs_eagerly():
-        return compiled("switch", _choose_compiled, tuple(branches), {"name": "switch"}, index, operands)
+        return compiled(
+            "switch",
+            _choose_compiled,
+            tuple(branches),
+            {"name": "switch"},
+            index,
+            operands,
+            names=("index", "operands"),
+        )
     return _choose("switch", index, tuple(branches), operands)
 
 
@@ -81,13 +137,31 @@ def _choose_compiled(functions: Sequence[Any], options: dict[str, Any], operands
 
 def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[Any, ...]) -> Any:
     with CallSite(name, functions[-1], operands, functions=functions[:-1]) as site:
+        index = index.get() if isinstance(index, Variable) else index
+        if index is not None and jnp.shape(index):
+            raise ArgumentError(
+                "one branch is taken, and there are several values to choose it by",
+                where=site.label,
+                expected="a scalar",
+                got=show_value(index),
+                cure="Choose by one, `jnp.any(index)`; or choose for each element, `jnp.where(index, x, y)`, or lane: "
+                "`mu.vmap(lambda i: mu.cond(i, lambda: 1, lambda: 0))(index)`.",
+            )
         packed = FlatTree(operands)
+        if is_concrete(index):
+            number = int(bool(index)) if name == "cond" else min(max(operator.index(index), 0), len(functions) - 1)
+            call = _caller(functions[number], packed)
+            end, leaves, changed, _ = run_once(site, "a branch", {}, lambda: call(packed.leaves))
+            access.write_many([*changed], [*changed.values()])
+            return end.unflatten(leaves)
         cells = site.scope.cells
-        branches: list[Staged] = []
-        for function in functions:
+
+        def stage_branch(function: Any) -> Staged:
             staged = stage(site, cells, {}, packed.leaves, _caller(function, packed))
-            refuse_structure(site, staged.end, f"a branch of `{name}`")
-            branches.append(staged)
+            refuse_structure(site, staged.end, "a branch")
+            return staged
+
+        branches: list[Staged] = stage_together(site, lambda: [stage_branch(f) for f in functions])
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
         written: list[Any] = list(
@@ -97,7 +171,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             for cell in written:
                 if cell in staged.values:
                     check_kept(site, staged, cell, values[cell], "in a branch")
-        _check_results(site, branches)
+        _check_results(site, name, branches)
 
         def pure(staged: Staged) -> Callable[[Any, Any], Any]:
             def branch(states: list[Any], leaves: list[Any]) -> Any:
@@ -108,28 +182,72 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             return branch
 
         inputs = ([values[cell] for cell in written], packed.leaves)
-        if name == "cond":
-            new, leaves = jax.lax.cond(index, pure(branches[1]), pure(branches[0]), *inputs)
-        else:
-            new, leaves = jax.lax.switch(index, [pure(staged) for staged in branches], *inputs)
+        try:
+            if name == "cond":
+                new, leaves = jax.lax.cond(index, pure(branches[1]), pure(branches[0]), *inputs)
+            else:
+                new, leaves = jax.lax.switch(index, [pure(staged) for staged in branches], *inputs)
+        except TypeError as error:
+            _refuse_types(site, name, branches, error)
+            raise
         for cell, value in zip(written, new, strict=True):
             access.write(cell, value)
         return branches[0].end.unflatten(leaves)
+
+
+def _check_choice(name: str, index: Any, cure: str) -> None:
+    """Refuse a function, or anything else that is called, in the place of what chooses a branch."""
+    if callable(index):
+        parameter = "pred" if name == "cond" else "index"
+        raise ArgumentError(
+            f"`mu.{name}` was given what is called, and not tested, as its `{parameter}`",
+            path=parameter,
+            expected="a boolean scalar" if name == "cond" else "an integer scalar",
+            got=show_class(index),
+            cure=cure,
+        )
 
 
 def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], Any]:
     return lambda leaves: function(*packed.unflatten(leaves))
 
 
-def _check_results(site: CallSite, branches: Sequence[Staged]) -> None:
+def _refuse_types(site: CallSite, name: str, branches: Sequence[Staged], error: TypeError) -> None:
+    """Say which results of the branches have different types, if that is what JAX refused.
+
+    Raises:
+      StateTypeError: some have.
+    """
+    names = _names(name, branches)
+    places = leaf_places(branches[0].end.unflatten(branches[0].leaves))
+    for place, *kinds in zip(places, *(staged.leaves for staged in branches), strict=True):
+        shown = [show_type(kind) for kind in kinds]
+        if len(set(shown)) > 1:
+            other = next(number for number, text in enumerate(shown) if text != shown[0])
+            raise StateTypeError(
+                "the branches return different types" + (f" at {place}" if place else ""),
+                where=site.label,
+                expected=f"what {names[0]} returns: {shown[0]}",
+                got=f"{names[other]}: {shown[other]}",
+                cure="Return arrays of one type from every branch: `jnp.asarray(x, jnp.float32)`.",
+            ) from error
+
+
+def _names(name: str, branches: Sequence[Staged]) -> Sequence[str]:
+    """What the branches go by in messages."""
+    return ("the false branch", "the true branch") if name == "cond" else [f"branch {n}" for n in range(len(branches))]
+
+
+def _check_results(site: CallSite, name: str, branches: Sequence[Staged]) -> None:
+    names = _names(name, branches)
     first = branches[0]
     for number, staged in enumerate(branches):
         same_nodes = [id(node) for node in staged.end.nodes] == [id(node) for node in first.end.nodes]
         if staged.end.structure != first.end.structure or not same_nodes:
             raise StructureError(
-                f"the branches of `{site.label}` return different structures",
+                "the branches return different structures",
                 where=site.label,
-                expected=f"what branch 0 returns: {first.end.structure[0]}",
-                got=f"branch {number}: {staged.end.structure[0]}",
+                expected=f"what {names[0]} returns: {show_structure(first.end.structure[0])}",
+                got=f"{names[number]}: {show_structure(staged.end.structure[0])}",
                 cure="Return the same containers (and the same modules) from every branch.",
             )

@@ -7,15 +7,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError
 from mutatis.model.filters import FilterLike
 from mutatis.model.kinds import Param
 from mutatis.tracing.differentiation import Differentiation, Form
 
+R = TypeVar("R")
+Aux = TypeVar("Aux")
 
+
+@overload
+def jvp(
+    fun: Callable[..., tuple[R, Aux]],
+    primals: Sequence[Any],
+    tangents: Any,
+    *,
+    has_aux: Literal[True],
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> tuple[R, Any, Aux]: ...
+@overload
+def jvp(
+    fun: Callable[..., R],
+    primals: Sequence[Any],
+    tangents: Any,
+    has_aux: Literal[False] = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> tuple[R, Any]: ...
 def jvp(
     fun: Callable[..., Any],
     primals: Sequence[Any],
@@ -40,7 +65,7 @@ def jvp(
       The value and its tangent (and the auxiliary result). What `fun` writes has no tangent outside: return it to get one.
 
     Raises:
-      StructureError: the tangents do not fit.
+      ArgumentError: the tangents do not fit.
       FilterError: an argument holds nothing to differentiate.
 
     Example:
@@ -49,12 +74,40 @@ def jvp(
       >>> mu.jvp(lambda v, x: jnp.sum(v * x), (w, 3.0), (mu.state(w), 0.0))
       (Array(9., dtype=float32), Array(9., dtype=float32))
     """
+    if not isinstance(primals, tuple | list):
+        raise ArgumentError(
+            "`mu.jvp` takes its primals as a tuple",
+            path="primals",
+            expected="a tuple with each positional argument, and one with a tangent for each",
+            got=show_class(primals),
+            cure="`mu.jvp(f, (x,), (dx,))`",
+        )
     with _site("jvp", fun, tuple(primals), has_aux, wrt, of) as site:
         given = site.form.to_inputs(tangents)
         out, tangent, aux = jax.jvp(site.pure, (site.inputs,), (given,), has_aux=True)
         return _result(site, out, aux, has_aux, site.form.of_outputs(tangent))
 
 
+@overload
+def vjp(
+    fun: Callable[..., tuple[R, Aux]],
+    *primals: Any,
+    has_aux: Literal[True],
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    reduce_axes: Sequence[Any] = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any], Aux]: ...
+@overload
+def vjp(
+    fun: Callable[..., R],
+    *primals: Any,
+    has_aux: Literal[False] = ...,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    reduce_axes: Sequence[Any] = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any]]: ...
 def vjp(
     fun: Callable[..., Any],
     *primals: Any,
@@ -100,6 +153,24 @@ def _pull_back(form: Form, pull: Any, cotangent: Any) -> Any:
     return form.of_inputs(inputs)
 
 
+@overload
+def linearize(
+    fun: Callable[..., tuple[R, Aux]],
+    *primals: Any,
+    has_aux: Literal[True],
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any], Aux]: ...
+@overload
+def linearize(
+    fun: Callable[..., R],
+    *primals: Any,
+    has_aux: Literal[False] = ...,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+    **options: Any,
+) -> tuple[R, Callable[..., Any]]: ...
 def linearize(
     fun: Callable[..., Any],
     *primals: Any,

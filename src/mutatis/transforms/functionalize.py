@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from mutatis.core.naming import show_path
-from mutatis.errors import StructureError
+from mutatis.core.showing import show_class
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.contexts import ContextValue
 from mutatis.model.modules import Module
 from mutatis.model.operations import state
@@ -15,8 +16,13 @@ from mutatis.model.walks import variables
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.captures import search
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Callable[..., Any], State]:
+
+def functionalize(
+    f: Callable[P, R], *, of: Any = None
+) -> tuple[Callable[Concatenate[State, P], tuple[R, State]], State]:
     """A pure function and the state it starts from.
 
     ``pure(state, *args, **kwargs) -> (out, new_state)`` runs `f` in a transaction that is filled from `state`; what `f`
@@ -46,7 +52,16 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
     """
     node = _named_nodes(f) if of is None else of
 
-    def pure(state: State, /, *args: Any, **kwargs: Any) -> tuple[Any, State]:
+    def pure(state: State, /, *args: P.args, **kwargs: P.kwargs) -> tuple[R, State]:
+        if not isinstance(state, Mapping):
+            raise ArgumentError(
+                "a pure function was called without its state",
+                path="state",
+                where="functionalize",
+                expected="the state, and then the arguments of the function",
+                got=f"{show_class(state)} in the place of the state",
+                cure="`out, state = pure(state, x)`",
+            )
         cells = variables(node)
         if set(state) != set(cells):
             differences = [f"missing:    {show_path(p)}" for p in cells if p not in set(state)]
@@ -61,6 +76,8 @@ def functionalize(f: Callable[..., Any] | Module, *, of: Any = None) -> tuple[Ca
             end, leaves, values = site.run({cell: state[path] for path, cell in cells.items()})
             written = dict(zip(end.cells, values, strict=True))
             site.refuse_changes("a pure function")
+            site.let_go(end)
+            site.refuse_leftovers(end)
             known = {*cells.values(), *end.born}
             for cell in written.keys() - known:
                 raise StructureError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, overload
 
 import jax
 
@@ -13,7 +13,29 @@ from mutatis.model.kinds import Param
 from mutatis.tracing.differentiation import UNSAID, Differentiation
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
 
+
+@overload
+def jacfwd(
+    fun: Callable[P, Any],
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Transformed[P, Any]: ...
+@overload
+def jacfwd(
+    fun: None = None,
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Callable[[Callable[P, Any]], Transformed[P, Any]]: ...
 def jacfwd(
     fun: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,
@@ -43,6 +65,28 @@ def jacfwd(
     return _transform(jacfwd, jax.jacfwd, fun, options, {"holomorphic": holomorphic})
 
 
+@overload
+def jacrev(
+    fun: Callable[P, Any],
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    allow_int: bool = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Transformed[P, Any]: ...
+@overload
+def jacrev(
+    fun: None = None,
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    allow_int: bool = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Callable[[Callable[P, Any]], Transformed[P, Any]]: ...
 def jacrev(
     fun: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,
@@ -65,6 +109,26 @@ def jacrev(
     return _transform(jacrev, jax.jacrev, fun, options, {"holomorphic": holomorphic, "allow_int": allow_int})
 
 
+@overload
+def hessian(
+    fun: Callable[P, Any],
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Transformed[P, Any]: ...
+@overload
+def hessian(
+    fun: None = None,
+    argnums: int | Sequence[int] = ...,
+    has_aux: bool = ...,
+    holomorphic: bool = ...,
+    *,
+    wrt: FilterLike = ...,
+    of: Any = ...,
+) -> Callable[[Callable[P, Any]], Transformed[P, Any]]: ...
 def hessian(
     fun: Callable[..., Any] | None = None,
     argnums: int | Sequence[int] = UNSAID,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack, overload
 
 import jax
 
@@ -13,22 +14,75 @@ from mutatis import _compat
 from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.compilation.program import Program
-from mutatis.errors import OptionError
-from mutatis.tracing.arguments import function_name
+from mutatis.core.calls import check_transformed, takes, without_own_frames
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError
+from mutatis.tracing.arguments import as_names, as_numbers, function_name
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
-class Jitted(Transformed):
+
+class Jitted(Transformed[P, R_co]):
     """A function compiled by `mu.jit`."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        super().__init__(function, functools.partial(jit, **options))
+        check_transformed(function, "jit")
+        remake: functools.partial[Any] = functools.partial(jit, **options)
+        super().__init__(function, remake)
         self._compiler = Compiler("jit", _options(function, options))
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return self._compiler(self.__wrapped__, args, kwargs)
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        try:
+            return self._compiler(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise without_own_frames(error)  # noqa: B904  # it is the same error
 
-    def lower(self, /, *args: Any, **kwargs: Any) -> Lowered:
+    def expect(self, *, compilations: int) -> contextlib.AbstractContextManager[None]:
+        """Allow so many compilations inside a ``with`` block; one more is an error that says what differed.
+
+        Args:
+          compilations: how many there may be.
+
+        Raises:
+          CompilationError: in the block, by the call that would compile once more; it changes no state.
+
+        Example:
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> step = mu.jit(lambda x: x + 1)
+          >>> with step.expect(compilations=1):
+          ...     _ = step(jnp.ones(3)), step(jnp.zeros(3))
+        """
+        return self._compiler.log.plan(compilations)
+
+    def trace(self, /, *args: Any, **kwargs: Any) -> Traced[R_co]:
+        """Trace the function for these arguments, without compiling or calling it; as `jax.jit(f).trace`.
+
+        Example:
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> w = mu.Param(2.0)
+          >>> mu.jit(lambda x: w * x).trace(jnp.ones(3)).out_info
+          ShapeDtypeStruct(shape=(3,), dtype=float32)
+        """
+        return Traced(self, *self._compiler.trace(self.__wrapped__, args, kwargs))
+
+    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
+        """The shapes and dtypes of the result; as `jax.jit(f).eval_shape`. A module that is made comes back with shapes.
+
+        Example:
+          >>> import jax.numpy as jnp, mutatis as mu
+          >>> mu.jit(lambda n: jnp.zeros(n), static_argnums=0).eval_shape(3)
+          ShapeDtypeStruct(shape=(3,), dtype=float32)
+        """
+        return self._compiler.eval_shape(self.__wrapped__, args, kwargs)
+
+    def clear_cache(self) -> None:
+        """Forget all programs that were compiled of the function; as `jax.jit(f).clear_cache`. The next call traces anew."""
+        self._compiler.clear()
+
+    def lower(self, /, *args: Any, **kwargs: Any) -> Lowered[R_co]:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
 
         Arrays may be `jax.ShapeDtypeStruct`; modules are given as they are.
@@ -46,19 +100,41 @@ class Jitted(Transformed):
         return Lowered(self, *self._compiler.lower(self.__wrapped__, args, kwargs))
 
 
-class Lowered:
+class Traced(Generic[R_co]):
+    """A function traced for given types: `lower` it, or look at the program (`jaxpr`, `out_info`).
+
+    The inputs of the jaxpr are the states and then the arguments; its outputs the written states, those that are made, and the
+    result.
+    """
+
+    def __init__(self, function: Jitted[..., R_co], program: Program, number: int, traced: Any, out_info: Any) -> None:
+        self._function = function
+        self._program = program
+        self._number = number
+        self._traced = traced
+        self.out_info = out_info  # the shapes of the user's result
+
+    def lower(self, **options: Any) -> Lowered[R_co]:
+        """Lower it."""
+        return Lowered(self._function, self._program, self._number, self._traced.lower(**options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._traced, name)
+
+
+class Lowered(Generic[R_co]):
     """A function lowered for given types: `compile` it, or look at the program (`as_text`, `cost_analysis`, ...).
 
     Everything but `compile` is what JAX's own `Lowered` has.
     """
 
-    def __init__(self, function: Jitted, program: Program, number: int, lowered: Any) -> None:
+    def __init__(self, function: Jitted[..., R_co], program: Program, number: int, lowered: Any) -> None:
         self._function = function
         self._program = program
         self._number = number
         self._lowered = lowered
 
-    def compile(self, compiler_options: dict[str, Any] | None = None) -> Compiled:
+    def compile(self, compiler_options: dict[str, Any] | None = None) -> Compiled[R_co]:
         """Compile it, for calls with arguments of these types and modules of this structure."""
         options = {} if compiler_options is None else {"compiler_options": compiler_options}
         return Compiled(self._function, self._program, self._number, self._lowered.compile(**options))
@@ -67,31 +143,56 @@ class Lowered:
         return getattr(self._lowered, name)
 
 
-class Compiled:
+class Compiled(Generic[R_co]):
     """A function compiled for given types. A call reads and writes the states of what it is called with.
 
     Everything else (`cost_analysis`, `memory_analysis`, `as_text`, ...) is what JAX's own `Compiled` has.
     """
 
-    def __init__(self, function: Jitted, program: Program, number: int, compiled: Any) -> None:
+    def __init__(self, function: Jitted[..., R_co], program: Program, number: int, compiled: Any) -> None:
         self._function = function
         self._program = program
         self._number = number
         self._compiled = compiled
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> R_co:
         """Call it.
 
         Raises:
           StructureError: it was compiled for arguments of another structure, or the call is inside a transform.
         """
         f = self._function
-        return f._compiler.call_compiled(self._program, self._number, self._compiled, f.__wrapped__, args, kwargs)
+        call = f._compiler.call_compiled
+        return call(self._program, self._number, self._compiled, f.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._compiled, name)
 
 
+class JitOptions(TypedDict, total=False):
+    """What `jit` can be told, for type checkers."""
+
+    in_shardings: Any
+    out_shardings: Any
+    static_argnums: int | Sequence[int] | None
+    static_argnames: str | Iterable[str] | None
+    donate_argnums: int | Sequence[int] | None
+    donate_argnames: str | Iterable[str] | None
+    keep_unused: bool
+    device: Any
+    backend: str | None
+    inline: bool
+    compiler_options: dict[str, Any] | None
+    donate: str | bool
+
+
+@overload
+def jit(f: Transformed[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
+@overload
+def jit(f: Callable[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
+@overload
+def jit(f: None = None, /, **options: Unpack[JitOptions]) -> Callable[[Callable[P, R]], Jitted[P, R]]: ...
+@takes("mu.jit(f)", _="Call what comes back with the arguments: `mu.jit(f)(x)`.")
 def jit(
     f: Callable[..., Any] | None = None,
     /,
@@ -118,8 +219,10 @@ def jit(
 
     Args:
       f: a function, bound method, partial or callable Module; without it, the result is a decorator.
-      in_shardings, out_shardings, static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device,
-        backend, inline, compiler_options: as in `jax.jit`, for the arguments that are not modules.
+      in_shardings, out_shardings: as in `jax.jit`; for a Module among the arguments or in the result a sharding for all its
+        states, a `State` of shardings, or a `mu.StateSharding`.
+      static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device, backend, inline,
+        compiler_options: as in `jax.jit`, for the arguments that are not modules.
       donate: whether the buffers of written states are reused for their new values. ``"auto"``: wherever this cannot
         be observed; a state whose array was handed out is copied first. ``True``: even when the program calls back into
         Python and can fail at run time, which then loses the states. ``False``: never.
@@ -144,17 +247,17 @@ def jit(
 
 
 _OF_ARGUMENTS = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
-_DEFAULTS = dict(jit.__kwdefaults__ or {})
+_DEFAULTS = dict(inspect.unwrap(jit).__kwdefaults__ or {})
 
 
 def _options(function: Any, options: dict[str, Any]) -> Options:
     given = {**_DEFAULTS, **options}
     if given["donate"] not in ("auto", True, False):
-        raise OptionError(
-            f"`donate` cannot be {given['donate']!r}",
+        raise ArgumentError(
+            f"`donate` cannot be {show_value(given['donate'])}",
             where=f"jit({function_name(function)})",
             expected='"auto", True or False',
-            got=repr(given["donate"]),
+            got=show_value(given["donate"]),
             cure='`mu.jit(f, donate="auto")`',
         )
     jax.jit(function, **{name: given[name] for name in _OF_ARGUMENTS})  # checks that there are such arguments
@@ -180,21 +283,13 @@ def _both(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Positions and names of arguments; where only one was said, the signature tells the other, as in `jax.jit`."""
     if numbers is not None and names is not None:
-        return _numbers(numbers), _names(names)
+        return as_numbers(numbers), as_names(names)
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except Exception:  # of a user's class, too
-        return _numbers(numbers), _names(names)
+        return as_numbers(numbers), as_names(names)
     either = [p.name if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None for p in parameters]
     if numbers is not None:
-        inside = [n for n in _numbers(numbers) if -len(either) <= n < len(either)]
-        return _numbers(numbers), tuple(name for n in inside if (name := either[n]) is not None)
-    return tuple(either.index(name) for name in _names(names) if name in either), _names(names)
-
-
-def _numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
-    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
-
-
-def _names(given: str | Iterable[str] | None) -> tuple[str, ...]:
-    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+        inside = [n for n in as_numbers(numbers) if -len(either) <= n < len(either)]
+        return as_numbers(numbers), tuple(name for n in inside if (name := either[n]) is not None)
+    return tuple(either.index(name) for name in as_names(names) if name in either), as_names(names)

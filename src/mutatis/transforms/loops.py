@@ -8,30 +8,113 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.errors import OptionError, StateTypeError, StructureError
+from mutatis.core.calls import check_function, takes
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
-from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.arguments import FlatTree, function_name
 from mutatis.tracing.axes import axes_by_cell, check_axis
-from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.staging import Staged, check_kept, check_same_nodes, refuse_structure, stage
+from mutatis.tracing.call_site import CallSite, RunResult
+from mutatis.tracing.staging import (
+    Staged,
+    check_kept,
+    check_same_nodes,
+    refuse_structure,
+    stage,
+    stage_together,
+    with_values,
+)
+from mutatis.tracing.unrolled import is_concrete, run_once, scan_in_python, while_in_python
+
+_OTHER_AXES = (
+    "What the body writes is carried, modules among `xs` are sliced along axis 0, and other axes are said of states: "
+    "`mu.scan(f, init, xs, states=mu.StateAxes({mu.Param: 0, ...: mu.Carry}))`."
+)
+_SCAN = "It runs at once, as `jax.lax.scan` does, and is no decorator: `carry, ys = mu.scan(f, init, xs)`."
+_FOR = "It runs at once and is no decorator: `ys = mu.for_loop(f, xs)`, or `mu.for_loop(lambda: f(x), length=10)`."
+_NOTHING_ELSE = "States are carried anyway; where there is nothing else to carry, give None: "
+_WHILE = f"{_NOTHING_ELSE}`mu.while_loop(cond_fun, body_fun, None)`."
+_FORI = f"{_NOTHING_ELSE}`mu.fori_loop(0, 10, body_fun, None)`."
 
 
+Unroll: TypeAlias = int | bool
+C = TypeVar("C")
+X = TypeVar("X")
+Y = TypeVar("Y")
+Xs = TypeVarTuple("Xs")
+
+
+class LoopOptions(TypedDict, total=False):
+    """What `for_loop` can be told, for type checkers."""
+
+    length: int | None
+    reverse: bool
+    unroll: Unroll
+    states: Any
+    checkpoint_every: int | None
+
+
+class ScanOptions(TypedDict, total=False):
+    """What `scan` can be told, for type checkers."""
+
+    reverse: bool
+    unroll: Unroll
+    _split_transpose: bool
+    states: Any
+    checkpoint_every: int | None
+
+
+@overload  # a carry may start as a number, and slices of what is like an array are arrays
+def scan(
+    f: Callable[[jax.Array, jax.Array], tuple[jax.Array, Y]],
+    init: ArrayLike,
+    xs: ArrayLike,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[jax.Array, Y]: ...
+@overload
+def scan(
+    f: Callable[[jax.Array, X], tuple[jax.Array, Y]],
+    init: ArrayLike,
+    xs: X = ...,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[jax.Array, Y]: ...
+@overload
+def scan(
+    f: Callable[[C, jax.Array], tuple[C, Y]],
+    init: C,
+    xs: ArrayLike,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[C, Y]: ...
+@overload
+def scan(
+    f: Callable[[C, X], tuple[C, Y]],
+    init: C,
+    xs: X = ...,
+    length: int | None = ...,
+    **options: Unpack[ScanOptions],
+) -> tuple[C, Y]: ...
+@takes("mu.scan(f, init, xs)", in_axes=_OTHER_AXES, out_axes=_OTHER_AXES, _=_SCAN)
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
     xs: Any = None,
     length: int | None = None,
     reverse: bool = False,
-    unroll: int | bool = 1,
+    unroll: Unroll = 1,
     _split_transpose: bool = False,
     *,
     states: Any = None,
@@ -41,7 +124,8 @@ def scan(
 
     States that the body writes are carried along; modules among `xs` are sliced along axis 0 in each iteration (a stack
     of layers), and what is written to them is stacked back. The states are then what the last iteration left. What the body
-    sows (`mu.sow`) comes back stacked along axis 0.
+    sows (`mu.sow`), and a module that it makes and returns, come back stacked along axis 0; a Variable among the `y` gives a
+    stack of its values.
 
     Args:
       f: ``f(carry, x) -> (carry, y)``.
@@ -64,6 +148,7 @@ def scan(
       >>> mu.scan(body, None, jnp.arange(4.0))[1], float(total)
       (Array([0., 1., 3., 6.], dtype=float32), 6.0)
     """
+    check_function(f, "scan", "f", _SCAN)
     options: dict[str, Any] = {
         "length": length,
         "reverse": reverse,
@@ -71,28 +156,37 @@ def scan(
         "_split_transpose": _split_transpose,
         "checkpoint_every": checkpoint_every,
     }
-    if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1):
-        raise OptionError(
-            f"`checkpoint_every` cannot be {checkpoint_every!r}",
-            where="scan",
-            expected="a positive int, or None",
-            got=repr(checkpoint_every),
-            cure="`mu.scan(f, init, xs, checkpoint_every=10)`",
-        )
+    _check_every("scan", checkpoint_every)
     if runs_eagerly() and states is None:
-        return compiled("scan", _scan_compiled, (f,), options, init, xs)  # type: ignore[no-any-return]
+        return compiled("scan", _scan_compiled, (f,), options, init, xs, names=("init", "xs"))  # type: ignore[no-any-return]
     return _scan("scan", f, lambda carry, x: f(carry, x), init, xs, states=states, **options)
 
 
 def _scan_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
     (f,) = functions
-    return _scan("scan", f, f, *operands, states=None, **options)
+    return _scan("scan", f, f, *operands, **options)
 
 
+@overload
+def for_loop(f: Callable[[jax.Array], Y], xs: ArrayLike, /, **options: Unpack[LoopOptions]) -> Y: ...
+@overload
+def for_loop(f: Callable[[*Xs], Y], *xs: *Xs, **options: Unpack[LoopOptions]) -> Y: ...
+@takes("mu.for_loop(f, xs)", _=_FOR)  # type: ignore[misc]  # mypy does not see that `*Any` takes what `*Xs` does
 def for_loop(
-    f: Callable[..., Any], *xs: Any, length: int | None = None, reverse: bool = False, unroll: int | bool = 1
+    f: Callable[..., Any],
+    *xs: Any,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: Unroll = 1,
+    states: Any = None,
+    checkpoint_every: int | None = None,
 ) -> Any:
     """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
+
+    Args:
+      f: the function.
+      *xs: arrays, and modules, with leading axes of one size.
+      length, reverse, unroll, states, checkpoint_every: as in `mu.scan`.
 
     Returns:
       The results, stacked.
@@ -106,15 +200,37 @@ def for_loop(
       >>> mu.for_loop(add, jnp.arange(4.0))
       Array([0., 1., 3., 6.], dtype=float32)
     """
-    options = {"length": length, "reverse": reverse, "unroll": unroll}
-    if runs_eagerly():
-        return compiled("for_loop", _for_compiled, (f,), options, xs)
-    return _for_compiled((f,), options, (xs,))
+    check_function(f, "for_loop", "f", _FOR)
+    if any(type(x) in (int, range) for x in xs):
+        raise ArgumentError(
+            "a number of iterations is in the place of what is looped over",
+            where="for_loop",
+            expected="arrays with a leading axis",
+            got=", ".join(map(show_value, xs)),
+            cure="Say how often, `mu.for_loop(lambda: f(x), length=10)`, or loop over the numbers: "
+            "`mu.for_loop(f, jnp.arange(10))`.",
+        )
+    _check_every("for_loop", checkpoint_every)
+    options = {"length": length, "reverse": reverse, "unroll": unroll, "checkpoint_every": checkpoint_every}
+    if runs_eagerly() and states is None:
+        return compiled("for_loop", _for_compiled, (f,), options, xs, names=("xs",))
+    return _for_compiled((f,), {**options, "states": states}, (xs,))
 
 
 def _for_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
     (f,), (xs,) = functions, operands
-    return _scan("for_loop", f, lambda _, x: (None, f(*x)), None, xs, states=None, **options)[1]
+    return _scan("for_loop", f, lambda _, x: (None, f(*x)), None, xs, **options)[1]
+
+
+def _check_every(name: str, count: Any) -> None:
+    if count is not None and (type(count) is not int or count < 1):
+        raise ArgumentError(
+            f"`checkpoint_every` cannot be {show_value(count)}",
+            where=name,
+            expected="a positive int, or None",
+            got=show_class(count),
+            cure=f"`mu.{name}(f, {'init, ' if name == 'scan' else ''}xs, checkpoint_every=10)`",
+        )
 
 
 def _scan(
@@ -126,8 +242,8 @@ def _scan(
     *,
     length: int | None,
     reverse: bool,
-    unroll: int | bool,
-    states: Any,
+    unroll: Unroll,
+    states: Any = None,
     _split_transpose: bool = False,
     checkpoint_every: int | None = None,
 ) -> tuple[Any, Any]:
@@ -140,31 +256,44 @@ def _scan(
         sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
         site.split = sliced
         stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
-        count = site.repeats = _length(name, length, slices.leaves, stacks)
+        count = site.repeats = _length(site.label, length, slices.leaves, stacks)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
 
         def one_step(leaves: Any) -> Any:
             result = call(carry.unflatten(leaves[0]), slices.unflatten(leaves[1]))
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise StructureError(
-                    f"the body of `{site.label}` returned {type(result).__name__}",
+                    "the body did not return a pair",
                     where=site.label,
-                    expected="a pair: (carry, y)",
-                    got=type(result).__name__,
+                    expected="(carry, y)",
+                    got=show_value(result),
                     cure="Return `carry, y`, either of which may be None; or use `mu.for_loop`.",
                 )
-            return result
+            return result[0], with_values(result[1])
 
+        if _compat.jit_disabled() and count:
+            order = range(count)[:: -1 if reverse else 1]
+            end, leaves, new = scan_in_python(
+                site, "the body of a loop", one_step, carry.leaves, slices.leaves, stacks, order
+            )
+            check_same_nodes(site, carry.nodes, FlatTree(end.unflatten(leaves)[0]).nodes)
+            for cell, stack in new.items():
+                if cell in sliced:
+                    access.write(cell, _from_front(stack, sliced[cell]))
+                else:
+                    access.create(cell, stack)
+            return end.unflatten(leaves)  # type: ignore[no-any-return]
         cells = site.scope.cells
         types = {cell: jax.tree.map(_slice_type, stack) for cell, stack in stacks.items()}
         x_types = [_slice_type(leaf) for leaf in slices.leaves]
-        staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
-        while _promote(carry, staged):
-            site.undo()
+        while True:
             staged = stage(site, cells, types, (carry.leaves, x_types), one_step)
-        end = staged.end
-        sown = site.sown(end)
-        refuse_structure(site, end, f"the body of `{name}`", sown)
+            end = staged.end
+            sown, made = site.sown(end), site.made(end)
+            refuse_structure(site, end, "the body of a loop", [*sown, *made])
+            if not _promote(carry, staged):
+                break
+            site.undo()
         _check_carry(site, carry, staged)
 
         values = dict(zip(staged.cells, site.values(staged.cells), strict=True)) | types
@@ -185,7 +314,7 @@ def _scan(
                 **dict(zip(stacks, slices_now, strict=True)),
             }
             out, new = staged(now, (leaves, x_leaves))
-            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in (*stacked, *sown)])
+            return ([new[c] for c in carried], out[:width]), (out[width:], [new[c] for c in (*stacked, *sown, *made)])
 
         def loop(start: Any, x: Any, length: int) -> Any:
             return jax.lax.scan(step, start, x, length, reverse, unroll, _split_transpose)
@@ -194,11 +323,11 @@ def _scan(
         x = [*stacks.values()], slices.leaves
         (last, leaves), (ys, new_stacks) = _in_blocks(loop, start, x, count, checkpoint_every, reverse)
         new = dict(zip(carried, last, strict=True))
-        stacks_of = dict(zip((*stacked, *sown), new_stacks, strict=True))
+        stacks_of = dict(zip((*stacked, *sown, *made), new_stacks, strict=True))
         new |= {cell: _from_front(stacks_of[cell], sliced[cell]) for cell in stacked}
         for cell in written:
             access.write(cell, new[cell])
-        for cell in sown:
+        for cell in (*sown, *made):
             access.create(cell, stacks_of[cell])
         return end.unflatten([*leaves, *ys])  # type: ignore[no-any-return]
 
@@ -243,12 +372,13 @@ def _slice_type(stack: Any) -> jax.ShapeDtypeStruct:
     return _compat.type_of(stack, 1)
 
 
-def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
+def _length(where: str, length: int | None, leaves: list[Any], stacks: dict[Variable, Any]) -> int:
     if scalars := [leaf for leaf in leaves if not jnp.ndim(leaf)]:
-        raise StructureError(
-            f"`{name}` was given a scalar to loop over",
+        raise ArgumentError(
+            "a scalar cannot be looped over",
+            where=where,
             expected="arrays with a leading axis",
-            got=f"{scalars[0]!r:.40}",
+            got=show_value(scalars[0]),
             cure="Say how often with `length=n`, and let the function name what stays the same.",
         )
     sizes = {jnp.shape(leaf)[0] for leaf in leaves}
@@ -256,8 +386,9 @@ def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Varia
     if length is not None:
         sizes.add(operator.index(length))
     if len(sizes) != 1:
-        raise StructureError(
-            f"`{name}` cannot tell the number of its iterations",
+        raise ArgumentError(
+            "the number of iterations cannot be told",
+            where=where,
             expected="one length: of the leading axes of `xs`, of the sliced states, and `length`",
             got=sorted(sizes),
             cure="Give `xs` of one length, or `length=n`.",
@@ -267,14 +398,29 @@ def _length(name: str, length: int | None, leaves: list[Any], stacks: dict[Varia
 
 
 def _promote(carry: FlatTree, staged: Staged) -> bool:
-    """Give weakly typed leaves of the carry (Python numbers) the type that the body returns, as JAX does."""
-    changed = False
+    """Give weakly typed leaves of the carry (Python numbers) the strong type of their dtype, if the body returns that.
+
+    Returns:
+      Whether the body has to be staged again for it. Each loop around this one would double the number of times.
+    """
+    again = False
     for index, (leaf, out) in enumerate(zip(carry.leaves, staged.leaves, strict=False)):
         weak = jax.typeof(leaf).weak_type if hasattr(jax.typeof(leaf), "weak_type") else False
-        if weak and leaf.shape == out.shape and (leaf.dtype != out.dtype or not getattr(out, "weak_type", False)):
+        if weak and leaf.shape == out.shape and leaf.dtype == out.dtype and not getattr(out, "weak_type", False):
+            again = again or _weakness_matters(leaf.dtype, staged)
             carry.leaves[index] = jax.lax.convert_element_type(leaf, out.dtype)
-            changed = True
-    return changed
+    return again
+
+
+def _weakness_matters(dtype: Any, staged: Staged) -> bool:
+    """Whether a body may do something else for a value of this dtype than for one that is weakly typed.
+
+    It does where the value meets another dtype of its sort; and what it makes of a weak one may come out as weak.
+    """
+    sort = np.floating if jnp.issubdtype(dtype, np.floating) else np.integer
+    others = {other for other in staged.code.dtypes() if jnp.issubdtype(other, sort) and other != dtype}
+    weak = [out for out in staged.leaves if getattr(out, "weak_type", False) and jnp.issubdtype(out.dtype, sort)]
+    return bool(others or weak or not jnp.issubdtype(dtype, sort))
 
 
 def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
@@ -287,20 +433,32 @@ def _check_carry(site: CallSite, carry: FlatTree, staged: Staged) -> None:
         a.shape != b.shape or a.dtype != b.dtype for a, b in zip(carry.leaves, staged.leaves[:width], strict=True)
     ):
         raise StateTypeError(
-            f"the carry of `{site.label}` changes its type in an iteration",
+            "the carry changes its type in an iteration",
             where=site.label,
-            expected=_show(before),
-            got=_show(result[0]),
-            cure="Return a carry of the type of `init`: convert with `.astype`, or start with that type.",
+            expected=show_value(before),
+            got=show_value(result[0]),
+            cure=_carry_cure(carry.leaves, staged.leaves[:width]),
         )
 
 
-def _show(tree: Any) -> str:
-    return str(
-        jax.tree.map(lambda x: f"{x.dtype}[{','.join(map(str, x.shape))}]", tree, is_leaf=lambda x: hasattr(x, "dtype"))
+def _carry_cure(before: Sequence[Any], after: Sequence[Any]) -> str:
+    casts = {(str(a.dtype), str(b.dtype)) for a, b in zip(before, after, strict=False) if a.dtype != b.dtype}
+    if len(casts) != 1:
+        return "Return a carry of the type of `init`: convert with `.astype`, or start with that type."
+    ((old, new),) = casts
+    return (
+        f"Start with the type that it has later, `x.astype(jnp.{new})` (of a number: `jnp.{new}(x)`), or convert what is "
+        f"returned: `x.astype(jnp.{old})`."
     )
 
 
+@overload
+def while_loop(
+    cond_fun: Callable[[jax.Array], ArrayLike], body_fun: Callable[[jax.Array], jax.Array], init_val: ArrayLike
+) -> jax.Array: ...
+@overload
+def while_loop(cond_fun: Callable[[C], ArrayLike], body_fun: Callable[[C], C], init_val: C) -> C: ...
+@takes("mu.while_loop(cond_fun, body_fun, init_val)", _=_WHILE)
 def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
     """Loop while a condition holds; as `jax.lax.while_loop`, with states.
 
@@ -319,8 +477,10 @@ def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], i
       >>> int(n)
       12
     """
+    check_function(cond_fun, "while_loop", "cond_fun", _WHILE)
+    check_function(body_fun, "while_loop", "body_fun", _WHILE)
     if runs_eagerly():
-        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val)
+        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val, names=("init_val",))
     return _while("while_loop", cond_fun, body_fun, init_val)
 
 
@@ -333,13 +493,35 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         carry = FlatTree(init_val)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
         site.repeats = None
+
+        def step_once(leaves: Any) -> Any:
+            return (body_fun(carry.unflatten(leaves)),)
+
+        def condition(leaves: Any) -> Any:
+            return _held(cond_fun(carry.unflatten(leaves)))
+
+        def test_once(leaves: Any) -> Any:
+            end, holds, _, _ = run_once(site, "the condition of a loop", {}, lambda: condition(leaves))
+            _refuse_condition_writes(site, end, holds)
+            return holds[0]
+
+        if _compat.jit_disabled() and is_concrete(test_once(carry.leaves)):
+            last_end, leaves = while_in_python(site, test_once, "the body of a loop", step_once, carry.leaves)
+            return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
-        body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
-        while _promote(carry, body):
-            body = stage(site, cells, {}, carry.leaves, lambda leaves: (body_fun(carry.unflatten(leaves)),))
-        test = stage(site, body.cells, {}, carry.leaves, lambda leaves: cond_fun(carry.unflatten(leaves)))
-        _refuse_condition_writes(site, test)
-        refuse_structure(site, body.end, f"the body of `{name}`")
+
+        def stage_both() -> tuple[Staged, Staged]:
+            while True:
+                body = stage(site, cells, {}, carry.leaves, step_once)
+                refuse_structure(site, body.end, "the body of a loop")
+                if not _promote(carry, body):
+                    break
+            test = stage(site, body.cells, {}, carry.leaves, condition)
+            _refuse_condition_writes(site, test.end, test.leaves)
+            refuse_structure(site, test.end, "the condition of a loop")
+            return body, test
+
+        body, test = stage_together(site, stage_both)
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
         written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]
@@ -363,27 +545,51 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
         return body.end.unflatten(leaves)[0]
 
 
-def _refuse_condition_writes(site: CallSite, test: Staged) -> None:
-    for cell in test.end.cells:
-        if cell not in test.end.born:
+def _held(condition: Any) -> Any:
+    """What a condition is, which may be a state."""
+    return condition.get() if isinstance(condition, Variable) else condition
+
+
+def _refuse_condition_writes(site: CallSite, end: RunResult, leaves: Sequence[Any]) -> None:
+    for cell in end.cells:
+        if cell not in end.born:
             raise StructureError(
-                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition of a `while_loop`",
+                f"state `{site.scope.locate(cell)}` ({type(cell).__name__}) was written by the condition",
                 path=site.scope.locate(cell),
                 where=site.label,
                 cure="A condition is evaluated once more than the body: write the state in the body.",
             )
-    if len(test.leaves) != 1:
+    if len(leaves) != 1 or jnp.shape(leaves[0]) or not jnp.issubdtype(jnp.result_type(leaves[0]), jnp.bool_):
         raise StructureError(
-            f"the condition of `{site.label}` must return one boolean",
+            "the condition did not return one boolean",
             where=site.label,
             expected="a boolean scalar",
-            got=f"{len(test.leaves)} values",
-            cure="Return one comparison, e.g. `lambda x: x < 10`.",
+            got=show_value(end.unflatten(leaves)),
+            cure="The condition comes first, and returns one comparison: `mu.while_loop(lambda x: x < 10, body_fun, init_val)`.",
         )
 
 
+@overload
 def fori_loop(
-    lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: int | bool | None = None
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable[[jax.Array, jax.Array], jax.Array],
+    init_val: ArrayLike,
+    *,
+    unroll: Unroll | None = ...,
+) -> jax.Array: ...
+@overload
+def fori_loop(
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable[[jax.Array, C], C],
+    init_val: C,
+    *,
+    unroll: Unroll | None = ...,
+) -> C: ...
+@takes("mu.fori_loop(0, 10, body_fun, init_val)", _=_FORI)
+def fori_loop(
+    lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: Unroll | None = None
 ) -> Any:
     """Loop from `lower` to `upper`; as `jax.lax.fori_loop`, with states.
 
@@ -396,11 +602,23 @@ def fori_loop(
       >>> int(mu.fori_loop(0, 5, body, 0)), int(total)
       (5, 10)
     """
+    check_function(body_fun, "fori_loop", "body_fun", _FORI)
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if jnp.shape(bound) or not jnp.issubdtype(jnp.result_type(bound), jnp.integer):
+            raise ArgumentError(
+                f"the bound `{name}` is no integer",
+                path=name,
+                where="fori_loop",
+                expected="an integer scalar",
+                got=show_value(jnp.asarray(bound)),
+                cure="`mu.fori_loop(0, 10, body_fun, init_val)`; of an array, its length: `len(xs)`.",
+            )
     fixed = all(isinstance(bound, int) for bound in (lower, upper))
     options = {"unroll": unroll, "bounds": (int(lower), int(upper)) if fixed else None}
     operands = (init_val,) if fixed else (init_val, lower, upper)
     if runs_eagerly():
-        return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands)
+        names = ("init_val", "lower", "upper")[: len(operands)]
+        return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands, names=names)
     return _fori_compiled((body_fun,), options, operands)
 
 
@@ -413,6 +631,7 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
             i, end, value = loop
             return i + 1, end, body_fun(i, value)
 
+        body.__qualname__ = function_name(body_fun)
         lower, upper = jnp.asarray(lower), jnp.asarray(upper)
         start = (lower.astype(jnp.result_type(lower, upper)), upper.astype(jnp.result_type(lower, upper)), init_val)
         return _while("fori_loop", lambda loop: loop[0] < loop[1], body, start, (body_fun,))[2]
@@ -429,6 +648,5 @@ def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: 
         length=None,
         reverse=False,
         unroll=unroll,
-        states=None,
     )
     return out

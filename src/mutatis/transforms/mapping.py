@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from mutatis.compilation.eager_control import compiled, runs_eagerly
-from mutatis.errors import StructureError
+from mutatis.core.calls import check_function, takes
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.tracing.arguments import FlatTree
+from mutatis.tracing.staging import with_values
 from mutatis.transforms.batching import vectorize
 from mutatis.transforms.loops import for_loop
 
+X = TypeVar("X")
+Y = TypeVar("Y")
 
+
+@overload
+def map(f: Callable[[jax.Array], Y], xs: ArrayLike, *, batch_size: int | None = ...) -> Y: ...
+@overload
+def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = ...) -> Y: ...
+@takes("mu.map(f, xs)")
 def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
     """Apply a function to slices along axis 0; as `jax.lax.map`, with states.
 
@@ -28,7 +40,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
 
     Raises:
       LaneError: `f` writes a state, with `batch_size`.
-      StructureError: `xs` holds modules, with `batch_size`.
+      ArgumentError: `xs` holds modules, with `batch_size`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -36,10 +48,11 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
       >>> mu.map(lambda x: w * x, jnp.arange(5.0), batch_size=2)
       Array([0., 2., 4., 6., 8.], dtype=float32)
     """
+    check_function(f, "map", "f", "The function comes first: `mu.map(f, xs)`.")
     if batch_size is None:
         return for_loop(f, xs)
     if runs_eagerly():
-        return compiled("map", _map_compiled, (f,), {"batch_size": batch_size}, xs)
+        return compiled("map", _map_compiled, (f,), {"batch_size": batch_size}, xs, names=("xs",))
     return _map(f, xs, batch_size)
 
 
@@ -49,7 +62,7 @@ def _map_compiled(functions: Sequence[Any], options: dict[str, Any], operands: A
 
 def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
     if FlatTree(xs).nodes:
-        raise StructureError(
+        raise ArgumentError(
             "`map` with `batch_size` cannot slice modules",
             expected="arrays in `xs`",
             got="a module",
@@ -58,7 +71,7 @@ def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
 
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
     if len(counts) != 1 or () in counts or batch_size < 1:
-        raise StructureError(
+        raise ArgumentError(
             "`map` cannot divide its items into batches",
             expected="arrays with leading axes of one size, and a positive `batch_size`",
             got=f"leading axes {sorted(counts)}, batch_size={batch_size}",
@@ -66,8 +79,20 @@ def _map(f: Callable[[Any], Any], xs: Any, batch_size: int) -> Any:
         )
     ((count,),) = counts
 
+    @functools.wraps(f, updated=())
+    def item(x: Any) -> Any:
+        out = with_values(f(x))
+        if FlatTree(out).nodes:
+            raise StructureError(
+                "`map` with `batch_size` cannot stack modules",
+                expected="arrays, or Variables, in the result",
+                got="a module",
+                cure="Leave out `batch_size`, or make the modules with `mu.vmap(f)(xs)`.",
+            )
+        return out
+
     def batch(x: Any) -> Any:
-        return vectorize(f, (x,), {}, name="map", writes=False)
+        return vectorize(item, (x,), {}, name="map", writes=False)
 
     whole = count // batch_size * batch_size
     parts = []

@@ -4,17 +4,49 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 
 from mutatis import _compat
-from mutatis.tracing.arguments import FlatTree
+from mutatis.core.calls import takes
+from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, check_static_arguments, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def remat(
+    f: Transformed[P, R],
+    *,
+    prevent_cse: bool | Sequence[bool] = ...,
+    policy: Callable[..., bool] | None = ...,
+    static_argnums: int | tuple[int, ...] = ...,
+    static_argnames: str | Iterable[str] = ...,
+) -> Transformed[P, R]: ...
+@overload
+def remat(
+    f: Callable[P, R],
+    *,
+    prevent_cse: bool | Sequence[bool] = ...,
+    policy: Callable[..., bool] | None = ...,
+    static_argnums: int | tuple[int, ...] = ...,
+    static_argnames: str | Iterable[str] = ...,
+) -> Transformed[P, R]: ...
+@overload
+def remat(
+    f: None = None,
+    *,
+    prevent_cse: bool | Sequence[bool] = ...,
+    policy: Callable[..., bool] | None = ...,
+    static_argnums: int | tuple[int, ...] = ...,
+    static_argnames: str | Iterable[str] = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
+@takes("mu.remat(f)(x)", _="Call what comes back with the arguments: `mu.remat(f)(x)`.")
 def remat(
     f: Callable[..., Any] | None = None,
     *,
@@ -42,7 +74,7 @@ def remat(
       (Array(6., dtype=float32), 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(remat, **options)
+    remake: functools.partial[Any] = functools.partial(remat, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: _remat(function, args, kwargs, **options))
@@ -58,15 +90,11 @@ def _remat(
     static_argnums: Any,
     static_argnames: Any,
 ) -> Any:
-    numbers = (
-        {n % len(args) for n in ((static_argnums,) if isinstance(static_argnums, int) else static_argnums)}
-        if args
-        else set()
-    )
-    names = {static_argnames} if isinstance(static_argnames, str) else set(static_argnames)
+    statics = static_positions(len(args), kwargs, as_numbers(static_argnums), as_names(static_argnames))
+    check_static_arguments(args, kwargs, statics, "remat")
     dynamic = (
-        {n: arg for n, arg in enumerate(args) if n not in numbers},
-        {name: arg for name, arg in kwargs.items() if name not in names},
+        {n: arg for n, arg in enumerate(args) if n not in statics},
+        {name: arg for name, arg in kwargs.items() if name not in statics},
     )
     packed = FlatTree(dynamic)
     with CallSite("remat", function, args, kwargs) as site:

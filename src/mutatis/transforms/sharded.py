@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 from jax.sharding import PartitionSpec
@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec
 from mutatis import _compat
 from mutatis.core import naming
 from mutatis.core.nodes import is_node
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import LaneError, OptionError
+from mutatis.errors import ArgumentError, LaneError
 from mutatis.model.kinds import RngState
 from mutatis.model.variables import Variable, spelled
 from mutatis.tracing.arguments import broadcast
@@ -28,7 +29,46 @@ from mutatis.tracing.transformed import Transformed
 _REPLICATED = PartitionSpec()
 _INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+@overload
+def shard_map(
+    f: Transformed[P, R],
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def shard_map(
+    f: Callable[P, R],
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Transformed[P, R]: ...
+@overload
+def shard_map(
+    f: None = None,
+    /,
+    *,
+    out_specs: Any,
+    in_specs: Any = ...,
+    mesh: Any = ...,
+    axis_names: AbstractSet[Any] = ...,
+    check_vma: bool = ...,
+    states: Any = ...,
+) -> Callable[[Callable[P, R]], Transformed[P, R]]: ...
 def shard_map(
     f: Callable[..., Any] | None = None,
     /,
@@ -72,7 +112,7 @@ def shard_map(
       (Array([0., 2., 4., 6.], dtype=float32), 6.0)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
-    remake = functools.partial(shard_map, **options)
+    remake: functools.partial[Any] = functools.partial(shard_map, **options)
     if f is None:
         return remake
     return Transformed(f, remake, lambda function, args, kwargs: _shard(function, args, kwargs, **options))
@@ -91,8 +131,8 @@ def _shard(
     named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
     with CallSite("shard_map", function, args, others=[("states", [node for node, _ in named])]) as site:
         if kwargs:
-            raise OptionError(
-                f"`{site.label}` was called with keyword arguments",
+            raise ArgumentError(
+                "there are keyword arguments",
                 where=site.label,
                 expected="arguments by position: `in_specs` has a spec for each",
                 got=", ".join(kwargs),
@@ -104,6 +144,16 @@ def _shard(
         if inferred:
             leaf_specs = list(map(_own_spec, site.packed.leaves))
         given = axes_by_cell(site, [(item, spec) for spec, item in entries if is_node(item)], states, StateSharding)
+        for cell, spec in given.items():
+            if isinstance(spec, jax.sharding.Sharding):
+                raise ArgumentError(
+                    f"state {site.describe(cell)} is given a sharding, where the spec alone is wanted",
+                    path=site.scope.locate(cell),
+                    where=site.label,
+                    expected="a PartitionSpec, None or `mu.Shared`",
+                    got=show_value(spec),
+                    cure='`mu.StateSharding({mu.Param: P("model"), ...: P()})`; the mesh is that of the `shard_map`.',
+                )
         cells = site.scope.cells
         values = site.values(cells)
         specs = [_spec_of(value, given.get(cell)) for cell, value in zip(cells, values, strict=True)]
@@ -127,6 +177,8 @@ def _shard(
 
             overlay = {cell: value for cell, value in inputs.items() if cell not in streams}
             site.end, out, written = site.run(overlay, leaves, make=make)
+            opened[0].disown(site.end.born)
+            site.let_go(site.end)
             refuse_structure(site, site.end, "what each device runs")
             written = [value for cell, value in zip(site.end.cells, written, strict=True) if cell not in site.end.born]
             site.end.cells = [cell for cell in site.end.cells if cell not in site.end.born]

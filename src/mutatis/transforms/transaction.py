@@ -15,7 +15,7 @@ from mutatis.core.interrupts import held_back
 from mutatis.core.journal import Journal
 from mutatis.core.naming import show_path
 from mutatis.core.transactions import Transaction
-from mutatis.errors import StructureError
+from mutatis.errors import TransactionError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
 from mutatis.model.modules import Module
@@ -48,13 +48,13 @@ class EagerTransaction:
             containers, too. (To propose anew, keep the random streams: ``tx.rollback(mu.Not(mu.RngState))``.)
 
         Raises:
-          StructureError: the block has ended, or it is not what runs now: another transaction or a transform is open in it.
+          TransactionError: the block has ended, or it is not what runs now: another transaction or a transform is open in it.
           TraceLevelError: a raw JAX transform has read what was written.
         """
         tx = self._tx
         if transactions.current() is not tx or _compat.current_trace() not in (tx.trace, _compat.EVAL_TRACE):
-            raise StructureError(
-                "a transaction was rolled back where it is not the innermost one",
+            raise TransactionError(
+                "what is to be rolled back is not the innermost block",
                 where=naming.where(),
                 expected="a call in its own block, before the end",
                 cure="Raise an exception there, or open another one there: `with mu.transaction() as inner: inner.rollback()`.",
@@ -75,9 +75,8 @@ class EagerTransaction:
 
     def __enter__(self) -> Self:
         if hasattr(self, "_tx"):
-            raise StructureError(
+            raise TransactionError(
                 "a transaction was entered a second time",
-                where=naming.where(),
                 cure="Make one for each block: `with mu.transaction(model) as tx: ...`.",
             )
         encoder = Encoder(describe=False)
@@ -101,9 +100,9 @@ class EagerTransaction:
 
     def _commit(self) -> None:
         tx = self._tx
-        if transactions.current() is not tx:
+        if transactions.current() is not tx or tx.open_parent() is not tx.parent:
             self._abandon()
-            raise StructureError(
+            raise TransactionError(
                 "a transaction ended before another one that began in it, or after the one that it began in",
                 cure="End the inner one first: leave no `with mu.transaction()` open at a `yield` or `await` where others run.",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,21 @@ from jax.custom_derivatives import SymbolicZero
 from mutatis.model.state import State
 from mutatis.transforms.custom.rule import CustomRule, _Call, _instantiate, _is_float, _Plan, _run_primal
 
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+Q = ParamSpec("Q")
+S = TypeVar("S", bound=tuple[Any, Any])
 
+
+@overload
+def custom_jvp(
+    fun: Callable[P, R], nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
+) -> CustomJVP[P, R]: ...
+@overload
+def custom_jvp(
+    fun: None = None, nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
+) -> Callable[[Callable[P, R]], CustomJVP[P, R]]: ...
 def custom_jvp(
     fun: Callable[..., Any] | None = None, nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
 ) -> Any:
@@ -47,13 +61,13 @@ def custom_jvp(
     return CustomJVP(fun, nondiff_argnums, nondiff_argnames)
 
 
-class CustomJVP(CustomRule):
+class CustomJVP(CustomRule[P, R_co]):
     """A function with a forward-mode rule."""
 
     _name = "custom_jvp"
     _gives_tangents = True
 
-    def defjvp(self, jvp: Callable[..., tuple[Any, Any]], symbolic_zeros: bool = False) -> Callable[..., Any]:
+    def defjvp(self, jvp: Callable[Q, S], symbolic_zeros: bool = False) -> Callable[Q, S]:
         """Define the rule; a decorator.
 
         Args:
@@ -65,7 +79,7 @@ class CustomJVP(CustomRule):
 
     def defjvps(self, *jvps: Callable[..., Any] | None) -> None:
         """Define the rule as a sum of rules for each argument, ``jvp(tangent, out, *primals)``, or None for zero."""
-        function = self
+        function: Any = self
 
         def jvp(*given: Any) -> tuple[Any, Any]:
             *fixed, primals, tangents = given

@@ -14,7 +14,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,24 +24,27 @@ from jax.custom_derivatives import SymbolicZero
 from mutatis import _compat
 from mutatis.compilation.eager_control import runs_eagerly
 from mutatis.core import access, naming
-from mutatis.core.cells import Cell
+from mutatis.core.cells import UNSET, Cell
+from mutatis.core.showing import show_structure, show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import StructureError, TraceLevelError
+from mutatis.errors import ArgumentError, StructureError, TraceLevelError
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree, function_name
+from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, function_name, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Code, Staged, check_kept, refuse_structure, stage
 from mutatis.tracing.transformed import Transformed
 
+P = ParamSpec("P")
+R_co = TypeVar("R_co", covariant=True)
 
-class CustomRule(Transformed):
+
+class CustomRule(Transformed[P, R_co]):
     """A function with a derivative rule of the user's."""
 
     def __init__(
         self, function: Callable[..., Any], nondiff_argnums: int | Sequence[int], nondiff_argnames: str | Sequence[str]
     ) -> None:
-        numbers = (nondiff_argnums,) if isinstance(nondiff_argnums, int) else tuple(nondiff_argnums)
-        names = (nondiff_argnames,) if isinstance(nondiff_argnames, str) else tuple(nondiff_argnames)
+        numbers, names = as_numbers(nondiff_argnums), as_names(nondiff_argnames)
         # JAX checks that there are such arguments.
         jax.jit(function, static_argnums=numbers or None, static_argnames=names or None)
         super().__init__(function, functools.partial(_remake, type(self), numbers, names))
@@ -53,28 +56,28 @@ class CustomRule(Transformed):
         self._options = options
         self.set_recipe(functools.partial(_remake, type(self), *self._nondiff, rules=rules, **options))
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        function = self.__wrapped__
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        function: Callable[..., R_co] = self.__wrapped__
         name = function_name(function)
         if not self.rules:
             raise StructureError(
                 f"`{name}` has no derivative rule yet",
-                where=name,
                 cure="Define it: `f.defvjp(fwd, bwd)` of a `mu.custom_vjp`, `f.defjvp(jvp)` of a `mu.custom_jvp`.",
             )
-        args = _positional(function, args, kwargs)
+        positional = _positional(function, args, kwargs)
         if self in _discovering.rules:
             _discovering.rules[self] = True
-            return function(*args)
-        with CallSite(type(self)._name, function, args, functions=self.rules) as site:
+            return function(*positional)
+        with CallSite(type(self)._name, function, positional, functions=self.rules) as site:
             if runs_eagerly():
                 end, leaves, values = site.run({})
-                return site.commit(end, values, leaves)
-            call = _Call(self, site, args)
+                committed: R_co = site.commit(end, values, leaves)
+                return committed
+            call = _Call(self, site, positional)
             out, written = self._through_jax(call)
             for cell, value in zip(call.written, written, strict=True):
                 access.write(cell, jax.tree.map(_constant, value))
-            result = call.primal.end.unflatten(out)
+            result: R_co = call.primal.end.unflatten(out)
             call.forget_values()
             return result
 
@@ -87,8 +90,14 @@ class CustomRule(Transformed):
 
 
 def _remake(
-    cls: type[CustomRule], numbers: Any, names: Any, function: Any, *, rules: tuple[Any, ...] = (), **options: Any
-) -> CustomRule:
+    cls: type[CustomRule[..., Any]],
+    numbers: Any,
+    names: Any,
+    function: Any,
+    *,
+    rules: tuple[Any, ...] = (),
+    **options: Any,
+) -> CustomRule[..., Any]:
     made = cls(function, numbers, names)
     if rules:
         made._define(tuple(rules), options)
@@ -99,7 +108,7 @@ class _Discovering(threading.local):
     """The functions whose rules are being staged for the first time, and whether a rule called its own function."""
 
     def __init__(self) -> None:
-        self.rules: dict[CustomRule, bool] = {}
+        self.rules: dict[CustomRule[..., Any], bool] = {}
 
 
 _discovering = _Discovering()
@@ -108,18 +117,22 @@ _discovering = _Discovering()
 class _Call:
     """One call: what of its arguments is differentiated, the staged function, and the staged rule."""
 
-    def __init__(self, owner: CustomRule, site: CallSite, args: tuple[Any, ...]) -> None:
+    def __init__(self, owner: CustomRule[..., Any], site: CallSite, args: tuple[Any, ...]) -> None:
         function = owner.__wrapped__
         numbers, names = owner._nondiff
         self.owner = owner
         self.site = site
         self.args = args
-        fixed = {n % len(args) for n in numbers} | _places_of(function, names)
+        fixed = static_positions(len(args), (), numbers, ()) | _places_of(function, names)
         self.fixed = [args[n] for n in sorted(fixed)]
         self.places = [n for n in range(len(args)) if n not in fixed]
         self.packed = FlatTree([args[n] for n in self.places])
         self.nodes: list[dict[Any, Variable]] = [site.scope.cells_of(node) for node in self.packed.nodes]
         self.differentiable = {cell for cells in self.nodes for cell in cells.values() if not cell.frozen}
+        self._stage_primal()
+
+    def _stage_primal(self) -> None:
+        site, function = self.site, self.owner.__wrapped__
         self.primal = stage(
             site, site.scope.cells, {}, self.packed.leaves, lambda leaves: function(*self.with_leaves(leaves))
         )
@@ -146,11 +159,14 @@ class _Call:
         def call(leaves: Any) -> Any:
             return rule(*arguments(leaves))
 
+        late = [cell for cell in self.primal.cells if access.peek(cell) is UNSET]
         _discovering.rules[owner] = False
         try:
             staged = stage(site, site.scope.cells, {}, leaves, call)
         finally:
             recursive = _discovering.rules.pop(owner)
+        if any(access.peek(cell) is not UNSET for cell in late):
+            self._stage_primal()  # the rule uses a state for the first time, which the function gets without a value
         refuse_structure(site, staged.end, "a derivative rule")
         self._check(staged)
         both = (self.primal, staged)
@@ -192,8 +208,8 @@ class _Call:
             raise StructureError(
                 "a derivative rule does not return what its function returns",
                 where=self.site.label,
-                expected=f"a pair, of {expected[0]} and the residuals or tangents",
-                got=f"a {type(result).__name__}" if given is None else str(given[0]),
+                expected=f"a pair, of {show_structure(expected[0])} and the residuals or tangents",
+                got=show_value(result) if given is None else f"{show_structure(given[0])} first",
                 cure="Return `out, residuals` from a forward rule, `out, tangent` from a `jvp`.",
             )
 
@@ -320,9 +336,8 @@ def _positional(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return args
     bound.apply_defaults()
     if bound.kwargs:
-        raise StructureError(
+        raise ArgumentError(
             f"keyword-only arguments of `{function_name(function)}` cannot be passed on to its derivative rule",
-            where=function_name(function),
             expected="arguments that may be given by position",
             got=", ".join(bound.kwargs),
             cure="Make them ordinary parameters, or capture them.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from mutatis.core import naming
 from mutatis.core.cells import Cell
 from mutatis.core.journal import Journal
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import StructureError
 from mutatis.model.state import State
 from mutatis.tracing.arguments import FlatTree
@@ -21,7 +22,19 @@ from mutatis.tracing.captures import search
 from mutatis.tracing.scope import Scope
 from mutatis.transforms.custom.rule import CustomRule, _Call, _instantiate, _is_float, _Late, _Plan, _run_primal
 
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
+
+@overload
+def custom_vjp(
+    fun: Callable[P, R], nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
+) -> CustomVJP[P, R]: ...
+@overload
+def custom_vjp(
+    fun: None = None, nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
+) -> Callable[[Callable[P, R]], CustomVJP[P, R]]: ...
 def custom_vjp(
     fun: Callable[..., Any] | None = None, nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
 ) -> Any:
@@ -64,14 +77,14 @@ def custom_vjp(
     return CustomVJP(fun, nondiff_argnums, nondiff_argnames)
 
 
-class CustomVJP(CustomRule):
+class CustomVJP(CustomRule[P, R_co]):
     """A function with a reverse-mode rule."""
 
     _name = "custom_vjp"
 
     def defvjp(
         self,
-        fwd: Callable[..., tuple[Any, Any]],
+        fwd: Callable[..., tuple[R_co, Any]],
         bwd: Callable[..., tuple[Any, ...]],
         symbolic_zeros: bool = False,
         optimize_remat: bool = False,
@@ -136,7 +149,7 @@ class _Backward(_Late):
 
     def refuse_changes(self) -> None:
         """Raise if the rule changed attributes or containers; they are put back as the transaction ends."""
-        for obj, name, _ in self.journal.entries():
+        for obj, name, _ in self.journal.changes():
             raise StructureError(
                 f"{f'`{type(obj).__name__}.{name}`' if name else f'a {type(obj).__name__}'} was changed in a backward rule",
                 where=self.label,
@@ -191,7 +204,7 @@ def _cotangents(plan: _Plan, given: Any, perturbed: Sequence[bool]) -> tuple[lis
             "a backward rule does not return a cotangent for each argument",
             where=plan.label,
             expected=f"a tuple of {plan.arguments}, each in the structure of its argument",
-            got=f"{given!r:.60}",
+            got=show_value(given),
             cure="Return a tuple: a cotangent or None for each argument, a `mu.State` for a Module or Variable.",
         )
     states: list[Any] = [None] * len(perturbed)
@@ -203,7 +216,7 @@ def _cotangents(plan: _Plan, given: Any, perturbed: Sequence[bool]) -> tuple[lis
                 f"a backward rule gives cotangents for states that a {kind} does not have",
                 where=plan.label,
                 expected=f"None, or a State over some of {', '.join(map(show_path, by_path))}",
-                got=type(part).__name__ if flat is None else ", ".join(map(show_path, flat)),
+                got=show_class(part) if flat is None else ", ".join(map(show_path, flat)),
                 cure="`mu.State({path: cotangent})`, with the paths of `mu.variables(module)`.",
             )
         for path, value in flat.items():

@@ -1,0 +1,172 @@
+"""Guards: what is compared before each call, to notice that something a function names is bound to something else.
+
+A **place** is where something can be changed without the function being told: a closure cell, a name in a namespace (a module,
+an object, a class), a slot of an object, what a container or an array holds. Guards compare places with what they held, by
+identity, in a few calls of C code; only sets, arrays and containers of the users' own classes take a little Python.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.nodes import holds_nodes, is_node
+from mutatis.tracing.codes import contents
+
+EMPTY = object()  # what an unbound place holds
+_get_contents = attrgetter("cell_contents")
+_get_of_class = types.MappingProxyType.get
+
+
+class Place(NamedTuple):
+    """Something that can be changed, and what it held.
+
+    Attributes:
+      owner: the cell, namespace, object, container or array.
+      key: the name in it; None for all that it holds.
+      held: what it held: one value, a list of values, or the bytes of an array. Of a node its `id`: it is not kept alive.
+    """
+
+    owner: Any
+    key: str | None
+    held: Any
+
+
+class Guards:
+    """Places, with what they held when they were added; each is compared once."""
+
+    __slots__ = ("_cells", "_containers", "_content", "_names", "_odd", "_of_classes", "_seen", "_slots", "_values")
+
+    def __init__(self) -> None:
+        self._cells: list[Place] = []
+        self._names: list[Place] = []
+        self._of_classes: list[Place] = []
+        self._slots: list[Place] = []
+        self._containers: list[Place] = []  # plain lists and dicts
+        self._odd: list[tuple[Callable[[Any], Any], Place]] = []  # with what reads them
+        self._seen: set[tuple[int, str | None]] = set()
+        self._content: ContainerSnapshot
+        self._values: tuple[Any, ...]
+
+    def add_cell(self, cell: types.CellType, value: Any) -> None:
+        """Guard a closure cell."""
+        if self._is_new(cell, None):
+            self._cells.append(Place(cell, None, _held(value)))
+
+    def add_name(self, namespace: dict[str, Any], key: str, value: Any) -> None:
+        """Guard a name in the namespace of a module or an object; `EMPTY`: that it is not there."""
+        if self._is_new(namespace, key):
+            self._names.append(Place(namespace, key, _held(value)))
+
+    def add_of_class(self, kind: type, key: str, value: Any) -> None:
+        """Guard a name in the namespace of a class, without those of its bases."""
+        if self._is_new(kind, key):
+            self._of_classes.append(Place(kind, key, _held(value)))
+
+    def add_slot(self, obj: Any, key: str, value: Any) -> None:
+        """Guard a slot of an object."""
+        if self._is_new(obj, key):
+            self._slots.append(Place(obj, key, _held(value)))
+
+    def add_contents(self, container: Any) -> None:
+        """Guard what a container or a NumPy array holds."""
+        if self._is_new(container, None):
+            if type(container) in (list, dict):
+                self._containers.append(Place(container, None, _items(container)))
+            else:
+                read = _bytes if isinstance(container, np.ndarray) else _items
+                self._odd.append((read, Place(container, None, read(container))))
+
+    def _is_new(self, owner: Any, key: str | None) -> bool:
+        mark = (id(owner), key)
+        if mark in self._seen:
+            return False
+        self._seen.add(mark)
+        return True
+
+    def close(self) -> None:
+        """Make ready for comparing; nothing is added from now on."""
+        self._content = ContainerSnapshot([place.owner for place in self._containers])
+        cells, names, classes, slots = self._cells, self._names, self._of_classes, self._slots
+        self._values = (
+            [place.owner for place in cells],
+            *([p.owner for p in names], [p.key for p in names]),
+            *([p.owner.__dict__ for p in classes], [p.key for p in classes]),
+            [_identity(place.held) for place in (*cells, *names, *classes, *slots)],
+        )
+        self._seen.clear()
+
+    def unchanged(self) -> bool:
+        """Whether every place holds what it held."""
+        cells, dicts, keys, classes, class_keys, identities = self._values
+        try:
+            now = list(map(id, map(_get_contents, cells)))
+        except ValueError:  # one of them was emptied
+            now = [id(contents(cell, EMPTY)) for cell in cells]
+        now += map(id, map(dict.get, dicts, keys, repeat(EMPTY)))
+        if classes:
+            now += map(id, map(_get_of_class, classes, class_keys, repeat(EMPTY)))
+        if self._slots:
+            now += [id(getattr(obj, key, EMPTY)) for obj, key, _ in self._slots]  # type: ignore[arg-type]
+        if now != identities or not self._content.unchanged():
+            return False
+        return not self._odd or all(_same(read(place.owner), place.held) for read, place in self._odd)
+
+    def changed(self) -> list[tuple[Place, Any]]:
+        """The places that hold something else now, with what that is, as in `Place.held`."""
+        now: list[tuple[Place, Any]] = []
+        now += [(place, _held(contents(place.owner, EMPTY))) for place in self._cells]
+        now += [(place, _held(place.owner.get(place.key, EMPTY))) for place in self._names]
+        now += [(place, _held(place.owner.__dict__.get(place.key, EMPTY))) for place in self._of_classes]
+        now += [(place, _held(getattr(place.owner, str(place.key), EMPTY))) for place in self._slots]
+        now += [(place, _items(place.owner)) for place in self._containers]
+        now += [(place, read(place.owner)) for read, place in self._odd]
+        return [(place, held) for place, held in now if not _same(place.held, held)]
+
+
+class _OfNode(int):
+    """The `id` of a node."""
+
+
+def _held(value: Any) -> Any:
+    return _OfNode(id(value)) if is_node(value) else value
+
+
+def _identity(held: Any) -> int:
+    return int(held) if type(held) is _OfNode else id(held)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if type(a) is list and type(b) is list:
+        return len(a) == len(b) and all(map(is_, a, b))
+    return a is b or (type(a) is type(b) and type(a) in (bytes, _OfNode) and bool(a == b))
+
+
+def _bytes(array: Any) -> bytes:
+    return bytes(array.tobytes())
+
+
+def _items(container: Any) -> list[Any]:
+    return items_of(container)
+
+
+def items_of(container: Any) -> list[Any]:
+    """What a container holds; of a mapping first its keys. Not what a user's class says: its own methods are not asked."""
+    if isinstance(container, dict):
+        return [*dict.keys(container), *dict.values(container)]
+    if isinstance(container, types.MappingProxyType):
+        return [*container.keys(), *container.values()]
+    kind: Any = next(kind for kind in (list, tuple, set, frozenset, deque) if isinstance(container, kind))
+    return [*kind.__iter__(container)]
+
+
+def is_held_node(held: Any) -> bool:
+    """Whether a place held a node, or a container of some."""
+    return type(held) is _OfNode or holds_nodes(held)
