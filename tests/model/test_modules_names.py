@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
+from mutatis.model import behind
 from mutatis.model import modules as internals
 
 X = jnp.arange(3.0)
@@ -244,7 +246,10 @@ def test_an_array_under_the_name_of_a_method_leaves_other_objects_their_method()
 
 
 def test_a_module_has_no_other_public_names() -> None:
-    assert [name for name in dir(mu.Module()) if not name.startswith("__")] == ["eval", "train", "training"]
+    public = [name for name in dir(mu.Module()) if not name.startswith("__")]
+    # Arrays in attributes of a bare `mu.Module()`, which other tests make, leave descriptors in the class.
+    own = [name for name in public if not isinstance(inspect.getattr_static(mu.Module, name), behind._Behind)]
+    assert own == ["eval", "train", "training"]
 
 
 # -- training ------------------------------------------------------------------------------------------------------

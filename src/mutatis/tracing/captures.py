@@ -25,7 +25,7 @@ import operator
 import sys
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -358,8 +358,8 @@ class Captures(AttributeSearch):
             hasattr(value, "__dict__") or not is_library_class(kind)
         ):
             self._object(name, value)
-        if isinstance(value, dict) and (factory := getattr(value, "default_factory", None)) is not None:
-            self.visit(f"{name}.default_factory", factory)
+        if isinstance(value, defaultdict) and value.default_factory is not None:
+            self.visit(f"{name}.default_factory", value.default_factory)
         if not holds:
             self._count_as_one(start, traced.class_of(value, None, items))
 

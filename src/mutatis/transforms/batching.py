@@ -188,8 +188,9 @@ def vectorize(
             axis = outside.get(cell)
             value = next(shared_left) if axis is None else next(groups_left[axis])
             ordered.append(value)
-            if cell in end.born and axis is not None and (leaves := jax.tree.leaves(value)):
-                note_stacked(cell, axis % jnp.ndim(leaves[0]), lanes.size)
+            if cell in end.born and axis is not None:
+                leaves = jax.tree.leaves(value)  # none, if the state has yet to start
+                note_stacked(cell, axis % jnp.ndim(leaves[0]) if leaves else axis, lanes.size)
         return site.commit(end, ordered, jax.tree.leaves(out))
 
 
