@@ -62,6 +62,11 @@ class Optimizer(Module):
         types = tuple(_struct(cell.value) for cell in self.state.values())
         self._made_for = _Layout(_types(values), tuple(names), types, treedef)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]  # itself, in what was pickled earlier
+        reference = model if isinstance(model, Reference) else Reference(model)
+        super().__setstate__({"_made_for": None, **state, "_model": reference})
+
     def update(self, /, *args: Any, **extra: Any) -> None:
         """Apply gradients: ``update(grads)`` or ``update(model, grads)``.
 
@@ -132,7 +137,8 @@ class Optimizer(Module):
     def _layout(self, values: State) -> _Layout:
         """The layout of what optax keeps for parameters."""
         types = _types(values)
-        return self._made_for if types == self._made_for.types else _layout(self.tx.init, values, types)
+        known = self._made_for
+        return known if known is not None and types == known.types else _layout(self.tx.init, values, types)
 
     def _present_state(self, values: State) -> Any:
         """What optax keeps, for the present parameters: moments of new ones start as optax starts them."""
