@@ -60,7 +60,7 @@ class Optimizer(Module):
         names, leaves, treedef = _named_leaves(tx.init(values))
         self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
         types = tuple(_struct(cell.value) for cell in self.state.values())
-        self._made_for = _Layout(_types(values), tuple(names), types, treedef)
+        self._made_for: _Layout | None = _Layout(_types(values), tuple(names), types, treedef)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state["_model"]  # itself, in what was pickled earlier
