@@ -64,7 +64,12 @@ class Optimizer(Module):
         names, leaves, treedef = _named_leaves(tx.init(values))
         self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
         types = tuple(_struct(cell.value) for cell in self.state.values())
-        self._made_for = _Layout(_types(values), tuple(names), types, treedef)
+        self._made_for: _Layout | None = _Layout(_types(values), tuple(names), types, treedef)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]  # itself, in what was pickled earlier
+        reference = model if isinstance(model, Reference) else Reference(model)
+        super().__setstate__({"_made_for": None, **state, "_model": reference})
 
     @overload
     def update(self, grads: Any, /, **extra: Any) -> None: ...
@@ -146,7 +151,8 @@ class Optimizer(Module):
     def _layout(self, values: State) -> _Layout:
         """The layout of what optax keeps for parameters."""
         types = _types(values)
-        return self._made_for if types == self._made_for.types else _layout(self.tx.init, values, types)
+        known = self._made_for
+        return known if known is not None and types == known.types else _layout(self.tx.init, values, types)
 
     def _present_state(self, values: State) -> Any:
         """What optax keeps, for the present parameters: moments of new ones start as optax starts them."""

@@ -286,18 +286,18 @@ def cell_spec(
         cell._behind,
         None if cell._init is None else describe(cell._init)[1],
         Static(cell.metadata) if cell.metadata else None,
-        *((cell._lanes,) if cell._lanes else ()),
+        *((cell._lanes,) if cell._lanes else ()),  # definitions that were pickled earlier have none
     )
 
 
 def make_cell(spec: Spec) -> Variable:
     """A cell without a value, from its specification."""
-    kind, name, sharding, fixed, frozen, behind, init, metadata, *stacked = spec
+    kind, name, sharding, fixed, frozen, behind, init, metadata, *lanes = spec
     cell: Variable = detached(kind)
     cell.name, cell.fixed, cell._frozen, cell._behind = name, fixed, frozen, behind
     cell.sharding = None if sharding is None else sharding.value
     cell._init = None if init is None else init.value
-    cell._lanes = stacked[0] if stacked else ()
+    cell._lanes = lanes[0] if lanes else ()
     cell.metadata = {} if metadata is None else dict(metadata.value)
     return cell
 
