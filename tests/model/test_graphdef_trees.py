@@ -58,7 +58,7 @@ LEAVES = [
 ]
 
 
-@pytest.mark.parametrize("leaf", LEAVES, ids=repr)
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: type(leaf).__name__)
 @pytest.mark.parametrize("state", ["live", "frozen", "thawed copy", "copy", "eval", "tree"])
 def test_leaves_of_any_kind(leaf: Any, state: str) -> None:
     model: Any = net()

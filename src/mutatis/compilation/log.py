@@ -191,10 +191,11 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str,
 
 def facts_of(call: PendingCall) -> dict[str, str]:
     """Everything of a call that decides which program it gets."""
-    facts = dict(call.binding.captures.named)
+    named = call.binding.captures.named
+    facts = {name: text if isinstance(text, str) else text() for name, text in named.items()}
     layout = call.binding.layout
-    named = call.functions[0] if len(call.functions) == 1 else call.function
-    names = argument_names(named, call.args, call.kwargs)
+    function = call.functions[0] if len(call.functions) == 1 else call.function
+    names = argument_names(function, call.args, call.kwargs)
     entries = [*enumerate(call.args), *call.kwargs.items()]
     for name, (position, value) in zip(names, entries, strict=True):
         if position in layout.statics:

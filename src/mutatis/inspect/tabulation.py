@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,7 +105,7 @@ def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: A
       layers[1]  Linear  float32[32,128]  float32[32,10]   2 Param       1,290    5.2 kB     82,240
     """
     rows = []
-    calls: list[tuple[Any, ...]] = []
+    calls: deque[tuple[Any, ...]] = deque()  # a list that the functions name would be put back after a trace
 
     def record(module: Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         row = len(calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from mutatis.core.nodes import holds_nodes, is_node
@@ -75,7 +75,7 @@ class AttributeSearch:
 
     def __init__(self) -> None:
         self.token: list[Hashable] = []
-        self.named: dict[str, str] = {}  # what was found, as text, for explanations
+        self.named: dict[str, str | Callable[[], str]] = {}  # what was found, as text, for explanations
         self.opaque = False
         self.guards = Guards()
         self._keep: list[Any] = []  # keeps the identities of guarded values from being used again

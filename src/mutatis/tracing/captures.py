@@ -280,7 +280,8 @@ class Captures(AttributeSearch):
 
     def _other(self, name: str, value: Any) -> None:
         """What is a value, by what it says itself; else by its identity, and it may change without being seen."""
-        self.named[name] = f"{value!r:.100}" if is_library_class(type(value)) else type(value).__name__
+        # Shown when somebody asks: what users' classes and libraries do for it may cost much.
+        self.named[name] = (lambda: f"{value!r:.100}") if is_library_class(type(value)) else type(value).__name__
         if isinstance(value, _CONSTANT) or type(value) is object:
             self._identity(value)
         elif is_value(value):
