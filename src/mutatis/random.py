@@ -122,7 +122,7 @@ def stream_of(rngs: Any, name: str, layer: str | None = None) -> RngState:
             path=name,
             where=naming.where(),
             expected="mutatis.Rngs",
-            got=f"{type(rngs).__module__}.{type(rngs).__qualname__}".removeprefix("builtins."),
+            got=show_given(rngs),
             cure=f"`{'' if layer is None else layer.strip('`') + '(..., '}rngs=mu.Rngs(0){'' if layer is None else ')'}`",
         )
     streams = streams_of(rngs)
@@ -136,6 +136,12 @@ def stream_of(rngs: Any, name: str, layer: str | None = None) -> RngState:
             cure=f"Name it, `mu.Rngs({name}=0)`, or give a default, `mu.Rngs(0)`.",
         )
     return found
+
+
+def show_given(rngs: Any) -> str:
+    """What was given as streams, for messages: other libraries, too, have a class `Rngs`."""
+    kind = type(rngs)
+    return f"{kind.__module__}.{kind.__qualname__}" if kind.__name__ == Rngs.__name__ else show_class(rngs)
 
 
 class _Stream:

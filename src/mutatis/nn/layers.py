@@ -19,11 +19,10 @@ from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
 from mutatis.core.cells import Deferred
-from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import Param
 from mutatis.model.variables import Variable
-from mutatis.random import Rngs, stream_of
+from mutatis.random import Rngs, show_given, stream_of
 
 Shape = tuple[int, ...]
 
@@ -39,7 +38,7 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             f"`nn.{layer}` cannot draw its parameters: `rngs` holds no random streams",
             path="params",
             expected="Rngs",
-            got=show_class(rngs),
+            got=show_given(rngs),
             cure=_rngs_of(rngs),
         )
     return stream_of(rngs, "params", f"`nn.{layer}`").draw()
