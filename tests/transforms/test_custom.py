@@ -974,7 +974,7 @@ def test_changes_of_structure(change: Any, where: str) -> None:
         f.defvjp(forward, lambda r, g: (mu.State({("w",): g * r[1]}), None))
         return mu.grad(f)(net, X)
 
-    refused(run, "was changed inside|was created inside")
+    refused(run, "was changed in|was created in")
 
 
 def test_a_captured_state_is_differentiated() -> None:
