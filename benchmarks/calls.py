@@ -94,7 +94,7 @@ def toggling(count: int, rounds: int) -> list[timing.Row]:
 
     @mu.jit
     def step(net: Any) -> None:
-        factor = dispatch.FACTOR if net.mode == "train" else 1 / dispatch.FACTOR
+        factor = dispatch.FACTOR if net.training else 1 / dispatch.FACTOR
         for block in net.blocks:
             for cell in dispatch.cells(block):
                 cell.value = cell.value * factor

@@ -122,7 +122,7 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 def train(run: Training, data: Data, args: argparse.Namespace) -> None:
     """Train from where the run is to its end (or to where it is to stop), with a checkpoint after each epoch."""
     steps = steps_per_epoch(data, args)
-    evaluated = mu.view(run.model, mode="eval")  # another object over the same states
+    evaluated = mu.view(run.model, training=False)  # another object over the same states
     with progress_bar() as progress:
         for epoch in range(int(run.optimizer.step) // steps, args.stop_after or args.epochs):
             bar = progress.add_task(f"epoch {epoch + 1}", total=steps, loss=np.nan, accuracy=np.nan, held_out="")

@@ -170,6 +170,17 @@ def no_stream_cured(_: Net, __: Path) -> None:
     mu.Rngs(0).dropout()
 
 
+def unset_context(_: Net, __: Path) -> None:
+    mu.Context("dt").get()
+
+
+def unset_context_cured(_: Net, __: Path) -> None:
+    dt = mu.Context("dt")
+    with dt.set(0.1):
+        assert dt.get() == 0.1
+    assert mu.Context("dt", None).get() is None
+
+
 def no_axis(net: Net, _: Path) -> None:
     net.scale = mu.Cache(2.0)
     mu.vmap(lambda model: model.w.value)(net)
@@ -357,6 +368,16 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         no_stream_cured,
         ValueError,
         "dropout",
+    ),
+    errors.ContextError: Row(
+        unset_context,
+        """
+        context `dt` is not set, and has no default
+        Set it, `with dt.set(value): ...`, or give a default: `mu.Context("dt", None)`.
+        """,
+        unset_context_cured,
+        LookupError,
+        "dt",
     ),
     errors.MissingPackageError: Row(
         missing_package,

@@ -73,10 +73,48 @@ def test_streams_of_other_names_and_seeds_differ() -> None:
     assert not hasattr(a, "__wrapped__")
 
 
-@pytest.mark.parametrize("name", ["fork", "split", "stream", "streams", "mode", "train", "eval"])
-def test_names_that_streams_cannot_have(name: str) -> None:
-    with pytest.raises(errors.RandomStreamError, match=name):
-        mu.Rngs(0, **{name: 1})
+NAMES = [
+    "fork",
+    "split",
+    "stream",
+    "streams",
+    "training",
+    "train",
+    "eval",
+    "self",
+    "cls",
+    "name",
+    "value",
+    "_watch",
+    "in",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streams_of_any_name(name: str) -> None:
+    def drawn(rngs: mu.Rngs) -> list[int]:
+        return [data(getattr(rngs, name)()), data(rngs()), data(rngs.other())]
+
+    expected = [data(mu.Rngs(x=1).x()), *(data(key) for key in (lambda r: [r(), r()])(mu.Rngs(0)))]
+    rngs = mu.Rngs(0, **{name: 1})
+    assert drawn(rngs) == expected
+    assert name in rngs
+    assert {*mu.state(rngs)} == {("streams", "default"), ("streams", name)}
+    rngs = mu.Rngs(0, **{name: 1})
+    assert data(mu.jit(lambda rngs: getattr(rngs, name)())(rngs)) == expected[0]
+    copied = mu.clone(mu.Rngs(0, **{name: 1}))
+    assert drawn(copied) == expected
+    model = mu.Module()
+    model.rngs = rngs
+    mu.reseed(model, **{name: 5})
+    model.eval().train()
+    assert mu.nn.Dropout(0.5, rngs=rngs)(jnp.ones(3)).shape == (3,)
+
+
+def test_names_that_streams_cannot_have() -> None:
+    with pytest.raises(errors.RandomStreamError, match="`__call__`: Python gives such names a meaning"):
+        mu.Rngs(0, __call__=1)
+    mu.Rngs(call=0)
 
 
 def test_fork_and_split() -> None:

@@ -3,7 +3,7 @@
 import pkgutil
 from typing import TYPE_CHECKING
 
-from mutatis import _homes
+from mutatis import _equivalents, _homes
 from mutatis import errors as errors
 from mutatis.core.statics import static as static
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
@@ -202,7 +202,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name in _LATER:
         return pkgutil.resolve_name(_LATER[name])
-    raise AttributeError(f"module 'mutatis' has no attribute {name!r}")
+    raise _equivalents.missing(__name__, name)
 
 
 def __dir__() -> list[str]:

@@ -156,6 +156,10 @@ class TransactionError(MutatisError, RuntimeError):
     """A transaction was entered, rolled back or ended when it was not its turn."""
 
 
+class ContextError(MutatisError, LookupError):
+    """A context without a default was read where it is not set."""
+
+
 class FilterError(MutatisError, ValueError):
     """A filter is not one, selects nothing, or leaves states over."""
 

@@ -33,7 +33,7 @@ from mutatis.model.state import State
 from mutatis.model.surgery import modules
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
-from mutatis.random import Rngs, as_key, restarted
+from mutatis.random import Rngs, as_key, restarted, stream_of
 from mutatis.transforms.abstract import eval_shape
 
 _PASSING = (Intermediate, Perturbation)  # states that a call makes where they are missing
@@ -42,6 +42,7 @@ _PASSING = (Intermediate, Perturbation)  # states that a call makes where they a
 def init(
     ctor: Callable[[Rngs], Module],
     rngs: Any,
+    /,
     *inputs: Any,
     method: str | Callable[..., Any] | None = None,
     **kwargs: Any,
@@ -84,7 +85,7 @@ def init(
 
 
 def definition(
-    ctor: Callable[[Rngs], Module], *inputs: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
+    ctor: Callable[[Rngs], Module], /, *inputs: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
 ) -> Any:
     """The model of shapes that `apply` wants, with all that a first call makes; nothing is computed or allocated.
 
@@ -370,7 +371,7 @@ def _stream(path: Path, cell: RngState, rngs: Any) -> Any:
         return UNSET
     name = cell.metadata.get("tag", "default")
     if isinstance(rngs, Rngs):
-        return restarted(path, rngs.stream(name).draw(), access.peek(cell))
+        return restarted(path, stream_of(rngs, name).draw(), access.peek(cell))
     seeds = rngs if isinstance(rngs, Mapping) else {"default": rngs}
     seed = seeds.get(name, seeds.get("default", UNSET))
     return UNSET if seed is UNSET else restarted(path, as_key(seed, name), access.peek(cell))

@@ -10,9 +10,10 @@ import contextlib
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from operator import is_
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from mutatis.core import naming, transactions
 from mutatis.core.avals import show_type
 from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
+from mutatis.core.nodes import declare_searched
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, RecompilationWarning, StateTypeError, StructureError
 from mutatis.model.contexts import Context
@@ -39,6 +41,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _stack = Context("intercept", None)  # the innermost Interceptor
+_places: weakref.WeakKeyDictionary[Any, Places] = (
+    weakref.WeakKeyDictionary()
+)  # by Interceptor: where modules are in its `of`
 
 
 class Interceptor(Module):
@@ -52,22 +57,18 @@ class Interceptor(Module):
       below: the interceptor that was there before.
     """
 
-    __slots__ = ("_places",)
-    _places: Places
-    _searched_: ClassVar[tuple[str, ...]] = ("selects", "function", "below")  # what these name is captured too
-
     def __init__(self, selects: Any, function: Any, of: Any, store: Any, below: Any) -> None:
         self.selects = selects
         self.function = function
         self.of = of
         self.store = store
         self.below = below
-        object.__setattr__(self, "_places", Places([] if of is None else of))
+        _places[self] = Places([] if of is None else of)
 
     def run(self, module: Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call of a module, handed down from the innermost interceptor to the call itself."""
         go_on = call if self.below is None else functools.partial(self._go_on, module, call)
-        found = self._places.path_of(module)
+        found = _places[self].path_of(module)
         path: Path = () if found is None else found
         if not self.selects(path, module) or (self.store is not None and found is None):
             return go_on(*args, **kwargs)
@@ -84,8 +85,11 @@ class Interceptor(Module):
         with _stack.set(self.below):  # what the function itself calls is not handed to it
             return self.function(module, resume, *args, **kwargs)
 
-    def _go_on(self, module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _go_on(self, module: Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return self.below.run(module, call, args, kwargs)
+
+
+declare_searched(Interceptor, "selects", "function", "below")  # what these name is captured too
 
 
 def _make_interceptable(cls: type[Module]) -> None:
@@ -99,7 +103,7 @@ def _make_interceptable(cls: type[Module]) -> None:
         return
 
     @functools.wraps(call)
-    def __call__(self: Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Module, /, *args: Any, **kwargs: Any) -> Any:
         bound = call.__get__(self, type(self))
         interceptor = _stack.get()
         if interceptor is None or _outermost(type(self)) is not __call__:  # a call of `super()`

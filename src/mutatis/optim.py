@@ -7,9 +7,10 @@ vanish; their moments follow.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Iterator
-from typing import Any, ClassVar, overload
+from collections.abc import Hashable, Iterator
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from mutatis.core import naming
 from mutatis.core.avals import show_type
 from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import Reference, is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, DeferredStateError, OptimizerError
 from mutatis.model.filters import FilterLike, Path, as_filter
@@ -52,23 +53,29 @@ class Optimizer(Module):
       (Array([0.8, 1.6], dtype=float32), 1)
     """
 
-    _references_: ClassVar[tuple[str, ...]] = ("_model",)
-
     @takes("mu.Optimizer(model, optax.adam(1e-3))")
     def __init__(self, model: Any, tx: Any, wrt: FilterLike = Param) -> None:
         _check_transformation(model, tx)
         self.step = OptState(0)
         self.tx = tx
         self.wrt = as_filter(wrt)
-        self._model = check_node(model)
-        names, leaves, _ = _named_leaves(tx.init(self._values(self._params())))
+        self._model = Reference(check_node(model))
+        values = self._values(self._params())
+        names, leaves, treedef = _named_leaves(tx.init(values))
         self.state = {name: OptState(leaf) for name, leaf in zip(names, leaves, strict=True)}
+        types = tuple(_struct(cell.value) for cell in self.state.values())
+        self._made_for: _Layout | None = _Layout(_types(values), tuple(names), types, treedef)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state["_model"]  # itself, in what was pickled earlier
+        reference = model if isinstance(model, Reference) else Reference(model)
+        super().__setstate__({"_made_for": None, **state, "_model": reference})
 
     @overload
     def update(self, grads: Any, /, **extra: Any) -> None: ...
     @overload
     def update(self, model: Any, grads: Any, /, **extra: Any) -> None: ...
-    def update(self, *args: Any, **extra: Any) -> None:  # type: ignore[misc]  # mypy does not see that it takes both
+    def update(self, /, *args: Any, **extra: Any) -> None:
         """Apply gradients: ``update(grads)`` or ``update(model, grads)``.
 
         Args:
@@ -99,18 +106,17 @@ class Optimizer(Module):
         for path, value in optax.apply_updates(values, updates).flat().items():
             params[path].set(value)
         leaves, treedef = jax.tree.flatten(state)
-        names, _, expected = _layout(self.tx.init, values)
-        if treedef != expected:
-            names = _named_leaves(state)[0]
+        layout = self._layout(values)
+        names = layout.names if treedef == layout.treedef else _named_leaves(state)[0]
         for name, leaf in zip(names, leaves, strict=True):
             self.state[name].set(leaf)
         self.step += 1
 
-    def _params(self) -> dict[Path, Variable]:
-        """The states to optimize, by path."""
+    def _params(self, *, frozen: bool = False) -> dict[Path, Variable]:
+        """The states to optimize, by path; with those that are frozen, which keep their moments, if asked for."""
         chosen = {}
-        for path, cell in variables(self._model, self.wrt).items():
-            if cell.frozen:
+        for path, cell in variables(self._model.value, self.wrt).items():
+            if cell.frozen and not (frozen and not cell.deferred):
                 continue
             if cell.deferred:
                 raise DeferredStateError(
@@ -126,7 +132,7 @@ class Optimizer(Module):
     def _check_model(self, model: Any, params: dict[Path, Variable]) -> None:
         given = {path: cell for path, cell in variables(model, self.wrt).items() if not cell.frozen}
         strange = [path for path, cell in params.items() if given.get(path) is not cell]
-        if model is not self._model and strange:
+        if model is not self._model.value and strange:
             raise OptimizerError(
                 "the optimizer was made with another model than the one to update",
                 path=show_path(strange[0]),
@@ -142,14 +148,18 @@ class Optimizer(Module):
             {path: cell.get() for path, cell in params.items()}, {path: type(cell) for path, cell in params.items()}
         )
 
+    def _layout(self, values: State) -> _Layout:
+        """The layout of what optax keeps for parameters."""
+        types = _types(values)
+        known = self._made_for
+        return known if known is not None and types == known.types else _layout(self.tx.init, values, types)
+
     def _present_state(self, values: State) -> Any:
         """What optax keeps, for the present parameters: moments of new ones start as optax starts them."""
-        names, shapes, treedef = _layout(self.tx.init, values)
-        if set(names) != set(self.state):
-            fresh = jax.tree.leaves(self.tx.init(values))
-            old = self.state
-            self.state = {n: old[n] if n in old else OptState(leaf) for n, leaf in zip(names, fresh, strict=True)}
-        for name, shape in zip(names, shapes, strict=True):
+        layout = self._layout(values)
+        if set(layout.names) != set(self.state):
+            self._follow(layout, values)
+        for name, shape in zip(layout.names, layout.leaves, strict=True):
             if self.state[name].shape != shape.shape:
                 raise OptimizerError(
                     f"a parameter has another shape than its moment `{name}`",
@@ -158,7 +168,38 @@ class Optimizer(Module):
                     got=show_type(shape),
                     cure="Moments do not carry over to another shape: make a new `mu.Optimizer(model, tx)`.",
                 )
-        return jax.tree.unflatten(treedef, [self.state[name].get() for name in names])
+        return jax.tree.unflatten(layout.treedef, [self.state[name].get() for name in layout.names])
+
+    def _follow(self, layout: _Layout, values: State) -> None:
+        """Start the moments of parameters that have appeared, and drop those of parameters that are gone; not of frozen ones."""
+        present = set(layout.names) | set(self._layout(self._values(self._params(frozen=True))).names)
+        if present.issuperset(self.state) and self.state.keys() >= set(layout.names):
+            return
+        fresh = dict(zip(layout.names, jax.tree.leaves(self.tx.init(values)), strict=True))
+        kept = {name: state for name, state in self.state.items() if name in present}
+        self.state = kept | {name: OptState(leaf) for name, leaf in fresh.items() if name not in kept}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How optax keeps what it keeps for parameters: names and types of the leaves, and the structure around them."""
+
+    types: Hashable  # of the parameters
+    names: tuple[str, ...]
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    treedef: Any
+
+    def __repr__(self) -> str:
+        return f"<{len(self.names)} leaves>"
+
+
+def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _types(values: State) -> Hashable:
+    leaves, treedef = jax.tree.flatten(values)
+    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def _check_transformation(model: Any, tx: Any) -> None:
@@ -213,17 +254,16 @@ def _named_leaves(state: Any) -> tuple[list[str], list[Any], Any]:
 _layouts: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def _layout(init: Any, values: State) -> tuple[list[str], list[Any], Any]:
-    """The names and types of what optax keeps for parameters, and its structure; `init` is asked once for their types."""
-    leaves, treedef = jax.tree.flatten(values)
-    key = treedef, tuple(map(jax.typeof, leaves))
+def _layout(init: Any, values: State, types: Hashable) -> _Layout:
+    """The layout for parameters of these types; `init` is asked for it once."""
     try:
         known = _layouts.setdefault(init, {})
     except TypeError:  # no weak references to it, or no hash
         known = {}
-    if key not in known:
-        known[key] = _named_leaves(jax.eval_shape(init, values))
-    layout: tuple[list[str], list[Any], Any] = known[key]
+    if types not in known:
+        names, leaves, treedef = _named_leaves(jax.eval_shape(init, values))
+        known[types] = _Layout(types, tuple(names), tuple(map(_struct, leaves)), treedef)
+    layout: _Layout = known[types]
     return layout
 
 
@@ -233,7 +273,7 @@ def _check_gradients(grads: Any, values: State) -> State:
     Raises:
       OptimizerError: some are missing, of no parameter, or of another shape; all are listed.
     """
-    flat = dict(_gradients_by_path(grads, ()))
+    flat = dict(_gradients_by_path(grads, (), frozenset(values.flat())))
     problems = [f"missing:    {show_path(path)}" for path in values if path not in flat]
     problems += [
         f"unexpected: {show_path(path) or f'one value for all, {show_value(value)}'}"
@@ -241,7 +281,7 @@ def _check_gradients(grads: Any, values: State) -> State:
         if path not in values.flat()
     ]
     for path, value in values.flat().items():
-        if path in flat and jax.tree.map(jnp.shape, flat[path]) != jax.tree.map(jnp.shape, value):
+        if path in flat and _shapes(flat[path]) != _shapes(value):
             problems.append(f"{show_path(path)}: expected {show_type(value)}, got {show_type(flat[path])}")
     if problems:
         raise OptimizerError(
@@ -252,14 +292,16 @@ def _check_gradients(grads: Any, values: State) -> State:
     return State(flat, values.kinds())
 
 
-def _gradients_by_path(grads: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _shapes(value: Any) -> Any:
+    return jax.tree.structure(value), [jnp.shape(leaf) for leaf in jax.tree.leaves(value)]
+
+
+def _gradients_by_path(grads: Any, path: Path, ends: frozenset[Path]) -> Iterator[tuple[Path, Any]]:
+    """The gradients by path; a container at the path of a parameter is a gradient."""
     if isinstance(grads, State):
         yield from (((*path, *inner), value) for inner, value in grads.flat().items())
-    elif isinstance(grads, dict):
-        for key, part in grads.items():
-            yield from _gradients_by_path(part, (*path, key))
-    elif isinstance(grads, list | tuple):
-        for index, part in enumerate(grads):
-            yield from _gradients_by_path(part, (*path, index))
+    elif isinstance(grads, list | tuple | dict) and path not in ends:
+        for key, part in grads.items() if isinstance(grads, dict) else enumerate(grads):
+            yield from _gradients_by_path(part, (*path, key), ends)
     else:
         yield path, grads

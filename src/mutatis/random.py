@@ -24,12 +24,14 @@ from mutatis.model.walks import variables
 class Rngs(Module):
     """Named random streams.
 
+    A stream may have any name. ``rngs.fork`` is the stream of that name if there is one, and else the method.
+
     Args:
       default: the seed or key of the default stream, which calling the object and unknown names use.
       **streams: seeds or keys of named streams.
 
     Raises:
-      RandomStreamError: a seed is neither an integer nor a random key, or a stream has the name of a method.
+      RandomStreamError: a seed is neither an integer nor a random key, or a name is one that Python itself uses.
 
     Example:
       >>> import mutatis as mu
@@ -39,32 +41,40 @@ class Rngs(Module):
       (1, 0)
     """
 
-    def __init__(self, default: Any = None, **streams: Any) -> None:
+    streams: dict[str, RngState]
+
+    def __init__(self, default: Any = None, /, **streams: Any) -> None:
         if default is not None:
             streams["default"] = default
         for name in streams:
-            if name == "streams" or hasattr(Rngs, name):
+            if name.startswith("__") and name.endswith("__"):
                 raise RandomStreamError(
-                    f"a random stream cannot be named `{name}`: `rngs.{name}` is something else",
+                    f"a random stream cannot be named `{name}`: Python gives such names a meaning",
                     path=name,
-                    expected="a name that is no attribute of `mu.Rngs`",
+                    expected="a name without two underscores on both sides",
                     got=name,
-                    cure=f"`mu.Rngs({name}_=0)`",
+                    cure=f"`mu.Rngs({name.strip('_')}=0)`",
                 )
         self.streams = {name: RngState(stream_value(as_key(seed, name)), tag=name) for name, seed in streams.items()}
 
     def __call__(self) -> jax.Array:
         """A fresh key from the default stream."""
-        return self.stream("default").draw()
+        return stream_of(self, "default").draw()
+
+    def __getattribute__(self, name: str) -> Any:
+        attributes = object.__getattribute__(self, "__dict__")
+        if name in attributes.get("streams", ()) and not name.startswith("__"):
+            return _Stream(attributes["streams"][name])
+        return object.__getattribute__(self, name)
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for names that are not attributes: streams.
+        # Only reached for names that are neither attributes nor streams: the default stream.
         if name.startswith("__") or "streams" not in self.__dict__:
             raise AttributeError(f"Rngs has no attribute {name!r}")
-        return _Stream(self.stream(name))
+        return _Stream(stream_of(self, name))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.streams
+        return name in streams_of(self)
 
     def stream(self, name: str) -> RngState:
         """The state of a stream, or of the default stream if there is none of that name.
@@ -72,29 +82,60 @@ class Rngs(Module):
         Raises:
           RandomStreamError: there is no default stream either.
         """
-        found = self.streams.get(name, self.streams.get("default"))
-        if found is None:
-            raise RandomStreamError(
-                f"there is no random stream `{name}`, and no default stream",
-                path=name,
-                got=f"streams {sorted(self.streams)}",
-                where=naming.where(),
-                cure=f"Name it, `mu.Rngs({name}=0)`, or give a default, `mu.Rngs(0)`.",
-            )
-        return found
+        return stream_of(self, name)
 
     def fork(self) -> Rngs:
         """Independent streams of the same names, each started from a draw of its original."""
-        return Rngs(**{name: state.draw() for name, state in self.streams.items()})
+        return Rngs(**{name: state.draw() for name, state in streams_of(self).items()})
 
     def split(self, n: int) -> Rngs:
         """Streams of the same names that are stacked along axis 0, for `n` members of an ensemble."""
         forked = Rngs()
         forked.streams = {
             name: RngState(stream_value(jax.random.split(state.draw(), n)), tag=name)
-            for name, state in self.streams.items()
+            for name, state in streams_of(self).items()
         }
         return forked
+
+
+def streams_of(rngs: Rngs) -> dict[str, RngState]:
+    """The states of the streams by name, whatever their names hide."""
+    streams: dict[str, RngState] = rngs.__dict__["streams"]
+    return streams
+
+
+def stream_of(rngs: Any, name: str, layer: str | None = None) -> RngState:
+    """The state of a stream, or of the default stream if there is none of that name.
+
+    Args:
+      rngs: random streams.
+      name: the name of the stream.
+      layer: the layer that they were given to, for messages.
+
+    Raises:
+      RandomStreamError: there is no default stream either, or `rngs` are no random streams.
+    """
+    if not isinstance(rngs, Rngs):
+        owner = "" if layer is None else f"{layer} cannot draw from stream `{name}`: "
+        raise RandomStreamError(
+            f"{owner}`rngs` holds no random streams",
+            path=name,
+            where=naming.where(),
+            expected="mutatis.Rngs",
+            got=f"{type(rngs).__module__}.{type(rngs).__qualname__}".removeprefix("builtins."),
+            cure=f"`{'' if layer is None else layer.strip('`') + '(..., '}rngs=mu.Rngs(0){'' if layer is None else ')'}`",
+        )
+    streams = streams_of(rngs)
+    found = streams.get(name, streams.get("default"))
+    if found is None:
+        raise RandomStreamError(
+            f"there is no random stream `{name}`, and no default stream",
+            path=name,
+            got=f"streams {sorted(streams)}",
+            where=naming.where(),
+            cure=f"Name it, `mu.Rngs({name}=0)`, or give a default, `mu.Rngs(0)`.",
+        )
+    return found
 
 
 class _Stream:
@@ -161,7 +202,7 @@ def _streams_of(seed: Any, name: str) -> str:
     return f"`mu.Rngs({name}=0)`"
 
 
-def reseed(node: Any, *filters: FilterLike, **seeds: Any) -> None:
+def reseed(node: Any, /, *filters: FilterLike, **seeds: Any) -> None:
     """Start the streams of a node anew.
 
     Args:

@@ -37,7 +37,7 @@ def describe(net: Net) -> tuple[Any, ...]:
     """Everything static of a net, as Python sees it."""
     modules = [net, net.extra, *net.parts]
     flags = [module.flag for module in modules[1:]]
-    return (*flags, *(module.mode for module in modules), net.level, repr(net.level), sorted(net.items.items()))
+    return (*flags, *(module.training for module in modules), net.level, repr(net.level), sorted(net.items.items()))
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_toggling_inside_a_transaction_that_fails_is_undone(step: Any) -> None:
     for transform in (mu.jit, mu.remat):
         with pytest.raises(KeyError):
             transform(fails)()
-        assert net.mode == "train"
+        assert net.training
         assert seen_by(step, net) == describe(net)
 
 
@@ -229,10 +229,10 @@ def test_submodules_that_come_later_get_the_mode_too() -> None:
     net.parts.append(Part())
     net.more = Part()
     net.eval()
-    assert {module.mode for module in (net.parts[2], net.more, net.extra)} == {"eval"}
+    assert {module.training for module in (net.parts[2], net.more, net.extra)} == {False}
     net.parts[2].extra = Part()
     net.train()
-    assert net.parts[2].extra.mode == "train"
+    assert net.parts[2].extra.training
     del net.parts[2]
     net.eval()
-    assert net.parts[1].mode == "eval"
+    assert not net.parts[1].training

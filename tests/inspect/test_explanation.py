@@ -83,7 +83,7 @@ def inside_a_tuple(net: Net, batch: Any) -> None:
         (shape, {"batch['x']": ("float32[2,3]", "float32[4,3]")}),
         (dtype, {"batch['x']": ("float32[2,3]", "float16[2,3]")}),
         (attribute, {"net.rate": ("1", "2")}),
-        (mode, {"net.dropout.mode": ("'train'", "'eval'")}),
+        (mode, {"net.dropout.training": ("True", "False")}),
         (number, {"scale": ("1.0", "2.0")}),
         (inside_a_tuple, {"net.parts[1]": ("'b'", "'c'")}),
         (state_shape, {"net.layers[0].bias": ("Param float32[3]", "Param float32[1,3]")}),

@@ -18,6 +18,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import errors
+from mutatis.model.modules import bindings_of
 from tests.nets import Scale as Net
 
 
@@ -39,7 +40,9 @@ def test_the_default_and_what_is_set() -> None:
             assert dt.get() == 0.25
         assert dt.get() == 0.5
     assert dt.get() == 1.0
-    assert mu.Context("other").get() is None
+    assert mu.Context("other", None).get() is None
+    with pytest.raises(errors.ContextError, match="context `other` is not set"):
+        mu.Context("other").get()
 
 
 def test_contexts_are_told_apart_by_identity() -> None:
@@ -66,7 +69,7 @@ def test_none_can_be_set_and_hides_the_default() -> None:
 
 @pytest.mark.parametrize("value", [[1], {"a": 1}, {1}, bytearray(b"x"), [f32(1), 2.0]])
 def test_what_cannot_be_static(value: Any) -> None:
-    dt = mu.Context("dt")
+    dt = mu.Context("dt", None)
     with pytest.raises(errors.StaticAttributeError, match="dt"), dt.set(value):
         raise AssertionError
     assert dt.get() is None
@@ -253,7 +256,7 @@ def test_fifty_rounds_do_not_grow_caches(form: str, again: int, traces: Any) -> 
         (program,) = set(compiler.programs.values())  # filed before its trace, and after it
         assert len(program.records) == 1
         assert len(compiler.bindings) <= 1 and len(compiler._captured) <= 1
-        assert sum(len(found) for found in (net._bindings or {}).values()) <= 1
+        assert sum(len(found) for found in (bindings_of(net) or {}).values()) <= 1
     assert traces.total == 1
     assert int(net.calls) == 50 * again
 

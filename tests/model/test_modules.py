@@ -335,18 +335,18 @@ def test_modes_reach_every_module_once() -> None:
     net.wrapped = mu.remat(Norm())
     parts = [net, net.blocks[0], net.blocks[1]["a"], net.wrapped.__wrapped__]
     assert net.eval() is net
-    assert [p.mode for p in parts] == ["eval"] * 4
+    assert [p.training for p in parts] == [False] * 4
     assert net.train() is net
-    assert [p.mode for p in parts] == ["train"] * 4
-    net.blocks[0].mode = "eval"
-    assert [p.mode for p in parts] == ["train", "eval", "train", "train"]
+    assert [p.training for p in parts] == [True] * 4
+    net.blocks[0].training = False
+    assert [p.training for p in parts] == [True, False, True, True]
 
 
 def test_modes_are_checked() -> None:
     net = Net()
-    with pytest.raises(errors.StructureError, match=r"`Net\.mode` cannot be 'test'"):
-        net.mode = "test"
-    assert net.mode == "train"
+    with pytest.raises(errors.StructureError, match=r"`Net\.training` cannot be 'test'"):
+        net.training = "test"
+    assert net.training is True
 
 
 def test_the_mode_is_part_of_the_structure() -> None:
@@ -354,7 +354,7 @@ def test_the_mode_is_part_of_the_structure() -> None:
     before = mu.graphdef(net)
     assert mu.graphdef(net.eval()) != before
     assert mu.graphdef(net.train()) == before
-    assert mu.clone(net.eval()).mode == "eval"
+    assert mu.clone(net.eval()).training is False
 
 
 # -- repr --------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_copies(copied: Callable[[Any], Any]) -> None:
     assert other.blocks[-1] is other.blocks
     assert other.x_tied is other.w
     assert other.w is not net.w
-    assert (other.size, other.mode, other.name) == (3, "eval", [1])
+    assert (other.size, other.training, other.name) == (3, False, [1])
     other.w.value = jnp.full(2, 7.0)
     other.table = other.table + 1
     other.blocks[0].extra = 1

@@ -652,12 +652,17 @@ def test_freezing_for_a_while_inside_jit() -> None:
 
 def test_a_view_is_another_module_over_the_same_cells() -> None:
     net = Net()
-    other = mu.view(net, mode="eval")
+    other = mu.view(net, training=False)
     assert other is not net
     assert type(other) is Net
     assert other.w is net.w
     assert other.x_tied is net.w
-    assert (other.mode, net.mode, other.blocks[0].mode, net.blocks[0].mode) == ("eval", "train", "eval", "train")
+    assert (other.training, net.training, other.blocks[0].training, net.blocks[0].training) == (
+        False,
+        True,
+        False,
+        True,
+    )
     net.w.value = jnp.full(2, 7.0)
     np.testing.assert_array_equal(other.w, [7, 7])
     mu.jit(lambda m: m.w.set(m.w + 1))(other)
@@ -694,5 +699,5 @@ def test_a_view_and_its_original_in_one_call() -> None:
         b.n += 1
         return a.n.value
 
-    assert int(step(net, mu.view(net, mode="eval"))) == 2
+    assert int(step(net, mu.view(net, training=False))) == 2
     assert int(net.n) == 2

@@ -120,18 +120,18 @@ def test_narrow_inputs_have_wide_statistics(dtype: Any) -> None:
 
 @pytest.mark.parametrize("said_in_call", [None, False, True])
 @pytest.mark.parametrize("said_in_init", [None, False, True])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_who_decides(said_in_call: bool | None, said_in_init: bool | None, mode: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_who_decides(said_in_call: bool | None, said_in_init: bool | None, training: bool) -> None:
     norm = nn.BatchNorm(2, use_running_average=said_in_init)
-    norm.mode = mode
+    norm.training = training
     norm(noise(4, 2), use_running_average=said_in_call)
-    said = [said for said in (said_in_call, said_in_init, mode == "eval") if said is not None]
+    said = [said for said in (said_in_call, said_in_init, not training) if said is not None]
     assert np.array_equal(norm.mean, [0, 0]) == said[0]
 
 
 def test_view_serves_beside_training() -> None:
     norm = nn.BatchNorm(2)
-    served = mu.view(norm, mode="eval")
+    served = mu.view(norm, training=False)
     mu.jit(norm)(noise(4, 2))
     before = np.asarray(norm.mean)
     np.testing.assert_allclose(mu.jit(served)(before[None]), np.zeros((1, 2)), atol=1e-6)

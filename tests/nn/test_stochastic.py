@@ -59,12 +59,12 @@ def test_dtype_stays(dtype: Any) -> None:
 
 @pytest.mark.parametrize("said_in_call", [None, False, True])
 @pytest.mark.parametrize("said_in_init", [None, False, True])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_who_decides(said_in_call: bool | None, said_in_init: bool | None, mode: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_who_decides(said_in_call: bool | None, said_in_init: bool | None, training: bool) -> None:
     dropout = nn.Dropout(0.5, deterministic=said_in_init, rngs=mu.Rngs(0))
-    dropout.mode = mode
+    dropout.training = training
     y = dropout(jnp.ones(100), deterministic=said_in_call)
-    said = [said for said in (said_in_call, said_in_init, mode == "eval") if said is not None]
+    said = [said for said in (said_in_call, said_in_init, not training) if said is not None]
     assert bool(jnp.all(y == 1)) == said[0]
     assert int(dropout.stream.value["count"]) == (not said[0])
 

@@ -369,7 +369,7 @@ LOOPS: dict[str, Any] = {
         (lambda m: m.parts.append(1), r"`m\.parts` was changed in the body"),
         (lambda m: m.by_name.update(a=1), r"`m\.by_name` was changed in the body"),
         (lambda m: m.late(jnp.ones(2)), r"state `m\.late\.kernel` \(Param\) was created in the body"),
-        (lambda m: m.eval(), r"`m\._?mode` was changed in the body"),
+        (lambda m: m.eval(), r"`m\.training` was changed in the body"),
     ],
 )
 def test_structure_does_not_change_in_a_loop(name: str, compiled: bool, change: Any, message: str) -> None:
@@ -384,7 +384,7 @@ def test_structure_does_not_change_in_a_loop(name: str, compiled: bool, change: 
         around(lambda: LOOPS[name](f), compiled)()
     assert int(m.n) == 0
     assert m.late.kernel.deferred
-    assert (m.flag, m.parts, m.by_name, m.mode) == (False, [], {}, "train")
+    assert (m.flag, m.parts, m.by_name, m.training) == (False, [], {}, True)
     assert not hasattr(m, "new")
 
 

@@ -58,7 +58,7 @@ def test_modules_are_sliced_without_batches() -> None:
 @pytest.mark.parametrize("write", [lambda n, x: n.set(n + 1), lambda n, x: n.set(x)])
 def test_writes_in_batches_are_refused(write: Any) -> None:
     n = mu.Variable(jnp.float32(0))
-    with pytest.raises(errors.LaneError, match="vectorized `map`") as caught:
+    with pytest.raises(errors.LaneError, match="written in a batch of items") as caught:
         mu.map(lambda x: write(n, x), XS, batch_size=2)
     assert "Leave out `batch_size`" in str(caught.value)
     assert float(n) == 0

@@ -150,7 +150,7 @@ def states(net: Net, x: Array) -> None:
     assert_type(params, mu.State)
     assert_type(mu.merge(definition, params, rest), Net)
     assert_type(mu.clone(net), Net)
-    assert_type(mu.view(net, mode="eval"), Net)
+    assert_type(mu.view(net, training=False), Net)
     assert_type(mu.eval_shape(lambda: Net(3)), Net)
     assert_type(mu.eval_shape(loss, net, jax.ShapeDtypeStruct((3,), "float32")), Array)
     assert_type([*mu.modules(net, Net).values()], list[Net])

@@ -23,7 +23,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # The folders (and files that stand beside them), lowest floor first. A place knows those on lower floors. Inside a folder
 # everybody may know everybody, as long as there is no cycle.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_compat", "_homes", "_packages"),
+    ("errors", "_compat", "_homes", "_equivalents", "_packages"),
     ("core",),
     ("model",),
     ("tracing",),

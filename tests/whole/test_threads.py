@@ -398,7 +398,7 @@ def test_a_thread_changes_structure_that_others_walk_over(together: Together, st
 
     @mu.jit
     def count(net: Net, x: jax.Array) -> jax.Array:
-        return x + len(net.extra) + 10 * len(net.items) + (100 if hasattr(net, "more") else 0) + int(net.mode == "eval")
+        return x + len(net.extra) + 10 * len(net.items) + (100 if hasattr(net, "more") else 0) + int(not net.training)
 
     def change() -> None:
         net.eval()

@@ -25,6 +25,11 @@ from mutatis.tracing.captures import Captures, search
 from mutatis.tracing.scope import Scope
 
 
+def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two sequences hold the very same objects; the `==` of states compares values."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
 class Layout:
     """How the arguments of a call are divided among nodes and JAX's positional arguments."""
 
@@ -131,7 +136,12 @@ class Binding:
         self.cells = scope.cells
         self.structure, self.places = scope.structure, scope.places
         self.captures = captures
-        self.containers = ContainerSnapshot(scope.containers, [scope.encoder.held[id(obj)] for obj in scope.containers])
+        held = scope.encoder.held
+        by_hand = scope.encoder.cached  # nothing tells when something is put there by hand again
+        self.containers = ContainerSnapshot(
+            [*scope.containers, *(module.__dict__ for module in by_hand)],
+            [held[id(obj)] for obj in (*scope.containers, *by_hand)],
+        )
         for obj in scope.encoder.objects:
             if isinstance(obj, Module):
                 self.objects.append(weakref.ref(obj))
@@ -144,7 +154,7 @@ class Binding:
 
     def is_over(self, cells: list[Variable]) -> bool:
         """Whether these are its cells."""
-        return len(self.cells) == len(cells) and all(map(is_, self.cells, cells))
+        return same_objects(self.cells, cells)
 
     def invalidate(self) -> None:
         """Have it hold no more."""
@@ -156,7 +166,7 @@ class Binding:
             self.epoch == structure.epoch
             and self.containers.unchanged()
             and self.captures.unchanged()
-            and self.ambient == contexts.cells()
+            and same_objects(self.ambient, contexts.cells())
         )
 
 

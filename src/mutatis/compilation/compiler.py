@@ -46,6 +46,7 @@ from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, CapturedStateWarning, StructureError
 from mutatis.model import contexts
+from mutatis.model.modules import known_bindings
 from mutatis.model.variables import Variable
 from mutatis.tracing import traced
 from mutatis.tracing.arguments import FlatTree, check_hashable, function_name, static_positions
@@ -56,7 +57,8 @@ _ARRAY = _compat.ARRAY
 _PATIENCE = 20  # traces
 _LATEST = 16  # bindings
 _NOTED = 64  # places
-_NUMBERS = frozenset({bool, int, float, complex})
+# In a key; a string alone is the name of a keyword argument.
+_NUMBERS: dict[Any, Hashable] = {kind: (kind.__name__,) for kind in (bool, int, float, complex)}
 
 
 def _type_of(leaf: Any) -> Any:
@@ -346,7 +348,7 @@ class Compiler:
             key.append(id(value))
         elif kind in _NUMBERS:
             flat.append(value)
-            key.append(kind.__name__)
+            key.append(_NUMBERS[kind])
         else:
             packed = FlatTree(value)
             flat.append(packed.leaves if packed.nodes else value)
@@ -376,6 +378,7 @@ class Compiler:
             nodes = call.nodes(layout)
             captures, call.found = survey(call.searched(layout), nodes, extras)
             scope = call.found
+            captures.ephemeral = captures.ephemeral or scope.encoder.ephemeral
             binding.keep_walk(scope, captures)
         said = self._in_shardings(call, layout, label)
         placements = [
@@ -516,9 +519,7 @@ class Compiler:
             self._latest.append(bindings)
         elif nodes:
             owner = nodes[0][1]
-            if owner._bindings is None:
-                object.__setattr__(owner, "_bindings", weakref.WeakKeyDictionary())
-            owner._bindings.setdefault(self, {})[key] = bindings
+            known_bindings(owner).setdefault(self, {})[key] = bindings
         else:
             self._captured[key] = bindings
         self.bindings[key] = own

@@ -15,6 +15,7 @@ from mutatis import _compat
 from mutatis.compilation.compiler import Compiler
 from mutatis.compilation.options import Options
 from mutatis.core import transactions
+from mutatis.core.naming import innermost, probe
 from mutatis.core.nodes import is_node
 from mutatis.core.statics import Identity, static_key
 from mutatis.model.modules import Module
@@ -128,12 +129,10 @@ class _Lifted:
 
 def _code_of(function: Any) -> Hashable:
     """What functions share a compiler by; what else tells them apart is part of the keys in it."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
+    function = innermost(function)
     for candidate in (function, inspect.getattr_static(type(function), "__call__", None)):
-        if (code := getattr(candidate, "__code__", None)) is not None:
-            return code  # type: ignore[no-any-return]
+        if isinstance(code := probe(candidate, "__code__"), types.CodeType):
+            return code
     return Identity(type(function))
 
 
@@ -149,8 +148,8 @@ def _unbind(function: Any) -> tuple[Any, Any]:
     """A bound method or a callable module as a plain function and the object it belongs to."""
     if isinstance(function, Module):
         return type(function).__call__, function
-    owner = getattr(function, "__self__", None)
-    if is_node(owner) and hasattr(function, "__func__"):
+    owner = probe(function, "__self__")
+    if is_node(owner) and isinstance(function, types.MethodType):
         return function.__func__, owner
     return function, None
 

@@ -28,7 +28,7 @@ from mutatis.core.showing import show_structure
 from mutatis.core.statics import Static, StaticObject
 from mutatis.errors import CompilationError, RecompilationWarning
 from mutatis.model import contexts
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, is_training
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
 from mutatis.tracing.arguments import FlatTree, argument_names
@@ -210,9 +210,8 @@ def facts_of(call: PendingCall) -> dict[str, str]:
         place = show_root_path(path)
         if isinstance(obj, Module):
             facts[place] = type(obj).__name__
-            facts[f"{place}.mode"] = repr(obj.mode)
-            hidden = ("_mode", *getattr(type(obj), "_references_", ()))
-            items = [(f"{place}.{name}", value) for name, value in dict(vars(obj)).items() if name not in hidden]
+            items = [(f"{place}.{name}", value) for name, value in dict(vars(obj)).items()]
+            items.append((f"{place}.training", is_training(obj)))
         else:
             held = obj.copy()
             facts[place] = f"{len(held)} items"

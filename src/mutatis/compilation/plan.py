@@ -52,7 +52,7 @@ class DispatchPlan:
         self.number = number
         self.first = None if number in variant.called else number  # JAX makes the first call of a program in Python
         self.written = [cells[i] for i in variant.written]
-        self.observed = [cell for cell in self.written if cell in observers] if observers else []
+        self.observed = [cell for cell in self.written if id(cell) in observers] if observers else []
         if self.observed:
             self.treedef = None
         taken = set(variant.written)

@@ -17,6 +17,7 @@ from mutatis.core.journal import ABSENT
 from mutatis.core.places import Place, refill
 from mutatis.core.structure import structure, structure_lock
 from mutatis.model.graph import Decoder, Spec, make_cell
+from mutatis.model.modules import set_attribute
 from mutatis.model.variables import Variable, set_mark
 from mutatis.tracing.arguments import unflatten
 
@@ -84,6 +85,7 @@ class TraceRecord:
       encodings: how the written values, those of the cells that were made, and the leaves of the result come out.
       made: the specifications of the cells that were made.
       out: the structure of the user's result, with the specifications of the nodes in it.
+      tail: what modules refer to that were made.
       changes: what became of attributes and containers.
       moves: what became of places outside of models, by number.
       marks: what is marked on cells that were frozen, thawed or renamed: number, attribute, mark.
@@ -106,6 +108,7 @@ class TraceRecord:
         "same_type",
         "seen",
         "structure",
+        "tail",
         "waits",
         "written",
     )
@@ -118,6 +121,7 @@ class TraceRecord:
         made: list[tuple[int, Spec]],
         structure: Any,
         nodes: tuple[Spec, ...],
+        tail: tuple[Spec, ...],
         changes: list[tuple[int, str | None, Spec | None]],
         moves: list[tuple[int, Spec | None]],
         marks: list[tuple[int, str, str | None]],
@@ -132,6 +136,7 @@ class TraceRecord:
         self.made = made
         self.structure = structure
         self.nodes = nodes
+        self.tail = tail
         self.changes = changes
         self.moves = moves
         self.marks = marks
@@ -182,14 +187,15 @@ def replay(
             if name is None:
                 _fill(target, spec, decoder)
             elif spec is None:
-                target._set_structure(name, ABSENT)
+                set_attribute(target, name, ABSENT)
             else:
-                target._set_structure(name, decoder.decode(spec))
+                set_attribute(target, name, decoder.decode(spec))
         for number, spec in record.moves:
             _move(places[number], spec, decoder)
         for number, name, mark in record.marks:
             set_mark(cells[number], name, mark)
         nodes = [decoder.decode(spec) for spec in record.nodes]
+        decoder.refer(record.tail)
     return unflatten(record.structure, leaves, nodes)
 
 

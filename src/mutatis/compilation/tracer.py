@@ -21,7 +21,8 @@ from mutatis.core.nodes import is_node
 from mutatis.core.places import ABSENT, Place
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.model.graph import Encoder, Spec, cell_spec
+from mutatis.model.byhand import drop_traced, settle
+from mutatis.model.graph import Encoder, Spec, cell_spec, made_modules
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, check_result
@@ -123,7 +124,9 @@ def _run_once(
     # A function: when it is over, nothing of ours holds what the user's function made and returned.
     out = call.run(flat[program.count :])
     tx.note_changes_in_place()
-    result = FlatTree(out)
+    known, result = scope.encoder, FlatTree(out)
+    settle([obj for obj in known.objects if isinstance(obj, Module)], known.held, tx.journal)
+    drop_traced(made_modules(known, result.nodes, tx.journal))
     check_result(result, result.leaves, call.label)
     return _record(program, scope, tx, result, flat)
 
@@ -171,7 +174,7 @@ def _record(
         (number, _encode_place(encoder, place)) for number, place in enumerate(scope.places) if place.identity in moved
     ]
     nodes = tuple(encoder.encode(node, ("out",)) for node in result.nodes)
-    encoder.encode_references()
+    tail = encoder.encode_references()
 
     shardings, leaves = _place_result(program, tx, result)
     # In the order of the inputs: JAX gives a result the first donated buffer of its type, which is to be its own.
@@ -195,6 +198,7 @@ def _record(
         made=[(encoder.cells[cell], cell_spec(cell)) for cell in made_cells],
         structure=result.structure,
         nodes=nodes,
+        tail=tail,
         changes=changes,
         moves=moves,
         marks=marks,

@@ -108,6 +108,17 @@ def placement(cell: Cell) -> tuple[Any, ...] | None:
     return None if cell._birth is not None else avals.placement(cell._value)
 
 
+def split_axes(cell: Cell) -> list[int]:
+    """The axes along which the code that runs now sees a slice of a cell, the outermost transform's first."""
+    axes = []
+    tx: Transaction | None = innermost()
+    while tx is not None:
+        if cell in tx.split:
+            axes.append(tx.split[cell])
+        tx = tx.parent
+    return axes[::-1]
+
+
 def note_reads(states: Iterable[Cell]) -> None:
     """Note that a compiled program, which has been called for the code that runs now, reads these cells."""
     if (tx := innermost()) is not None:
@@ -212,16 +223,20 @@ def birth() -> Any:
     return None if tx is not None and trace is tx.trace else _compat.weak_trace(trace)
 
 
-def check_outlived(obj: Any, name: str) -> None:
+def check_outlived(owner: str, born: Any, name: str) -> None:
     """Raise if an object is to hold a state that is made under a raw transform, which the object outlives.
+
+    Args:
+      owner: the name of the object's class.
+      born: weak reference to the raw transform that it was made in itself, or None.
+      name: the attribute.
 
     Raises:
       TraceLevelError: it is.
     """
     now = birth()
-    if now is None or (obj._birth is not None and obj._birth() is now()):
+    if now is None or (born is not None and born() is now()):
         return
-    owner = type(obj).__name__
     raw = _compat.raw_transform_name(now())
     raise TraceLevelError(
         f"`{owner}.{name}` was set to a state that is made in a raw JAX transform ({raw})",

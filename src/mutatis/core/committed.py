@@ -19,13 +19,29 @@ from mutatis.core.structure import structure
 from mutatis.errors import TraceLevelError
 
 _NOW = object()
-observers: weakref.WeakKeyDictionary[Cell, tuple[Callable[[], None], ...]] = weakref.WeakKeyDictionary()
+# By the identity of cells, whose `==` compares values: with a reference that takes the entry away when the cell dies.
+observers: dict[int, tuple[weakref.ref[Cell], tuple[Callable[[], None], ...]]] = {}
+
+
+def observe(cell: Cell, notices: tuple[Callable[[], None], ...]) -> None:
+    """Say what is called when a cell has been given a value."""
+    if notices:
+        number = id(cell)
+        observers[number] = weakref.ref(cell, lambda _: observers.pop(number, None)), notices
+    else:
+        observers.pop(id(cell), None)
+
+
+def observers_of(cell: Cell) -> tuple[Callable[[], None], ...]:
+    """What is called when a cell has been given a value."""
+    entry = observers.get(id(cell))
+    return () if entry is None else entry[1]
 
 
 def notify(cells: Iterable[Cell]) -> None:
     """Tell the observers of cells that these have been given values, all of them."""
     for cell in cells if observers else ():
-        for notice in observers.get(cell, ()):
+        for notice in observers_of(cell):
             notice()
 
 

@@ -6,10 +6,13 @@ the garbage collector for them; only errors come there.
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import keyword
 import os
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +37,33 @@ def describe(cell: Any) -> str:
     path = path_of(cell) or getattr(cell, "name", None)
     kind = type(cell).__name__
     return f"`{path}` ({kind})" if path else f"({kind} without a place in a model)"
+
+
+def probe(obj: Any, name: str, default: Any = None) -> Any:
+    """An attribute of an object that may be of a user's class, whose ``__getattr__`` may raise what it likes."""
+    try:
+        return getattr(obj, name, default)
+    except Exception:
+        return default
+
+
+def wrapped(function: Any) -> Any:
+    """What a decorated or transformed function is around, or None; attributes that a class makes up on demand are nothing."""
+    if type(function) is types.FunctionType:
+        return function.__dict__.get("__wrapped__")
+    found = inspect.getattr_static(function, "__wrapped__", None)
+    return None if found is None else probe(function, "__wrapped__")
+
+
+def innermost(function: Any) -> Any:
+    """The function that decorators, transforms and partials are around."""
+    seen = {id(function)}
+    while True:
+        inner = function.func if isinstance(function, functools.partial) else wrapped(function)
+        if inner is None or id(inner) in seen:
+            return function
+        seen.add(id(inner))
+        function = inner
 
 
 def made_at(cell: Any) -> str | None:

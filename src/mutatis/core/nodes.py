@@ -1,27 +1,88 @@
-"""Nodes: what the classes that make up models declare, for all that walks over models or searches for them."""
+"""Nodes: what the classes that make up models declare, for all that walks over models or searches for them.
+
+What the library has to know of a class stands in tables here and not in attributes of the class: users' classes may have
+attributes of any name.
+"""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
+
+from mutatis.errors import StructureError
 
 
-class Searched:
-    """An object whose attributes may lead to states, though it is no module: transforms look into those it lists."""
-
-    __slots__ = ()
-    _searched_: ClassVar[tuple[str, ...]] = ()  # the names of these attributes
-
-
-class Node(Searched):
+class Node:
     """A part of models: a Variable, a Module, or a transformed one (`Wrapped`)."""
 
     __slots__ = ()
-    _references_: ClassVar[tuple[str, ...]] = ()  # attributes that refer to other nodes without owning them
 
 
 def is_node(obj: Any) -> bool:
     """Whether an object is a part of models."""
     return issubclass(type(obj), Node)  # not `isinstance`, which asks a stand-in for the class that it claims to be
+
+
+class Reference:
+    """An attribute's value that refers to other nodes without owning them, as an optimizer does to its model.
+
+    A copy refers to the copy of what its original refers to if that is made in the same call, and else to nothing.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    @property
+    def value(self) -> Any:
+        """What it refers to.
+
+        Raises:
+          StructureError: it is a copy, and what its original refers to was not copied with it.
+        """
+        if self._value is LOST:
+            raise StructureError(
+                "what this object refers to was not copied with it",
+                expected="a copy of both, made in one call",
+                got="a copy of the object alone",
+                cure="Copy both together: `mu.clone((model, optimizer))`.",
+            )
+        return self._value
+
+    @property
+    def lost(self) -> bool:
+        """Whether what the original refers to was not copied with it."""
+        return self._value is LOST
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reference, (self._value,)
+
+    def __repr__(self) -> str:
+        return "Reference(...)"
+
+
+class _Lost:
+    """In the place of what a copy would refer to, had it been copied too."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> str:
+        return "LOST"
+
+
+LOST = _Lost()
+
+_searched: dict[type, tuple[str, ...]] = {}
+
+
+def declare_searched(cls: type, *attributes: str) -> None:
+    """Say that these attributes of a class's objects may lead to states, though they are no parts of a module."""
+    _searched[cls] = attributes
+
+
+def searched_attributes(obj: Any) -> tuple[str, ...] | None:
+    """The attributes of an object that transforms look into; None if nothing is said of its class."""
+    return next((_searched[base] for base in type(obj).__mro__ if base in _searched), None)
 
 
 def is_container(value: Any) -> bool:

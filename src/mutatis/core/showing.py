@@ -79,7 +79,7 @@ def notation(treedef: Any, leaves: Iterator[str]) -> str:
 
 def show_leaf_type(leaf: Any) -> str:
     """The type of an array, tracer or abstract array, ``float32[3,4]``, or the class of anything else."""
-    if not hasattr(leaf, "dtype"):
+    if not _is_array(leaf):
         return type(leaf).__name__
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
@@ -121,7 +121,7 @@ def _is_array(x: Any) -> bool:
     if is_node(x) or isinstance(x, type | np.generic):
         return False
     try:
-        return hasattr(x, "dtype") and hasattr(x, "shape")
+        return hasattr(x, "dtype") and isinstance(getattr(x, "shape", None), tuple)
     except Exception:  # users' classes raise what they like, and so do random streams
         return False
 

@@ -96,17 +96,17 @@ class stamped:
 
 # -- constants ----------------------------------------------------------------------------------------------------
 
-_constants: weakref.WeakSet[Any] = weakref.WeakSet()
+# By the identity of cells, whose `==` compares values.
+_constants: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _thawings = itertools.count(1)
 
 
 def keep_constant(cell: Any) -> None:
     """Note that JAX keeps the value of a frozen cell in a trace that it may find again."""
-    _constants.add(cell)
+    _constants[id(cell)] = cell
 
 
 def thawed(cell: Any) -> None:
     """Note that a cell may change again. If JAX has kept its value, all is traced anew: nobody knows which traces those are."""
-    if cell in _constants:
-        _constants.discard(cell)
+    if _constants.pop(id(cell), None) is not None:
         _compat.set_stamp_of_all(next(_thawings))

@@ -53,18 +53,18 @@ _random_bits = random.Random(int.from_bytes(os.urandom(16))).getrandbits  # our 
 class Watch:
     """What is kept about a module since somebody took its structure for granted."""
 
-    __slots__ = ("_numbers", "disturbances", "mode", "submodules")
+    __slots__ = ("_numbers", "disturbances", "submodules", "training")
 
     def __init__(self) -> None:
-        self.mode = _random_bits(128)  # what the change from one mode to the other makes of the epoch
+        self.training = _random_bits(128)  # what the change of this flag makes of the epoch
         self.disturbances = 0  # changes of its structure while another thread was tracing
         self.submodules: Any = None  # a walk that was made over it, and what proves that it holds
         self._numbers: dict[Any, int] = {}
 
     def difference(self, name: str, old: Any, new: Any) -> int | None:
         """What a change of a flag makes of the epoch; None for a change of anything but a flag."""
-        if name == "_mode":
-            return self.mode if old != new else 0
+        if name == "training":  # absent: as its class says
+            return self.training if old is not new else 0
         a, b = type(old), type(new)
         if a in _FLAGS and b in _FLAGS:
             return self._number((name, a, old)) ^ self._number((name, b, new))

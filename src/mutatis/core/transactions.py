@@ -70,6 +70,7 @@ class Transaction(frames.Frame):
         "repeats",
         "restarted",
         "seen",
+        "split",
         "trace",
         "values",
         "written",
@@ -90,6 +91,7 @@ class Transaction(frames.Frame):
         self.outer = _compat.current_trace() if outer is None else outer
         self.trace: Any = None
         self.repeats: int | None = 1  # how often what runs here once is run in a call; None if that is not known
+        self.split: Mapping[Any, int] = {}  # cells of which each run sees a slice, along this axis
         self.values: dict[Cell, Any] = {}
         self.seen: dict[Cell, None] = {}  # what the function read, here and further in
         self.written: dict[Cell, int] = {}  # and wrote, how often

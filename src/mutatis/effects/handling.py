@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 
 from mutatis.core import access
 from mutatis.core.cells import UNSET
 from mutatis.core.naming import caller, show_path
+from mutatis.core.nodes import declare_searched
 from mutatis.core.showing import show_class
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
@@ -64,8 +65,6 @@ class WithFunctionalLocalState:
     handler_id: str
     body: Any
     variables: tuple[HandledLocalStateRef, ...] = ()
-
-    _searched_: ClassVar[tuple[str, ...]] = ("body", "_models")  # what these name is captured by transforms of Mutatis
 
     def __call__(self, argument: Any, states: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Run the layer.
@@ -141,6 +140,9 @@ class WithFunctionalLocalState:
                 ],
                 cure="Pass the dictionary that `mu.effects.handle_local_states` gave, or one that the handled layer returned.",
             )
+
+
+declare_searched(WithFunctionalLocalState, "body", "_models")  # what these name is captured by transforms of Mutatis
 
 
 jax.tree_util.register_dataclass(WithFunctionalLocalState, ["body", "variables"], ["handler_id"])
@@ -343,7 +345,7 @@ def _first_value(key: str, definition: Any) -> Any:
     if isinstance(definition, FrozenLocalStateRequest):
         return as_value(definition.state, _live(key))
     value = access.load(definition)
-    return as_value(initial(definition), definition) if value is UNSET and definition.init is not None else value
+    return initial(definition) if value is UNSET and definition.init is not None else value
 
 
 # -- checks ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mutatis.core import access, frames, naming
 from mutatis.core.avals import show_type
 from mutatis.core.transactions import Transaction
 from mutatis.inspect.tables import Table, show_bytes
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, is_training
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import argument_names, function_name, named_nodes
 from mutatis.tracing.captures import search
@@ -43,7 +43,7 @@ class Entry:
       updates: how often a call writes it; None if that is not known.
       made: whether the function makes it.
       frozen: whether it can be read only.
-      mode: the mode of the module that it is in, ``"train"`` or ``"eval"``.
+      training: what `training` of the module is that it is in.
       sharding: how it is spread over devices; empty for one device.
       through: the transforms that it goes through on the way to the code that uses it, from the outside in, each with
         what it does: ``"scan(body): carried"``. *carried*: from one iteration to the next. *split*: each iteration, lane or
@@ -58,7 +58,7 @@ class Entry:
     updates: int | None = 0
     made: bool = False
     frozen: bool = False
-    mode: str = "train"
+    training: bool = True
     sharding: str = ""
     through: tuple[str, ...] = ()
 
@@ -126,7 +126,7 @@ class Ledger(Table):
             return f"`{path}` is {'made' if entry.made else 'updated'}: a call writes it {times}."
         used = "only reads" if entry.read else "neither reads nor writes"
         reason = " It is frozen: `mu.thaw(...)` lets it be written." if entry.frozen else ""
-        if entry.mode == "eval":
+        if not entry.training:
             reason += " Its module is in evaluation mode: `model.train()` lets layers update their statistics."
         return f"`{path}` is not updated: `{self.label}` {used} it.{reason}"
 
@@ -263,13 +263,13 @@ def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
             new = {cell: _shapes(access.peek(cell)) for cell in after.cells if cell not in types}
             types.update(new)
             owners = {id(o): p for o, p in zip(after.encoder.objects, after.encoder.object_paths, strict=True)}
-            modes = {p: o.mode for o in after.encoder.objects if isinstance(o, Module) for p in [owners[id(o)]]}
+            modes = {p: is_training(o) for o in after.encoder.objects if isinstance(o, Module) for p in [owners[id(o)]]}
             for cell, path in zip(after.cells, after.encoder.paths, strict=True):
                 entries[cell] = entry(
                     cell,
                     str(after.locate(cell)),
                     made=cell in new and not access.is_deferred(cell),
-                    mode=next((modes[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in modes), "train"),
+                    training=next((modes[path[:n]] for n in range(len(path) - 1, 0, -1) if path[:n] in modes), True),
                     sharding=shardings.get(cell, ""),
                 )
 

@@ -78,7 +78,7 @@ class Tabulation(Table):
         ]
 
 
-def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any) -> Tabulation:
+def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: Any) -> Tabulation:
     """A table of the layers of a model, for a call with these inputs. Nothing is computed, allocated or written.
 
     A layer counts with all that is inside it, and has a row for each of its calls.
@@ -107,7 +107,7 @@ def tabulate(net: Module, *inputs: Any, depth: int | None = None, **kwargs: Any)
     rows = []
     calls: list[tuple[Any, ...]] = []
 
-    def record(module: Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def record(module: Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         row = len(calls)
         calls.append((None, None, None, None))
         out = call(*args, **kwargs)

@@ -27,7 +27,7 @@ from mutatis.model.kinds import Intermediate, Param, RngState
 from mutatis.model.modules import Module
 from mutatis.model.operations import merge, pop, split
 from mutatis.model.state import State
-from mutatis.model.variables import Variable, initial
+from mutatis.model.variables import Variable, started
 from mutatis.model.views import view
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
@@ -247,7 +247,7 @@ def construct(constructor: Callable[[Rngs], Module], rngs: Rngs) -> Module:
     model = constructor(rngs)
     for cell in variables(model).values():
         if access.load(cell) is UNSET:
-            cell.value = initial(cell)
+            cell.value = started(cell)
     return model
 
 
@@ -325,7 +325,7 @@ def run(
       label: the door, for messages.
       build: makes the module.
       call: calls it.
-      evaluate: whether it is called in the mode ``"eval"``.
+      evaluate: whether `training` is False for the call.
       key_of: gives the key that the random streams of a name start from in this call, or None if there is none. Without
         it they go on from the values that they have.
       cure: how to give a key for the stream `{name}`.
@@ -336,7 +336,7 @@ def run(
     """
     with Transaction(label) as tx:
         model = build()
-        model = view(model, mode="eval") if evaluate else model
+        model = view(model, training=False) if evaluate else model
         pop(model, Intermediate)
         start = take_apart(model)
         keyless = _start_streams(model, start, key_of) if key_of is not None else {}

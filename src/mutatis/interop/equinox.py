@@ -25,7 +25,7 @@ from mutatis.model.kinds import BatchStat, Buffer, Param
 from mutatis.model.modules import Module
 from mutatis.model.operations import merge
 from mutatis.model.state import State
-from mutatis.random import Rngs, as_key
+from mutatis.random import Rngs, as_key, stream_of
 
 eqx = require("equinox", "mu.interop")
 
@@ -126,7 +126,7 @@ class FromEquinox(Module):
         module, state = self._filled({path: cell.value for path, cell in cells.items()})
         return (module, state) if self.stateful else module
 
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the Equinox module.
 
         Args:
@@ -140,18 +140,18 @@ class FromEquinox(Module):
         Raises:
           StructureError: it has a state, and does not return a pair of something and the new state.
         """
-        if self.mode == "train" and self.rngs is not None and "key" not in kwargs:
-            kwargs["key"] = self.rngs.stream("dropout").draw()
+        if self.training and self.rngs is not None and "key" not in kwargs:
+            kwargs["key"] = stream_of(self.rngs, "dropout").draw()
 
         def pure(values: dict[Path, Any]) -> Any:
             module, state = self._filled(values)
-            module = eqx.nn.inference_mode(module) if self.mode == "eval" else module
+            module = eqx.nn.inference_mode(module) if not self.training else module
             if not self.stateful:
                 return getattr(module, method)(*args, **kwargs), {}
             out, state = _checked(module, getattr(module, method)(*args, state=state, **kwargs))
             return out, dict(zip(self.order[-self.stateful :], jax.tree.leaves(state), strict=True))
 
-        return bridge.call(bridge.flatten(self.variables), pure, evaluate=self.mode == "eval")[0]
+        return bridge.call(bridge.flatten(self.variables), pure, evaluate=not self.training)[0]
 
     def _filled(self, values: Mapping[Path, Any]) -> Any:
         return self.skeleton.fill([values[path] for path in self.order])
@@ -207,11 +207,11 @@ class ToEquinox(_StatefulLayer):
         out, state = net(x, state, key=key)
 
     A module of parameters only is called as ``net(x)`` and gives ``out``. Random streams start anew in each call, from
-    ``key=``. ``eqx.nn.inference_mode`` has the module called in the mode ``"eval"``.
+    ``key=``. ``eqx.nn.inference_mode`` sets `training` of the module to False.
 
     Args:
       model: the module; it is copied, and all of its states have values.
-      inference: whether it is called in the mode ``"eval"``.
+      inference: whether `training` is False for its calls.
 
     Attributes:
       params: the parameters in nested dictionaries, ``params["layers"]["0"]["kernel"]``.
@@ -253,7 +253,9 @@ class ToEquinox(_StatefulLayer):
         """Whether a call takes and returns an `eqx.nn.State`."""
         return self.index is not None
 
-    def __call__(self, *args: Any, state: Any = None, key: Any = None, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(
+        self, /, *args: Any, state: Any = None, key: Any = None, method: str = "__call__", **kwargs: Any
+    ) -> Any:
         """Call the module.
 
         Args:

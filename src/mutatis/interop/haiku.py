@@ -19,7 +19,7 @@ from mutatis.model.filters import Path
 from mutatis.model.kinds import BatchStat, Param
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
-from mutatis.random import Rngs, as_key
+from mutatis.random import Rngs, as_key, stream_of, streams_of
 from mutatis.transforms.abstract import eval_shape
 
 hk = require("haiku", "mu.interop")
@@ -69,7 +69,7 @@ class FromHaiku(Module):
         if params is not None:
             self._create(params, {} if state is None else state)
 
-    def lazy_init(self, *args: Any, **kwargs: Any) -> Self:
+    def lazy_init(self, /, *args: Any, **kwargs: Any) -> Self:
         """Create the states now, if there are none, for a call with these arguments.
 
         Args:
@@ -88,7 +88,7 @@ class FromHaiku(Module):
             self._create(*self._transformed().init(self.rngs.params(), *args, **kwargs))
         return self
 
-    def __call__(self, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
         """Call the function.
 
         Args:
@@ -105,18 +105,18 @@ class FromHaiku(Module):
         self.lazy_init(*args, **kwargs)
         if (
             rng is None
-            and self.mode == "train"
+            and self.training
             and self.rngs is not None
-            and {"dropout", "default"} & {*self.rngs.streams}
+            and {"dropout", "default"} & {*streams_of(self.rngs)}
         ):
-            rng = self.rngs.stream("dropout").draw()
+            rng = stream_of(self.rngs, "dropout").draw()
 
         def pure(values: dict[Path, Any]) -> Any:
             held = {"params": {}, "state": {}, **bridge.nest(values)}
             out, state = self._transformed().apply(held["params"], held["state"], rng, *args, **kwargs)
             return out, {("state", *path): value for path, value in _two_levels(state).items()}
 
-        return bridge.call(bridge.flatten(self.variables), pure, evaluate=self.mode == "eval")[0]
+        return bridge.call(bridge.flatten(self.variables), pure, evaluate=not self.training)[0]
 
     def _transformed(self) -> Any:
         if isinstance(self.function, hk.TransformedWithState):
@@ -164,12 +164,12 @@ class ToHaiku(_Module):
         self.constructor = constructor
         self.created = False
 
-    def __call__(self, *args: Any, is_training: bool = True, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, is_training: bool = True, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the module.
 
         Args:
           *args: its arguments.
-          is_training: if not, it is called in the mode ``"eval"``.
+          is_training: if not, `training` is False for its call.
           method: the name of the method to call.
           **kwargs: its keyword arguments.
 

@@ -18,8 +18,8 @@ from mutatis.core.statics import static
 from mutatis.errors import StructureError
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
-from mutatis.model.modules import Module
-from mutatis.random import Rngs
+from mutatis.model.modules import Module, set_attribute
+from mutatis.random import Rngs, streams_of
 from mutatis.transforms.abstract import eval_shape
 
 flax = require("flax", "mu.interop")
@@ -69,7 +69,7 @@ class FromLinen(Module):
     ) -> None:
         try:
             hash(module)
-            self.module = module
+            set_attribute(self, "module", module)  # by its value; of a user, `module` would be a stranger
         except TypeError:  # a field holds what cannot be compared
             self.module = static(module)
         self.rngs = None if rngs is None else rngs.fork()
@@ -78,7 +78,7 @@ class FromLinen(Module):
         if variables is not None:
             self._create(bridge.flatten(variables))
 
-    def lazy_init(self, *args: Any, **kwargs: Any) -> Self:
+    def lazy_init(self, /, *args: Any, **kwargs: Any) -> Self:
         """Create the states now, if there are none, for a call with these arguments; `jax.ShapeDtypeStruct` will do for arrays.
 
         Args:
@@ -102,7 +102,7 @@ class FromLinen(Module):
             self._create(bridge.flatten(init(keys, *args, **kwargs)))
         return self
 
-    def __call__(self, *args: Any, rngs: Rngs | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, rngs: Rngs | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Call the Linen module, or the method of it that `method` says.
 
         Args:
@@ -117,7 +117,7 @@ class FromLinen(Module):
           RandomStreamError: the states have yet to be created, and there are no random streams.
         """
         self.lazy_init(*args, **kwargs)
-        streams = self.rngs if rngs is None and self.mode == "train" else rngs
+        streams = self.rngs if rngs is None and self.training else rngs
         keys = _keys(streams) if isinstance(streams, Rngs) else streams
         mutable = () if self.mutable is False else self.mutable
 
@@ -127,7 +127,7 @@ class FromLinen(Module):
             return (out, updates), bridge.flatten(meta.unbox(updates))
 
         cells = bridge.flatten(self.variables)
-        (out, updates), _ = bridge.call(cells, pure, evaluate=self.mode == "eval")
+        (out, updates), _ = bridge.call(cells, pure, evaluate=not self.training)
         self._create({path: value for path, value in bridge.flatten(updates).items() if path not in cells})
         return out
 
@@ -145,7 +145,7 @@ class FromLinen(Module):
 
 def _keys(rngs: Rngs) -> dict[str, Any]:
     """A key for each stream but `params`; the default stream stands for those that Linen does not find: that is `params`."""
-    keys = {name: state.draw() for name, state in rngs.streams.items() if name != "params"}
+    keys = {name: state.draw() for name, state in streams_of(rngs).items() if name != "params"}
     if "default" in keys:
         keys["params"] = keys.pop("default")
     return keys
@@ -161,7 +161,7 @@ class ToLinen(_Module):
 
     Attributes:
       constructor: a function ``constructor(rngs)`` that makes the module, with the same structure each time.
-      deterministic: whether the module is called in the mode ``"eval"``.
+      deterministic: whether `training` is False for the module's calls.
 
     Raises:
       RandomStreamError: a call draws from a stream that it is given no key for.
@@ -180,7 +180,7 @@ class ToLinen(_Module):
     deterministic: bool = False
 
     @nn.compact
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the module.
 
         Args:

@@ -70,7 +70,7 @@ class FromNnx(Module):
         """An NNX module with the present values."""
         return self._merged({path: cell.value for path, cell in bridge.flatten(self.variables).items()})
 
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the NNX module, in its evaluation mode after `eval()`, else as it was made.
 
         Args:
@@ -84,14 +84,14 @@ class FromNnx(Module):
 
         def pure(values: dict[Path, Any]) -> Any:
             module = self._merged(values)
-            with _evaluating(module) if self.mode == "eval" else contextlib.nullcontext():
+            with _evaluating(module) if not self.training else contextlib.nullcontext():
                 out = getattr(module, method)(*args, **kwargs)
             graphdef, state = nnx.split(module)
             found = _found(state)
             return (out, graphdef, found), {path: value for path, (_, value) in found.items()}
 
         cells = bridge.flatten(self.variables)
-        (out, graphdef, found), _ = bridge.call(cells, pure, evaluate=self.mode == "eval")
+        (out, graphdef, found), _ = bridge.call(cells, pure, evaluate=not self.training)
         if graphdef != self.graphdef:
             new = {path: cells[path] if path in cells else make(value) for path, (make, value) in found.items()}
             self.graphdef, self.variables = graphdef, bridge.nest(new)
@@ -161,7 +161,7 @@ class ToNnx(_Module):
 
     Attributes:
       variables: the variables in nested dictionaries, ``variables["layers"]["0"]["kernel"]``.
-      deterministic: whether the module is called in the mode ``"eval"``; ``train()`` and ``eval()`` of NNX set it.
+      deterministic: whether `training` is False for the module's calls; ``train()`` and ``eval()`` of NNX set it.
       intermediates: what `mu.sow` kept in the last call, as `nnx.Intermediate`s.
 
     Raises:
@@ -192,7 +192,7 @@ class ToNnx(_Module):
             variables[names[path]] = variable
         self.variables = nnx.data(bridge.nest(variables))
 
-    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         """Call the module.
 
         Args:

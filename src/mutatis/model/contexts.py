@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from mutatis.core import access
+from mutatis.core import access, naming
+from mutatis.core.cells import UNSET
 from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject, check_static
-from mutatis.errors import StaticAttributeError
+from mutatis.errors import ContextError, StaticAttributeError
 from mutatis.model.variables import Variable, detached
 
 
@@ -36,7 +37,7 @@ class Context:
 
     Args:
       name: its name, for messages.
-      default: the value where none is set.
+      default: the value where none is set; without it, reading the context there is a `ContextError`.
 
     Raises:
       StaticAttributeError: a value is neither of arrays nor of modules, and cannot be static.
@@ -58,15 +59,26 @@ class Context:
     __slots__ = ("__weakref__", "_number", "default", "name")
     _numbers: ClassVar[Iterator[int]] = itertools.count()
 
-    def __init__(self, name: str, default: Any = None) -> None:
+    def __init__(self, name: str, default: Any = UNSET) -> None:
         self.name = name
         self.default = default
         self._number = next(Context._numbers)
 
     def get(self) -> Any:
-        """The value that is set, or the default."""
+        """The value that is set, or the default.
+
+        Raises:
+          ContextError: there is neither.
+        """
         active: dict[Context, Any] = dict(_active.get())
         if self not in active:
+            if self.default is UNSET:
+                raise ContextError(
+                    f"context `{self.name}` is not set, and has no default",
+                    path=self.name,
+                    where=naming.where(),
+                    cure=f'Set it, `with {self.name}.set(value): ...`, or give a default: `mu.Context("{self.name}", None)`.',
+                )
             return self.default
         entry = active[self]
         if isinstance(entry, Static):

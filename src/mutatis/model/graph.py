@@ -14,7 +14,7 @@ A specification is a tuple that starts with a letter::
     ("l" | "d", items)                  a list, a dict      ("c", number)              a cell, later visit
     ("t", class, items)                 a tuple             ("r", number)              a numbered object, later visit
     ("w", static, child, parts)         a transformed node  ("b", static, child)       a method bound to a node
-    ("s", static)                       a static value
+    ("s", static)                       a static value      ("f", child)               a reference
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from mutatis.core.journal import Journal
 from mutatis.core.naming import show_path
+from mutatis.core.nodes import LOST, Reference, is_node
 from mutatis.core.showing import show_class
-from mutatis.core.statics import PLAIN, Static, StaticObject
+from mutatis.core.statics import PLAIN, Static
 from mutatis.core.structure import Watch
 from mutatis.errors import StructureError
+from mutatis.model.byhand import holds_tracers, put_by_hand
 from mutatis.model.filters import Path
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, fill, new_module, watch_of
 from mutatis.model.variables import Variable, detached
 from mutatis.model.wrapped import Wrapped, borrows
 
@@ -51,16 +54,24 @@ class Encoder:
       watch: whether later changes of these modules are counted (`cells.structure`); from before each is looked at, so
         that none is missed. Other threads may change attributes meanwhile, so a walk goes over copies.
       describe: whether static values are described; without it, a walk only finds cells and objects, and is faster.
+      marks: whether it is described which cells are frozen.
       loose: whether containers outside of modules may hold anything: what is no node there is a static value. It is for what
         functions name, such as ``args = (model, x)``.
     """
 
     def __init__(
-        self, *, thread: bool = False, watch: bool = False, describe: bool = True, loose: bool = False
+        self,
+        *,
+        thread: bool = False,
+        watch: bool = False,
+        describe: bool = True,
+        marks: bool = True,
+        loose: bool = False,
     ) -> None:
         self.thread = thread
         self.loose = loose
         self.describe = describe
+        self.marks = marks
         self.watch = watch
         self.cells: dict[Variable, int] = {}
         self.paths: list[Path] = []
@@ -72,7 +83,9 @@ class Encoder:
         self.specs: list[Spec] = []  # of the cells, by number
         self._numbers: dict[int, int] = {}
         self._statics: dict[int, Spec] = {}  # of static values by identity; a specification keeps its value alive
-        self._later: list[tuple[int, str, Any, Path]] = []
+        self._later: list[tuple[int, str, Reference, Path]] = []
+        self.cached: list[Module] = []  # modules with arrays that were put into the instance dictionary by hand
+        self.ephemeral = False  # a tracer is among those: what is made from this walk must not be kept
 
     def know(self, other: Encoder) -> None:
         """Start from what another walk has numbered."""
@@ -115,6 +128,8 @@ class Encoder:
             return self._static(value)
         if isinstance(value, jax.Array | np.ndarray):
             raise _bare_array(value, path)
+        if kind is Reference:
+            return self._reference(value, path)
         if isinstance(value, list | dict):
             raise StructureError(
                 f"`{show_path(path)}` is a {kind.__name__}, whose states would not be seen",
@@ -137,12 +152,24 @@ class Encoder:
         """Describe what modules refer to without owning it; the last step of a walk."""
         tail = []
         while self._later:
-            owner, name, value, path = self._later.pop()
-            if self.thread or id(value) in self._numbers or (isinstance(value, Variable) and value in self.cells):
-                tail.append((owner, name, self.encode(value, path)))
-            else:
-                tail.append((owner, name, ("s", Static(StaticObject(value)))))
+            owner, name, reference, path = self._later.pop()
+            tail.append((owner, name, self._reference(reference, path)))
         return tuple(tail)
+
+    def _reference(self, reference: Reference, path: Path) -> Spec:
+        self.held[id(reference)] = reference
+        if reference.lost or not (self.thread or self._is_known(reference.value)):
+            return _LOST
+        return ("f", self.encode(reference.value, path))
+
+    def _is_known(self, value: Any) -> bool:
+        """Whether all the cells that a value leads to have been met."""
+        if id(value) in self._numbers or (isinstance(value, Variable) and value in self.cells):
+            return True
+        probe = Encoder(describe=False)
+        probe.know(self)
+        probe.encode(value)
+        return len(probe.cells) == len(self.cells)
 
     def known(self, obj: Any) -> int | None:
         """The number of a module, list or dict that was met."""
@@ -165,19 +192,24 @@ class Encoder:
             return ("r", number)
         number = self._number(module, path)
         if self.watch:
-            mark = module._watch()
+            mark = watch_of(module)
             self.watched.append((mark, mark.disturbances))
         attributes = self.held[id(module)] = dict(module.__dict__)
-        references = getattr(type(module), "_references_", ())
         outside, self.loose = self.loose, False
         entries = []
+        references = []
         borrowing = []
         for name in sorted(attributes):
             value = attributes[name]
-            if name in references:
-                self._later.append((number, name, value, (*path, name)))
-            elif type(value) in PLAIN:
+            if type(value) in PLAIN:
                 entries.append((name, self._static(value)))
+            elif isinstance(value, Variable):
+                entries.append((name, self._cell(value, (*path, name))))
+            elif type(value) is Reference:
+                references.append(name)
+                self._later.append((number, name, value, (*path, name)))
+            elif put_by_hand(value):
+                entries.append((name, self._by_hand(module, name, value, path)))
             elif borrows(value):
                 borrowing.append((name, value))
             else:
@@ -186,6 +218,15 @@ class Encoder:
         entries += [(name, self.encode(value, (*path, name))) for name, value in borrowing]
         self.loose = outside
         return ("m", type(module), tuple(entries), tuple(name for name in attributes if name not in references))
+
+    def _by_hand(self, module: Module, name: str, value: Any, path: Path) -> Spec:
+        """Arrays that were put into the instance dictionary by hand: constants, as those that a function captures are."""
+        if name in getattr(type(module), "__dataclass_fields__", ()):
+            raise _bare_array(value, (*path, name))  # of a frozen dataclass, which assigns past the module
+        if not self.cached or self.cached[-1] is not module:
+            self.cached.append(module)
+        self.ephemeral = self.ephemeral or holds_tracers(value)
+        return self._static(value)
 
     def _cell(self, cell: Variable, path: Path) -> Spec:
         number = self.cells.get(cell)
@@ -196,7 +237,7 @@ class Encoder:
         self.paths.append(path)
         if not self.describe:
             return ("v", number, None)
-        self.specs.append(cell_spec(cell, self._static))
+        self.specs.append(cell_spec(cell, self._static, self.marks))
         return ("v", number, self.specs[-1])
 
     def statics(self) -> list[Spec]:
@@ -218,6 +259,7 @@ class Encoder:
 
 
 _NOTHING: Spec = ("s", None)  # a static value that is not described
+_LOST: Spec = ("f", ("s", Static(LOST)))
 
 
 def _bare_array(value: Any, path: Path) -> StructureError:
@@ -231,29 +273,43 @@ def _bare_array(value: Any, path: Path) -> StructureError:
     )
 
 
-def cell_spec(cell: Variable, describe: Callable[[Any], Spec] = lambda value: ("s", Static(value))) -> Spec:
+def cell_spec(
+    cell: Variable, describe: Callable[[Any], Spec] = lambda value: ("s", Static(value)), marks: bool = True
+) -> Spec:
     """What of a cell is static; `describe` gives the specification of a static value."""
     return (
         type(cell),
         cell.name,
         None if cell.sharding is None else Static(cell.sharding),
         cell.fixed,
-        cell._frozen,
+        cell._frozen if marks else None,
         cell._behind,
         None if cell._init is None else describe(cell._init)[1],
         Static(cell.metadata) if cell.metadata else None,
+        *((cell._lanes,) if cell._lanes else ()),  # definitions that were pickled earlier have none
     )
 
 
 def make_cell(spec: Spec) -> Variable:
     """A cell without a value, from its specification."""
-    kind, name, sharding, fixed, frozen, behind, init, metadata = spec
+    kind, name, sharding, fixed, frozen, behind, init, metadata, *lanes = spec
     cell: Variable = detached(kind)
     cell.name, cell.fixed, cell._frozen, cell._behind = name, fixed, frozen, behind
     cell.sharding = None if sharding is None else sharding.value
     cell._init = None if init is None else init.value
+    cell._lanes = lanes[0] if lanes else ()
     cell.metadata = {} if metadata is None else dict(metadata.value)
     return cell
+
+
+def made_modules(known: Encoder, nodes: Sequence[Any], journal: Journal) -> list[Module]:
+    """The modules that a function made and returned, or assigned to attributes, which a walk before it did not meet."""
+    encoder = Encoder(thread=True, describe=False)
+    assigned = [obj.__dict__.get(name) for obj, name, _ in journal.noted if isinstance(obj, Module)]
+    for node in [*nodes, *(value for value in assigned if is_node(value) and not isinstance(value, Variable))]:
+        encoder.encode(node)
+    encoder.encode_references()
+    return [obj for obj in encoder.objects if isinstance(obj, Module) and known.known(obj) is None]
 
 
 class Decoder:
@@ -291,14 +347,14 @@ class Decoder:
         if letter == "r":
             return self.objects[spec[1]]
         if letter == "m":
-            module = spec[1].__new__(spec[1])
+            module = new_module(spec[1])
             self.objects.append(module)
             values = dict.fromkeys(
                 spec[3]
             )  # in their own order; that of the visits, by which things are numbered, is another
             for name, inner in spec[2]:
                 values[name] = inner[1].value if inner[0] == "s" else self.decode(inner)
-            module.__setstate__(values)
+            fill(module, values)
             return module
         if letter == "l":
             items: list[Any] = []
@@ -313,6 +369,8 @@ class Decoder:
         if letter == "t":
             parts = [self.decode(inner) for inner in spec[2]]
             return spec[1](*parts) if hasattr(spec[1], "_fields") else spec[1](parts)
+        if letter == "f":
+            return Reference(self.decode(spec[1]))
         if letter == "b":
             return types.MethodType(spec[1].value, self.decode(spec[2]))
         child = self.decode(spec[2])
@@ -321,5 +379,4 @@ class Decoder:
     def refer(self, tail: tuple[Spec, ...]) -> None:
         """Put in what modules refer to."""
         for owner, name, spec in tail:
-            value = self.decode(spec)
-            self.objects[owner].__dict__[name] = value.value if isinstance(value, StaticObject) else value
+            self.objects[owner].__dict__[name] = self.decode(spec)

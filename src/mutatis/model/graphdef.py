@@ -85,16 +85,23 @@ class GraphDef(Generic[N_co]):
 jax.tree_util.register_static(GraphDef)
 
 
-def describe_graph(node: N) -> tuple[GraphDef[N], list[Variable[Any]]]:
-    """The static description of a node, and its cells in the order of their numbers."""
-    parts, cells = _find(node, described=True)
+def describe_graph(node: N, *, marks: bool = True) -> tuple[GraphDef[N], list[Variable[Any]]]:
+    """The static description of a node (without `marks`, not of which cells are frozen), and its cells by number."""
+    parts, cells = _find(node, described=True, marks=marks)
     return GraphDef(*parts, tuple(map(_type, access.peek_many(cells)))), cells
 
 
 def _type(value: Any) -> Any:
     if type(value) is _compat.ARRAY:
         return _struct(value.shape, value.dtype)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), value)
+    return jax.tree.map(_type_of_leaf, value)
+
+
+def _type_of_leaf(leaf: Any) -> Any:
+    try:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    except (AttributeError, TypeError):  # in a tree that was made from a module: a mask, an axis, a spec
+        return leaf
 
 
 @functools.lru_cache(maxsize=1024)
@@ -105,6 +112,8 @@ def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 def _register(cls: type[Module]) -> None:
     def flatten(module: Module) -> tuple[list[Any], GraphDef]:
         definition, cells = describe_graph(module)
+        if any(spec[4] is not None for spec in definition.cells):  # a copy's cells are marked anew
+            definition, cells = describe_graph(module, marks=False)
         return access.read_many(cells), definition
 
     def flatten_with_keys(module: Module) -> tuple[list[tuple[Any, Any]], GraphDef]:

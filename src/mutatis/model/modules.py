@@ -1,8 +1,11 @@
 """Modules: plain Python objects whose attributes are states, other modules, containers and static values.
 
 The attributes live in the ordinary instance dictionary. `__setattr__` does three things on the way there: an array
-becomes a `Buffer` behind the attribute; what is assigned over a state is written to it; and a change of structure is
-noted, so that a failing transform can undo it and compiled programs can notice it.
+becomes a `Buffer` behind the attribute (`attributes`); what is assigned over a state is written to it; and a change of structure
+is noted, so that a failing transform can undo it and compiled programs can notice it.
+
+A user's class may have attributes and methods of any name. So the class `Module` has none but `train`, `eval` and `training`:
+what the library does with modules are functions, and what it keeps about one is in slots that no name leads to (`_hide`).
 """
 
 from __future__ import annotations
@@ -16,17 +19,18 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mutatis.core import access, naming, transactions
+from mutatis.core import access, transactions
 from mutatis.core.calls import takes
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import ABSENT, Removed, put_back
 from mutatis.core.nodes import Node, is_node
-from mutatis.core.showing import show_class
-from mutatis.core.statics import PLAIN, StaticObject, check_static, static_key
+from mutatis.core.showing import show_class, show_value
+from mutatis.core.statics import PLAIN, StaticObject
 from mutatis.core.structure import Watch, structure, structure_lock
-from mutatis.errors import ArgumentError, StaticAttributeError, StructureError
-from mutatis.model.behind import install
-from mutatis.model.kinds import Buffer
+from mutatis.errors import ArgumentError, StructureError
+from mutatis.model import cached
+from mutatis.model.attributes import admit, holds_arrays
+from mutatis.model.behind import install, takes_assignment
 from mutatis.model.tree import tree_lines
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
@@ -37,6 +41,13 @@ _flips = threading.RLock()  # so that an old value and the epoch's change from i
 
 class Module(Node):
     """Base class of models and layers. Assign states, modules and static values as attributes, in any order.
+
+    An array that is assigned is read and assigned as an array, and is a state of kind `Buffer` behind the attribute:
+    ``mu.variables(model)`` has it. `training` says how layers behave that differ in training: dropout, batch norm and whatever
+    listens. `train()` and `eval()` set it on a module and all that it holds.
+
+    Raises:
+      StructureError: a subclass declares `__slots__`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -51,13 +62,11 @@ class Module(Node):
       [1, 2, 3]
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_bindings", "_birth", "_described", "_watched")
-    _birth: Any  # weak reference to the raw JAX trace the module was made in; None for an ordinary one
-    _bindings: Any  # what compiled programs know about this module as an argument; it dies with it
-    _described: Any  # what the last walk over it found; likewise
-    _watched: Watch | None  # None: nobody took this module's structure for granted
+    __slots__ = ("__dict__", "__weakref__", "bindings", "birth", "described", "kept", "watch")
 
-    def __new__(cls: type[M], *args: Any, **kwargs: Any) -> M:
+    training: bool = True
+
+    def __new__(cls: type[M], /, *args: Any, **kwargs: Any) -> M:
         if (args or kwargs) and cls.__init__ is object.__init__:
             raise ArgumentError(
                 f"`{cls.__name__}` has no `__init__`, and was given arguments",
@@ -66,19 +75,23 @@ class Module(Node):
                 cure="Write an __init__, or have it made of the fields: "
                 f"`@dataclasses.dataclass` in front of `class {cls.__name__}`.",
             )
-        self = object.__new__(cls)
-        object.__setattr__(self, "_watched", None)
-        object.__setattr__(self, "_bindings", None)
-        object.__setattr__(self, "_described", None)
-        object.__setattr__(self, "_birth", access.birth())
-        return self
+        return new_module(cls)
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, /, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if cls.__dict__.get("__slots__"):
+            raise StructureError(
+                f"`{cls.__name__}` declares `__slots__`, which would hold states where they are not seen",
+                path=cls.__name__,
+                expected="a class whose attributes are in the instance dictionary",
+                got=f"__slots__ = {cls.__dict__['__slots__']!r}",
+                cure="Leave out `__slots__`, or `slots=True` of `@dataclass`.",
+            )
         # `@dataclass` fills in what it does not find here; modules compare and hash by identity.
         for name in ("__eq__", "__hash__", "__repr__"):
             if name not in cls.__dict__:
                 setattr(cls, name, getattr(cls, name))
+        cached.adopt(cls, _kept_of)
         for hook in _on_new_class:
             hook(cls)
 
@@ -95,189 +108,33 @@ class Module(Node):
         if isinstance(old, Variable) and _is_array_like(value):
             old.set(value)
             return
-        if isinstance(getattr(type(self), name, None), property):
+        kind = type(self)
+        if takes_assignment(kind, name):
             object.__setattr__(self, name, value)
             return
-        self._set_structure(name, self._admit(name, value, old))
+        if name == "training":
+            _set_flag(self, value)
+            return
+        set_attribute(self, name, admit(kind, name, value, old))
 
     def __delattr__(self, name: str) -> None:
-        if name not in self.__dict__:
+        if name in self.__dict__:
+            set_attribute(self, name, ABSENT)
+        elif takes_assignment(type(self), name):
+            object.__delattr__(self, name)
+        elif _kept_of(self).pop(name, None) is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        self._set_structure(name, ABSENT)
-
-    def _watch(self) -> Watch:
-        """Have the changes of this module's structure noticed from now on (`cells.structure`)."""
-        if self._watched is None:
-            object.__setattr__(self, "_watched", Watch())
-        watch: Watch = self._watched  # type: ignore[assignment]
-        return watch
-
-    def _set_structure(self, name: str, value: Any) -> None:
-        """Set an attribute, or remove it, in a way that is not a write to a state."""
-        if isinstance(value, Variable | Module) and value._birth is not None:
-            access.check_outlived(self, name)
-        tx = transactions.current()
-        if tx is not None:
-            old = self.__dict__.get(name, ABSENT)
-            tx.journal.note(self, name, Removed(old, tuple(self.__dict__)) if value is ABSENT else old)
-        if self._watched is None:
-            put_back(self, name, value)
-            if self._watched is None:  # nor did another thread begin to watch meanwhile
-                return
-        elif self._flip(name, value):
-            return
-        else:
-            structure.changed()
-            put_back(self, name, value)
-        structure.changed()
-        _disturb(self)
-
-    def _flip(self, name: str, value: Any) -> bool:
-        """Change an attribute that is a flag and stays one; whether it is."""
-        with _flips:
-            mark = structure.begin()
-            difference = self._watch().difference(name, self.__dict__.get(name, ABSENT), value)
-            if difference is None:
-                return False
-            put_back(self, name, value)
-            structure.end(mark, difference)
-        _disturb(self)
-        return True
-
-    def _admit(self, name: str, value: Any, old: Any) -> Any:
-        """What is stored for a value; refuses what cannot be part of a model."""
-        if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            buffer = Buffer(value)
-            buffer._behind = True
-            install(type(self), name)
-            return buffer
-        if isinstance(value, StaticObject):
-            install(type(self), name)
-            return value
-        if isinstance(value, Variable | Module | Wrapped):
-            return value
-        if isinstance(value, list | tuple | dict):
-            self._check_container(name, value)
-            return value
-        check_static(value, type(self).__name__, name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            self._check_counting(name, value, old)
-        return value
-
-    def _check_counting(self, name: str, value: Any, old: Any) -> None:
-        tx = transactions.current()
-        if tx is None or not tx.compiled or not isinstance(old, int | float) or isinstance(old, bool):
-            return
-        if static_key(old) != static_key(value):
-            raise StaticAttributeError(
-                f"`{type(self).__name__}.{name}` is a plain number and was changed in a compiled function",
-                path=f"{type(self).__name__}.{name}",
-                where=naming.where(),
-                expected=repr(old),
-                got=repr(value),
-                cure="It would compile another program on each call. Make it a state: "
-                f"`self.{name} = mu.Variable({old!r})`, which `self.{name} += 1` then writes.",
-            )
-
-    def _check_container(self, name: str, value: Any, above: tuple[int, ...] = ()) -> None:
-        if type(value) not in (list, tuple, dict) and not hasattr(value, "_fields"):
-            raise StructureError(
-                f"`{type(self).__name__}.{name}` is a {type(value).__name__}, whose states would not be seen",
-                path=f"{type(self).__name__}.{name}",
-                expected="a plain list, tuple or dict",
-                got=type(value).__name__,
-                cure=f"Use the plain container, or `self.{name} = mu.static(...)` for one without states.",
-            )
-        inside = (*above, id(value))
-        for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, jax.Array | np.ndarray):
-                owner = type(self).__name__
-                raise StructureError(
-                    f"`{owner}.{name}` is a {type(value).__name__} of bare arrays",
-                    path=f"{owner}.{name}",
-                    expected="Variables, Modules, static values, or containers of these",
-                    got=show_class(item),
-                    cure=f"Say what kind of state they are: `self.{name} = [mu.Param(x) for x in arrays]`, "
-                    f"or hold them in one state: `self.{name} = mu.Variable(arrays)`.",
-                )
-            if isinstance(item, list | tuple | dict):
-                if id(item) not in inside:  # else it holds itself
-                    self._check_container(name, item, inside)
-            elif not isinstance(item, Variable | Module | Wrapped | StaticObject):
-                check_static(item, type(self).__name__, name)
-
-    # -- mode ------------------------------------------------------------------------------------------------
-
-    @property
-    def mode(self) -> str:
-        """``"train"`` or ``"eval"``: what dropout, batch norm and whatever listens go by."""
-        return str(self.__dict__.get("_mode", "train"))
-
-    @mode.setter
-    def mode(self, mode: str) -> None:
-        if mode not in ("train", "eval"):
-            raise StructureError(
-                f"`{type(self).__name__}.mode` cannot be {mode!r}",
-                path=f"{type(self).__name__}.mode",
-                expected='"train" or "eval"',
-                got=repr(mode),
-                cure="The attribute `mode` says how layers behave; give yours another name.",
-            )
-        if mode != self.mode:
-            self._set_structure("_mode", "eval" if mode == "eval" else ABSENT)
 
     @takes("model.train()", _="Its opposite is `model.eval()`.")
     def train(self: M) -> M:
-        """Set the mode of this module and all its submodules to ``"train"``."""
-        return self._set_modes("train")
-
-    def eval(self: M) -> M:
-        """Set the mode of this module and all its submodules to ``"eval"``."""
-        return self._set_modes("eval")
-
-    def _set_modes(self: M, mode: str) -> M:
-        modules = self._submodules()
-        if transactions.current() is not None:
-            for module in modules:
-                module.mode = mode
-            return self
-        # All of them as one change: who toggles before each step waits for little else.
-        with _flips:
-            others = _flip_modes(modules, mode)
-        _disturb(*others)
+        """Set `training` to True, on this module and all that it holds."""
+        _set_training(self, True)
         return self
 
-    def _submodules(self) -> list[Module]:
-        """This module and all that it holds, walked over only if something has changed."""
-        watch = self._watch()
-        if watch.submodules is not None:
-            shape, contents, references = watch.submodules
-            if shape == structure.shape and contents.unchanged():
-                return [module for reference in references if (module := reference()) is not None]
-        shape = structure.shape
-        pending: list[Any] = [self]
-        seen: set[int] = set()
-        modules: list[Module] = []
-        containers: list[Any] = []
-        while pending:
-            item = pending.pop()
-            if id(item) in seen:
-                continue
-            seen.add(id(item))
-            if isinstance(item, Module):
-                item._watch()
-                modules.append(item)
-                held = dict(item.__dict__)  # a copy: another thread may set an attribute
-                pending.extend(v for k, v in held.items() if k not in type(item)._references_)
-            elif isinstance(item, list | tuple | dict):
-                if not isinstance(item, tuple):
-                    containers.append(item)
-                pending.extend(item.values() if isinstance(item, dict) else item)
-            elif isinstance(item, Wrapped):
-                pending.append(item.__wrapped__)
-        if transactions.current() is None:  # else it would hold what containers hold only until the transaction ends
-            watch.submodules = (shape, ContainerSnapshot(containers), list(map(weakref.ref, modules)))
-        return modules
+    def eval(self: M) -> M:
+        """Set `training` to False, on this module and all that it holds."""
+        _set_training(self, False)
+        return self
 
     # -- as a Python object ----------------------------------------------------------------------------------
 
@@ -285,19 +142,216 @@ class Module(Node):
         return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for name, value in state.items():
-            if type(value) in PLAIN:
-                continue
-            if (isinstance(value, Variable) and value._behind) or isinstance(value, StaticObject):
-                install(type(self), name)
+        fill(self, state)
 
     def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
+        given = getattr(type(self), "__getnewargs__", None)
+        arguments = () if given is None else given(self)
+        return copyreg.__newobj__, (type(self), *arguments), self.__getstate__()  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         with structure_lock:
             return "\n".join(tree_lines(self, "", set()))
+
+
+def _hide(name: str) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
+    """Take the name of a slot from the class: how to read it, and how to write it."""
+    slot = Module.__dict__[name]
+    delattr(Module, name)
+    return slot.__get__, slot.__set__
+
+
+birth_of, _set_birth = _hide(
+    "birth"
+)  # weak reference to the raw JAX trace the module was made in; None for an ordinary one
+bindings_of, _set_bindings = _hide(
+    "bindings"
+)  # what compiled programs know about the module as an argument; dies with it
+described_of, set_described = _hide("described")  # what the last walk over it found; likewise
+_get_kept, _set_kept = _hide("kept")  # values of cached properties
+_get_watch, _set_watch = _hide("watch")  # None: nobody took the module's structure for granted
+
+
+def new_module(cls: type[M]) -> M:
+    """A module without attributes, whatever the constructors of its class do."""
+    self = object.__new__(cls)
+    _set_birth(self, access.birth())
+    _set_bindings(self, None)
+    set_described(self, None)
+    _set_kept(self, None)
+    _set_watch(self, None)
+    return self
+
+
+def fill(module: Module, attributes: dict[str, Any]) -> None:
+    """Give a module that was made just now its attributes, as they are stored."""
+    module.__dict__.update(attributes)
+    for name, value in attributes.items():
+        if type(value) in PLAIN:
+            continue
+        if (isinstance(value, Variable) and value._behind) or isinstance(value, StaticObject):
+            install(type(module), name)
+
+
+def _kept_of(module: Module) -> cached.Kept:
+    """The values of a module's cached properties."""
+    kept: cached.Kept | None = _get_kept(module)
+    if kept is None:
+        kept = {}
+        _set_kept(module, kept)
+    return kept
+
+
+def known_bindings(owner: Any) -> weakref.WeakKeyDictionary[Any, dict[Any, Any]]:
+    """What compiled programs know about a module or a transformed function as an argument."""
+    if isinstance(owner, Module):
+        if bindings_of(owner) is None:
+            _set_bindings(owner, weakref.WeakKeyDictionary())
+        return bindings_of(owner)  # type: ignore[no-any-return]
+    if owner._bindings is None:
+        owner._bindings = weakref.WeakKeyDictionary()
+    return owner._bindings  # type: ignore[no-any-return]
+
+
+# -- changes of structure ------------------------------------------------------------------------------------------
+
+
+def watch_of(module: Module) -> Watch:
+    """Have the changes of a module's structure noticed from now on (`core.structure`)."""
+    watch: Watch | None = _get_watch(module)
+    if watch is None:
+        watch = Watch()
+        _set_watch(module, watch)
+    return watch
+
+
+def set_attribute(module: Module, name: str, value: Any) -> None:
+    """Set what is stored for an attribute, or remove it (`ABSENT`), in a way that is not a write to a state."""
+    if is_node(value) and (value._birth if isinstance(value, Variable) else _birth(value)) is not None:
+        access.check_outlived(type(module).__name__, birth_of(module), name)
+    tx = transactions.current()
+    if tx is not None:
+        old = module.__dict__.get(name, ABSENT)
+        tx.journal.note(module, name, Removed(old, tuple(module.__dict__)) if value is ABSENT else old)
+    if _get_watch(module) is None:
+        put_back(module, name, value)
+        if _get_watch(module) is None:  # nor did another thread begin to watch meanwhile
+            return
+    elif _flip(module, name, value):
+        return
+    else:
+        structure.changed()
+        put_back(module, name, value)
+    structure.changed()
+    _disturb(module)
+
+
+def _birth(value: Any) -> Any:
+    return birth_of(value) if isinstance(value, Module) else None
+
+
+def _flip(module: Module, name: str, value: Any) -> bool:
+    """Change an attribute that is a flag and stays one; whether it is."""
+    with _flips:
+        mark = structure.begin()
+        difference = watch_of(module).difference(name, module.__dict__.get(name, ABSENT), value)
+        if difference is None:
+            return False
+        put_back(module, name, value)
+        structure.end(mark, difference)
+    _disturb(module)
+    return True
+
+
+def _disturb(*modules: Module) -> None:
+    """Tell who is tracing in another thread that these modules have changed."""
+    if structure_lock.acquire(blocking=False):
+        structure_lock.release()  # nobody is
+        return
+    for module in modules:
+        watch_of(module).disturbances += 1
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+def is_training(module: Module) -> bool:
+    """What `training` of a module is; a class may have something else of its own under that name."""
+    value = module.__dict__.get("training", type(module).training)
+    return value if isinstance(value, bool) else True
+
+
+def _set_flag(module: Module, value: Any) -> None:
+    """Assign to `training`, which has one form for each value: what the class says is not stored."""
+    if not isinstance(value, bool | np.bool_):
+        raise StructureError(
+            f"`{type(module).__name__}.training` cannot be {show_value(value)}",
+            path=f"{type(module).__name__}.training",
+            expected="True or False",
+            got=show_class(value),
+            cure="The attribute `training` says how layers behave, and `train()` and `eval()` set it; give yours another name.",
+        )
+    if bool(value) != is_training(module):
+        set_attribute(module, "training", ABSENT if type(module).training is bool(value) else bool(value))
+
+
+def _set_training(root: Module, training: bool) -> None:
+    # A class may have something of its own under the name.
+    modules = [m for m in _submodules(root) if isinstance(type(m).training, bool)]
+    if transactions.current() is not None:
+        for module in modules:
+            _set_flag(module, training)
+        return
+    # All of them as one change: who toggles before each step waits for little else.
+    with _flips:
+        others = _flip_training(modules, training)
+    _disturb(*others)
+
+
+def _flip_training(modules: list[Module], training: bool) -> list[Module]:
+    # A function: from CPython 3.12 on an interrupt in a loop directly inside `with` may leave the lock locked.
+    mark, difference = structure.begin(), 0
+    others = [m for m in modules if m.__dict__.get("training", type(m).training) is not training]
+    for module in others:
+        if type(module).training is training:
+            del module.__dict__["training"]
+        else:
+            module.__dict__["training"] = training
+        difference ^= watch_of(module).training
+    structure.end(mark, difference)
+    return others
+
+
+def _submodules(root: Module) -> list[Module]:
+    """A module and all that it holds, walked over only if something has changed."""
+    watch = watch_of(root)
+    if watch.submodules is not None:
+        shape, contents, references = watch.submodules
+        if shape == structure.shape and contents.unchanged():
+            return [module for reference in references if (module := reference()) is not None]
+    shape = structure.shape
+    pending: list[Any] = [root]
+    seen: set[int] = set()
+    modules: list[Module] = []
+    containers: list[Any] = []
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Module):
+            watch_of(item)
+            modules.append(item)
+            pending.extend(dict(item.__dict__).values())  # a copy: another thread may set an attribute
+        elif isinstance(item, list | tuple | dict):
+            if not isinstance(item, tuple):
+                containers.append(item)
+            pending.extend(item.values() if isinstance(item, dict) else item)
+        elif isinstance(item, Wrapped):
+            pending.append(item.__wrapped__)
+    if transactions.current() is None:  # else it would hold what containers hold only until the transaction ends
+        watch.submodules = (shape, ContainerSnapshot(containers), list(map(weakref.ref, modules)))
+    return modules
 
 
 _on_new_class: list[Callable[[type[Module]], None]] = []
@@ -314,31 +368,10 @@ def for_each_class(hook: Callable[[type[Module]], None], *, later: bool = False)
         pending.extend(cls.__subclasses__())
 
 
-def _flip_modes(modules: list[Module], mode: str) -> list[Module]:
-    # A function of its own, as `core.interrupts` says of loops under a lock.
-    mark, difference = structure.begin(), 0
-    others = [module for module in modules if ("_mode" in module.__dict__) != (mode == "eval")]
-    for module in others:
-        if mode == "eval":
-            module.__dict__["_mode"] = mode
-        else:
-            del module.__dict__["_mode"]
-        difference ^= module._watch().mode
-    structure.end(mark, difference)
-    return others
-
-
-def _disturb(*modules: Module) -> None:
-    """Tell who is tracing in another thread that these modules have changed."""
-    if structure_lock.acquire(blocking=False):
-        structure_lock.release()  # nobody is
-        return
-    for module in modules:
-        module._watch().disturbances += 1
-
-
 def _is_array_like(value: Any) -> bool:
     """Whether a value assigned over a state is written to it, and does not replace it."""
     if isinstance(value, list | tuple | dict):
         return not any(is_node(item) for item in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex | jax.ShapeDtypeStruct)
+    if isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex | jax.ShapeDtypeStruct):
+        return True
+    return type(value) not in PLAIN and not is_node(value) and holds_arrays(value)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Self
 
-from mutatis.core.committed import observers
+from mutatis.core.committed import observe, observers_of
 from mutatis.core.showing import show_value
 from mutatis.core.structure import structure
 from mutatis.errors import ArgumentError
@@ -32,11 +32,7 @@ class Observation:
     def _change(self, change: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]) -> None:
         structure.changed()  # a compiled call knows which of its states are observed
         for cell, notice in self._notices.items():
-            known = change(observers.get(cell, ()), notice)
-            if known:
-                observers[cell] = known
-            else:
-                observers.pop(cell, None)
+            observe(cell, change(observers_of(cell), notice))
         structure.changed()
 
     def __enter__(self) -> Self:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import jax
-import jax.numpy as jnp
 
 from mutatis import _compat
 from mutatis.core import access
@@ -22,9 +21,10 @@ from mutatis.model.graph import make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
 from mutatis.model.kinds import RngState
 from mutatis.model.state import State, first_filters
+from mutatis.model.strangers import plain_value
 from mutatis.model.surgery import GONE, held_fast, holders_of, rewrite, swapped
 from mutatis.model.values import as_value
-from mutatis.model.variables import Variable, initial
+from mutatis.model.variables import Variable, spelled, started
 from mutatis.model.walks import check_tags, variables
 
 T = TypeVar("T")
@@ -243,7 +243,7 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
         if isinstance(value, Mapping) and path not in ends:
             pending.extend(((*path, key), inner) for key, inner in value.items())
         else:
-            flat[path] = value
+            flat[path] = plain_value(value)
     return flat
 
 
@@ -281,12 +281,16 @@ def pop(node: Any, *filters: FilterLike) -> Any:
 
 
 def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = ()) -> None:
-    """Write again how the states with `init` start, where they live now.
+    """Write again how the states with `init` start, where they live now. A model that `mu.vmap` stacked stays stacked.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
       *filters: which states; all with `init`, if none is given.
       batch_shape: axes that are put in front of each initial value.
+
+    Raises:
+      FilterError: the filters select a state without `init`. Nothing is written then.
+      FrozenStateError: a state is frozen. Likewise.
     """
     batch_shape = (batch_shape,) if isinstance(batch_shape, int) else batch_shape
     if any(isinstance(given, tuple) and given and all(type(n) is int for n in given) for given in filters):
@@ -296,16 +300,34 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = 
             got="a number or a shape",
             cure="A shape goes by its name: `mu.reset(model, batch_shape=(4,))`.",
         )
-    for cell in variables(node, *filters).values():
-        if cell.init is None:
-            continue
-        value = as_value(initial(cell), cell)
-        if batch_shape:
-            value = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch_shape, *x.shape)), value)
-        where = access.placement(cell)
-        if where is not None and len(where) == len(jax.tree.leaves(value)):
-            value = jax.tree.unflatten(
-                jax.tree.structure(value),
-                [jax.device_put(x, s) for x, s in zip(jax.tree.leaves(value), where, strict=True)],
-            )
-        cell.set(value)
+    chosen = variables(node, *filters)
+    without = [path for path, cell in chosen.items() if cell.init is None]
+    if filters and without:
+        cell = chosen[without[0]]
+        streams = isinstance(cell, RngState)
+        raise FilterError(
+            f"state `{show_path(without[0])}` ({type(cell).__name__}) cannot be reset: nothing says how it starts",
+            path=show_path(without[0]),
+            expected="states that were made with `init=`",
+            got=None if len(without) == 1 else f"{len(without)} without",
+            made_at=cell.made_at,
+            cure="`mu.reseed(model, default=0)` starts random streams anew."
+            if streams
+            else f"Say how it starts, `{spelled(type(cell))}(init=lambda: jnp.zeros(3))`; `mu.reset(model)` takes those that do.",
+        )
+    cells = [cell for cell in chosen.values() if cell.init is not None]
+    values = [_placed_like(cell, started(cell, batch_shape)) for cell in cells]
+    with Transaction("reset") as tx:
+        for cell, value in zip(cells, values, strict=True):
+            cell.set(value)
+        access.commit(tx)
+
+
+def _placed_like(cell: Variable, value: Any) -> Any:
+    """A value where the state's present one is, if that is on several devices and has as many axes."""
+    where = access.placement(cell)
+    leaves, treedef = jax.tree.flatten(value)
+    old = jax.tree.leaves(access.peek(cell))
+    if where is None or len(where) != len(leaves) or [x.ndim for x in leaves] != [x.ndim for x in old]:
+        return value
+    return treedef.unflatten([jax.device_put(x, sharding) for x, sharding in zip(leaves, where, strict=True)])

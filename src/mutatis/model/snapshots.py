@@ -9,7 +9,7 @@ from mutatis.core.journal import ABSENT, Journal, put_back, reorder
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.model.graph import Encoder
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, set_attribute
 from mutatis.model.walks import check_node
 
 
@@ -35,10 +35,10 @@ class Snapshot:
             for obj, saved in self._structure:
                 if isinstance(obj, Module):
                     for name in obj.__dict__.keys() - saved.keys():
-                        delattr(obj, name)
+                        set_attribute(obj, name, ABSENT)
                     for name, value in saved.items():
                         if obj.__dict__.get(name, ABSENT) is not value:
-                            obj._set_structure(name, value)
+                            set_attribute(obj, name, value)
                     reorder(obj.__dict__, saved)
                 else:
                     put_back(obj, "", saved)

@@ -22,7 +22,7 @@ from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
-from mutatis.model.modules import M, Module
+from mutatis.model.modules import M, Module, watch_of
 from mutatis.model.walks import check_node
 from mutatis.model.wrapped import Wrapped
 
@@ -107,7 +107,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
             got=", ".join(show_path(path) or "." for path in every) or "no modules",
             cure="`mu.modules(model)` lists them by path.",
         )
-    paths = {module: path for path, module in every.items()}
+    paths = {id(module): path for path, module in every.items()}
     others: dict[int, Any] = {}
 
     def swap(item: Any) -> Any:
@@ -118,7 +118,7 @@ def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
         for module in reversed(chosen):
             other = fn(module)
             if not is_node(other) and not isinstance(other, list | tuple | dict | jax.Array | np.ndarray):
-                check_static(other, "replace", show_path(paths[module]))
+                check_static(other, "replace", show_path(paths[id(module)]))
             others = {id(module): other}
             rewrite(holders, swap)
             node = swapped(node, swap, ())
@@ -162,7 +162,7 @@ class Places:
         """The first path of a module that is somewhere in the node."""
         if self._epoch != structure.epoch or not self._contents.unchanged():
             self._look()
-        return self._paths.get(module)
+        return self._paths.get(id(module))
 
     def _look(self) -> None:
         encoder = Encoder()
@@ -170,11 +170,11 @@ class Places:
             self._epoch = structure.epoch
             encoder.encode(check_node(self._node))
         self._contents = ContainerSnapshot([obj for obj in encoder.objects if not isinstance(obj, Module)])
-        self._paths: dict[Any, Path] = {}
+        self._paths: dict[int, Path] = {}  # by `id`: users' modules may compare as they like
         for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
             if isinstance(obj, Module):
-                obj._watch()
-                self._paths[obj] = path
+                watch_of(obj)
+                self._paths[id(obj)] = path
 
 
 def holders_of(node: Any) -> list[tuple[Path, Any]]:

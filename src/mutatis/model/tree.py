@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mutatis.core.nodes import is_node
+from mutatis.core.naming import probe
+from mutatis.core.nodes import Reference, is_node
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
 
@@ -15,12 +16,9 @@ def tree_lines(module: Any, indent: str, seen: set[int]) -> list[str]:
         return [f"{type(module).__name__}(...)"]
     seen.add(id(module))
     lines = [f"{type(module).__name__}("]
-    hidden = type(module)._references_
     for name, value in dict(module.__dict__).items():
-        if name in hidden:
-            continue
-        shown = _show(value, indent + "  ", seen)
-        lines.append(f"{indent}  {name.lstrip('_') if name == '_mode' else name}={shown},")
+        if not isinstance(value, Reference):
+            lines.append(f"{indent}  {name}={_show(value, indent + '  ', seen)},")
     lines.append(f"{indent})")
     return lines if len(lines) > 2 else [f"{type(module).__name__}()"]
 
@@ -30,7 +28,7 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         if id(value) in seen:
             return f"{value!r} (shared)"
         seen.add(id(value))
-        return repr(value)
+        return f"{value!r}, read as an array" if value._behind else repr(value)
     if isinstance(value, Wrapped):
         return f"{type(value).__name__}({_show(value.__wrapped__, indent, seen)})"
     if is_node(value):
@@ -46,4 +44,5 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         seen.add(id(value))
         inner = "".join(f"{indent}  {key!r}: {_show(item, indent + '  ', seen)},\n" for key, item in value.items())
         return f"{{\n{inner}{indent}}}"
-    return getattr(value, "__name__", None) or repr(value)
+    name = probe(value, "__name__")
+    return name if isinstance(name, str) else repr(value)

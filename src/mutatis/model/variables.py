@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from mutatis._equivalents import equivalent
 from mutatis.core import access, naming, transactions
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Cell, Deferred
@@ -73,7 +74,7 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
       3
     """
 
-    __slots__ = ("_behind", "_frozen", "_init", "_made_at", "fixed", "metadata", "name", "sharding")
+    __slots__ = ("_behind", "_frozen", "_init", "_lanes", "_made_at", "fixed", "metadata", "name", "sharding")
     __array_priority__ = 100  # NumPy leaves `array + variable` to us, as it does with JAX arrays
 
     collection: ClassVar[str] = "variables"
@@ -143,11 +144,16 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         self._frozen: str | None = None
         self._behind = False
         self._init = init
+        self._lanes: tuple[
+            tuple[int, int], ...
+        ] = ()  # axes that transforms put into it, and their sizes; see `note_stacked`
         self._made_at: tuple[str, int, str] | None = caller()
         self.name = name
         self.sharding = sharding
         self.fixed = type(self)._fixed_by_kind if fixed is None else fixed
         self.metadata = metadata
+        if metadata:
+            _check_metadata(type(self), metadata)
         if value is UNSET and init is None:
             raise ArgumentError(
                 f"a {type(self).__name__} needs a value",
@@ -158,7 +164,7 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
 
     _fixed_by_kind: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, /, **options: Any) -> None:
         super().__init_subclass__(**options)
         declared = cls.__dict__.get("fixed")
         if isinstance(declared, bool):
@@ -202,7 +208,7 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         value = property(get, set, doc="The value, read and written through the current transaction.")
 
     def _create(self) -> Any:
-        start: Any = Deferred(None) if self._init is None else initial(self)
+        start: Any = Deferred(None) if self._init is None else started(self)
         if type(start) is Deferred:
             raise DeferredStateError(
                 f"state {naming.describe(self)} was read before its layer created it",
@@ -239,14 +245,14 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         return f"{os.path.basename(file)}:{line} in {naming.show_name(function)}"
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached for names that are neither slots nor methods: metadata.
+        # Only reached for names that are neither slots nor methods: metadata, and what arrays have.
         if not name.startswith("_"):
-            try:
+            if name in self.metadata:
                 return self.metadata[name]
-            except KeyError:
-                pass
-        if hasattr(jax.Array, name):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; the array has: `v.value.{name}`")
+            if hasattr(jax.Array, name):
+                return getattr(self.get(), name)
+            if (instead := equivalent("Variable", name)) is not None:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: write `{instead}`")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its metadata are {[*self.metadata]}")
 
     # -- as an array -----------------------------------------------------------------------------------------
@@ -258,9 +264,10 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
     @overload
     def __getitem__(self, index: Any) -> Any: ...
     def __getitem__(self: Variable[Any], index: Any) -> Any:
-        return self.get() if index is ... else self.get()[index]
+        return self.get() if index is ... else self.get()[plain_index(index)]
 
     def __setitem__(self: Variable[Any], index: Any, item: Any) -> None:
+        index = plain_index(index)
         item = item.get() if isinstance(item, Variable) else item
         if index is ...:
             new = as_value(item, self)
@@ -287,6 +294,11 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
                 cure=f"Convert the item: `v[i] = x.astype(jnp.{old.dtype})`.",
             )
         self.set(old.at[index].set(item))
+
+    @property
+    def at(self: Variable[jax.Array]) -> At:
+        """As of an array: ``v.at[i].set(x)`` is an array with another element; the state stays."""
+        return At(self.get().at)
 
     @property
     def shape(self: Variable[jax.Array]) -> tuple[int, ...]:
@@ -348,14 +360,11 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
     def __format__(self, spec: str) -> str:
         return format(self.get(), spec) if spec else str(self)
 
-    def __hash__(self) -> int:
+    def __round__(self: Variable[jax.Array], ndigits: int | None = None) -> Any:
+        return round(self.get(), ndigits)
+
+    def __hash__(self) -> int:  # by identity, though `==` compares values: two cells never have one hash
         return id(self) >> 4
-
-    def __eq__(self, other: object) -> Any:
-        return self is other if isinstance(other, Variable) else self.get() == other
-
-    def __ne__(self, other: object) -> Any:
-        return self is not other if isinstance(other, Variable) else self.get() != other
 
     if TYPE_CHECKING:  # made by `_forward`, below the class
 
@@ -375,6 +384,8 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         def __imul__(self, other: Any) -> Self: ...
         def __itruediv__(self, other: Any) -> Self: ...
         def __neg__(self: Variable[jax.Array]) -> jax.Array: ...
+        def __eq__(self, other: object) -> Any: ...
+        def __ne__(self, other: object) -> Any: ...
         def __lt__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
         def __le__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
         def __gt__(self: Variable[jax.Array], other: Any) -> jax.Array: ...
@@ -414,7 +425,7 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Cell.__init__(self)
         for name in _FIELDS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, ()))  # what was pickled earlier has no lanes
         leaves = [from_bytes(leaf) for leaf in state["leaves"]]
         access.create(self, jax.tree.unflatten(jax.tree.structure(state["tree"]), leaves))
 
@@ -422,12 +433,12 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
 
 
-_FIELDS = ("_frozen", "_behind", "_init", "_made_at", "name", "sharding", "fixed", "metadata")
+_FIELDS = ("_frozen", "_behind", "_init", "_lanes", "_made_at", "name", "sharding", "fixed", "metadata")
 
 
 def _forward(name: str) -> None:
     """Give Variable a binary operator that works on the value, and its reflected and in-place forms."""
-    apply = getattr(operator, name)
+    apply = divmod if name == "divmod" else getattr(operator, name)
 
     def binary(self: Variable, other: Any) -> Any:
         return apply(self.get(), other.get() if isinstance(other, Variable) else other)
@@ -441,6 +452,8 @@ def _forward(name: str) -> None:
 
     stem = name.rstrip("_")
     for prefix, method in (("", binary), ("r", reflected), ("i", in_place)):
+        if (prefix, name) == ("i", "divmod"):
+            continue  # there is no such operator
         setattr(Variable, f"__{prefix}{stem}__", method)
 
 
@@ -458,6 +471,7 @@ for _name in (
     "xor",
     "lshift",
     "rshift",
+    "divmod",
 ):
     _forward(_name)
 
@@ -474,8 +488,44 @@ def _forward_plain(name: str) -> None:
         )
 
 
-for _name in ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge"):
+for _name in ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
     _forward_plain(_name)
+
+
+class At:
+    """What `Variable.at` is: that of its array, with states among the indices."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self, at: Any) -> None:
+        self._at = at
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._at[plain_index(index)]
+
+
+def plain_index(index: Any) -> Any:
+    """An index with the values of states in their place."""
+    if isinstance(index, Variable):
+        return index.get()
+    if isinstance(index, tuple):
+        return tuple(map(plain_index, index))
+    if isinstance(index, slice):
+        return slice(plain_index(index.start), plain_index(index.stop), plain_index(index.step))
+    return index
+
+
+def _check_metadata(kind: type, metadata: dict[str, Any]) -> None:
+    """Raise if metadata could not be read, as every state has an attribute of their name."""
+    for name in metadata:
+        if hasattr(kind, name):
+            raise StateTypeError(
+                f"metadata of a {kind.__name__} cannot be named `{name}`: every state has an attribute of that name",
+                path=name,
+                expected="a name that is no attribute of `mu.Variable`",
+                got=name,
+                cure=f"Give it another name: `{spelled(kind)}(x, {name}_=...)`.",
+            )
 
 
 # -- pytree: the child is the value, the kind is static --------------------------------------------------------
@@ -503,6 +553,7 @@ def detached(kind: type[V]) -> V:
     variable._frozen = "detached"
     variable._behind = False
     variable._init = None
+    variable._lanes = ()
     variable._made_at = None
     variable.name = variable.sharding = None
     variable.fixed = kind._fixed_by_kind
@@ -534,7 +585,29 @@ def unsubscripted(kind: Any) -> Any:
 
 
 def initial(variable: Variable) -> Any:
-    """The value that a state with `init` starts with."""
+    """The value that a state with `init` starts with.
+
+    Raises:
+      DeferredStateError: its `init` uses a value of the transform in which the state was made.
+    """
+    cause = None
+    try:
+        value = as_value(_call_init(variable), variable)
+        if not (access.is_outside() and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value))):
+            return value
+    except jax.errors.UnexpectedTracerError as error:
+        cause = error
+    raise DeferredStateError(
+        f"state {naming.describe(variable)} cannot be started: its `init` uses a value of the transform it was made in",
+        path=naming.path_of(variable),
+        made_at=variable.made_at,
+        expected="a function that makes the value when it is called, or a number or NumPy array",
+        cure="Write `init=lambda: jnp.zeros(3)`, which makes the value each time, of nothing that was computed there.",
+    ) from cause
+
+
+def _call_init(variable: Variable) -> Any:
+    """What `init` of a state says."""
     if not callable(variable._init):
         return variable._init
     try:
@@ -552,6 +625,33 @@ def initial(variable: Variable) -> Any:
             cure="Give them: `mu.Param(init(rngs.params(), (2, 3)))`; or later, "
             "`mu.Param(init=lambda: init(rngs.params(), (2, 3)))`.",
         ) from None
+
+
+def note_stacked(variable: Variable, axis: int, size: int) -> None:
+    """Note that a transform has stacked the states of its runs along a new axis: the state starts anew with it, too."""
+    moved = [(at + (at >= axis), n) for at, n in variable._lanes]
+    variable._lanes = tuple(sorted([*moved, (axis, size)]))
+
+
+def started(variable: Variable, batch_shape: tuple[int, ...] = ()) -> Any:
+    """The value that a state with `init` starts with where it is: as often as the model that it is in is stacked.
+
+    Args:
+      variable: the state.
+      batch_shape: further axes, in front of each single one.
+    """
+    value = initial(variable)
+    lanes = variable._lanes
+    for axis in access.split_axes(variable):  # of these the code that runs now sees one slice
+        lanes = tuple((at - (at > axis), size) for at, size in lanes if at != axis)
+
+    def stack(x: Any) -> Any:
+        x = jnp.broadcast_to(x, (*batch_shape, *x.shape)) if batch_shape else x
+        for axis, size in lanes:
+            x = jnp.repeat(jnp.expand_dims(x, axis), size, axis)
+        return x
+
+    return jax.tree.map(stack, value) if lanes or batch_shape else value
 
 
 def check_same_type(variable: Variable, new: Any, what: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 from mutatis import _compat
 from mutatis.core.naming import show_path
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import Reference, is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject
 from mutatis.core.structure import structure_lock
@@ -18,7 +18,7 @@ from mutatis.errors import ArgumentError, FilterError
 from mutatis.model.filters import Filter, Path, as_filter
 from mutatis.model.graph import Encoder, Parts, Spec, cell_spec
 from mutatis.model.kinds import kind_of
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, described_of, set_described
 from mutatis.model.variables import V, Variable, spelled
 from mutatis.model.wrapped import Wrapped
 
@@ -91,26 +91,29 @@ def _held(obj: Any) -> list[Any]:
     """What is in a container, or in what holds nodes as one does."""
     if isinstance(obj, dict):
         return [*obj, *obj.values()]
+    if isinstance(obj, Reference):
+        return [obj._value]
     if isinstance(obj, Wrapped):
         return [obj.remake, obj.__wrapped__, *obj.parts, *obj.parts.values()]
     return [obj.__func__, obj.__self__] if isinstance(obj, types.MethodType) else list(obj)
 
 
-def _find(node: Any, *, described: bool) -> tuple[Parts, list[Variable[Any]]]:
+def _find(node: Any, *, described: bool, marks: bool = True) -> tuple[Parts, list[Variable[Any]]]:
     """The parts of a node's definition, and its cells in the order of their numbers.
 
-    A module is walked over only if it has changed. Without `described`, the paths are all that there is of a definition.
+    A module is walked over only if it has changed. Without `described`, the paths are all that there is of a definition; without
+    `marks`, it does not say which cells are frozen.
     """
     with structure_lock:
-        known: CachedWalk | None = node._described if isinstance(node, Module) else None
+        known: CachedWalk | None = described_of(node) if isinstance(node, Module) and marks else None
         if known is not None and (cells := known.cells(described)) is not None:
             return known.parts, cells
-        encoder = Encoder(describe=described)
+        encoder = Encoder(describe=described, marks=marks)
         spec = encoder.encode(check_node(node))
         parts = spec, encoder.encode_references() if described else (), tuple(encoder.paths), tuple(encoder.specs)
         # Nothing is kept of a function that is traced: its static values may hold tracers.
-        if isinstance(node, Module) and _compat.current_trace() is _compat.EVAL_TRACE:
-            object.__setattr__(node, "_described", CachedWalk(encoder, parts))
+        if isinstance(node, Module) and marks and _compat.current_trace() is _compat.EVAL_TRACE:
+            set_described(node, CachedWalk(encoder, parts))
         return parts, list(encoder.cells)
 
 

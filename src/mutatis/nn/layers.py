@@ -3,7 +3,7 @@
 - A size that is left out waits: the state holds its random key in place of a value (`Deferred`), and the layer creates
   the value at its first call, when the input shows the size. The key is a value like any other, so this works inside
   `jit` too, and draws the same numbers as if the size had been given.
-- A setting may be said three times: in the call, else where the layer is made, else by the module's mode.
+- A setting may be said three times: in the call, else where the layer is made, else by `training` of the module.
 - An input that does not fit is refused before JAX sees it.
 """
 
@@ -23,7 +23,7 @@ from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import Param
 from mutatis.model.variables import Variable
-from mutatis.random import Rngs
+from mutatis.random import Rngs, stream_of
 
 Shape = tuple[int, ...]
 
@@ -42,7 +42,7 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             got=show_class(rngs),
             cure=_rngs_of(rngs),
         )
-    return rngs.stream("params").draw()
+    return stream_of(rngs, "params", f"`nn.{layer}`").draw()
 
 
 def _rngs_of(given: Any) -> str:

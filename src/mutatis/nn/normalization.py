@@ -126,7 +126,7 @@ class BatchNorm(Module):
         """
         x = jnp.asarray(x)
         self._materialize(check_input(self.mean, x, along=0, axis=self.axis))
-        if first_said(use_running_average, self.use_running_average, self.mode == "eval"):
+        if first_said(use_running_average, self.use_running_average, not self.training):
             mean, var = self.mean.value, self.var.value
         else:
             mean, var = self._batch_statistics(x)

@@ -14,7 +14,7 @@ from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.nn.layers import first_said
-from mutatis.random import Rngs
+from mutatis.random import Rngs, stream_of
 
 
 class Dropout(Module):
@@ -26,7 +26,7 @@ class Dropout(Module):
     Args:
       rate: the probability of an element to be set to zero, in [0, 1].
       broadcast_dims: axes along which elements are dropped together.
-      deterministic: whether to return the input as it is, unless the call says so. None goes by the module's mode:
+      deterministic: whether to return the input as it is, unless the call says so. None goes by `training` of the module:
         elements are dropped unless `model.eval()` was called.
       rngs: random streams; may be left out if nothing will be dropped, or if each call brings its own.
 
@@ -68,7 +68,10 @@ class Dropout(Module):
         self.rate = rate
         self.broadcast_dims = tuple(broadcast_dims)
         self.deterministic = deterministic
-        self.stream = None if rngs is None else RngState(stream_value(rngs.stream("dropout").draw()), tag="dropout")
+        self.stream = None
+        if rngs is not None:
+            key = stream_of(rngs, "dropout", "`nn.Dropout`").draw()
+            self.stream = RngState(stream_value(key), tag="dropout")
 
     def __call__(self, x: ArrayLike, *, deterministic: bool | None = None, rngs: Rngs | None = None) -> jax.Array:
         """Drop elements.
@@ -85,7 +88,7 @@ class Dropout(Module):
           RandomStreamError: there is no stream to draw from.
         """
         x = jnp.asarray(x)
-        if self.rate == 0 or first_said(deterministic, self.deterministic, self.mode == "eval"):
+        if self.rate == 0 or first_said(deterministic, self.deterministic, not self.training):
             return x
         if self.rate == 1:  # dividing by the keep rate would give NaN, in the gradient too
             return jnp.zeros_like(x)
@@ -97,7 +100,7 @@ class Dropout(Module):
 
     def _stream(self, rngs: Rngs | None) -> RngState:
         if rngs is not None:
-            return rngs.stream("dropout")
+            return stream_of(rngs, "dropout", "`nn.Dropout`")
         if self.stream is None:
             raise RandomStreamError(
                 "`nn.Dropout` has no random stream `dropout` to draw from",

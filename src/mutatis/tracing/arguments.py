@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mutatis.core.naming import show_name
+from mutatis.core.naming import innermost, probe, show_name
 from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
@@ -124,7 +124,7 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     """The parameter names that arguments go by, for messages."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
+    except Exception:  # of a user's class, too
         parameters = []
     kinds = inspect.Parameter
     positional = [p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
@@ -178,10 +178,6 @@ def check_result(result: Any, leaves: Sequence[Any], label: str) -> None:
 
 def function_name(function: Any) -> str:
     """A function's name, for messages."""
-    function = (
-        inspect.unwrap(function, stop=lambda f: not hasattr(f, "__wrapped__")) if callable(function) else function
-    )
-    while hasattr(function, "func"):  # partials
-        function = function.func
-    name = getattr(function, "__qualname__", None) or type(function).__name__
-    return show_name(str(name))
+    function = innermost(function)
+    name = probe(function, "__qualname__")
+    return show_name(name if isinstance(name, str) else type(function).__name__)

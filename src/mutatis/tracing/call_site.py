@@ -33,9 +33,10 @@ from mutatis.core.nodes import is_node
 from mutatis.core.places import Place
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
-from mutatis.model.graph import Encoder
+from mutatis.model.byhand import drop_traced, settle
+from mutatis.model.graph import Encoder, made_modules
 from mutatis.model.kinds import Intermediate
-from mutatis.model.modules import Module
+from mutatis.model.modules import Module, birth_of
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, argument_names, function_name, named_nodes, unflatten
 from mutatis.tracing.captures import Captures, search
@@ -102,6 +103,7 @@ class CallSite:
         self.outer = _compat.current_trace()
         self.end: RunResult
         self.repeats: int | None = 1  # how often a call runs what is traced once; None if that is not known
+        self.split: dict[Any, int] = {}  # cells of which each run sees a slice, along this axis
         self.journal = Journal(self.scope.containers, self.scope.places)  # of all runs
         self._tracing = transactions.tracing(self.journal)
 
@@ -149,14 +151,18 @@ class CallSite:
         """
         with make(self.label, locate=self.scope.locate, outer=self.outer, journal=self.journal) as tx:
             tx.preload(overlay)
-            tx.repeats = self.repeats
+            tx.repeats, tx.split = self.repeats, self.split
             if call is None:
                 args, kwargs = self.packed.unflatten(self.packed.leaves if leaves is None else leaves)
                 out = self.function(*args, **kwargs)
             else:
                 out = call()
             tx.note_changes_in_place()
+            encoder = self.scope.encoder
+            settle([obj for obj in encoder.objects if isinstance(obj, Module)], encoder.held, self.journal)
             packed = FlatTree(out)
+            if packed.nodes or self.journal.noted:
+                drop_traced(made_modules(encoder, packed.nodes, self.journal))
             end = RunResult(packed, tx)
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
@@ -181,7 +187,7 @@ class CallSite:
         for obj, name, _ in self.journal.changes() if end.born else ():
             value = obj.__dict__.get(name) if isinstance(obj, Module) else None
             if isinstance(value, Variable) and value in end.born:
-                access.check_outlived(obj, name)
+                access.check_outlived(type(obj).__name__, birth_of(obj), name)
         access.commit_writes(end.cells, end.born, values)
         return end.unflatten(leaves)
 

@@ -25,14 +25,15 @@ import operator
 import sys
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from mutatis.core.nodes import holds_nodes, is_node
+from mutatis.core.naming import probe, wrapped
+from mutatis.core.nodes import holds_nodes, is_node, searched_attributes
 from mutatis.core.places import Place
 from mutatis.core.statics import Identity, Static, StaticObject, array_key, static_key
 from mutatis.model import contexts
@@ -151,7 +152,7 @@ class Captures(AttributeSearch):
         elif is_node(value) and not isinstance(value, Wrapped):
             self.token.append("node")
             self.roots.append((name, value))
-            for attribute in getattr(type(value), "_searched_", ()):
+            for attribute in searched_attributes(value) or ():
                 self.visit(attribute, value.__dict__[attribute])
         elif isinstance(value, jax.core.Tracer):
             self.ephemeral = True
@@ -262,18 +263,17 @@ class Captures(AttributeSearch):
                 self.visit(name, value.default)
         elif isinstance(value, StaticObject):
             self._identity(value.value)
-        elif hasattr(type(value), "_searched_"):
+        elif (attributes := searched_attributes(value)) is not None:
             self._identity(value)
-            for attribute in type(value)._searched_:
+            for attribute in attributes:
                 self.visit(attribute, getattr(value, attribute))
-        elif is_library_class(type(value)) and callable(getattr(value, "__wrapped__", None)):
-            self.named[name] = f"function {getattr(value, '__qualname__', name)}"
+        elif is_library_class(type(value)) and callable(inner := wrapped(value)):
+            self.named[name] = f"function {probe(value, '__qualname__', name)}"
             self._identity(value)
-            wrapped = value.__wrapped__
-            if not (isinstance(wrapped, types.FunctionType) and is_plain_library(wrapped)):
-                self.visit(name, wrapped)
+            if not (isinstance(inner, types.FunctionType) and is_plain_library(inner)):
+                self.visit(name, inner)
                 for rule in ("fwd", "bwd", "jvp", "jvp_rule"):  # of JAX's `custom_vjp` and `custom_jvp`
-                    self.visit(rule, getattr(value, rule, None))
+                    self.visit(rule, probe(value, rule))
         else:
             return False
         return True
@@ -360,8 +360,8 @@ class Captures(AttributeSearch):
             hasattr(value, "__dict__") or not is_library_class(kind)
         ):
             self._object(name, value)
-        if isinstance(value, dict) and (factory := getattr(value, "default_factory", None)) is not None:
-            self.visit(f"{name}.default_factory", factory)
+        if isinstance(value, defaultdict) and value.default_factory is not None:
+            self.visit(f"{name}.default_factory", value.default_factory)
         if not holds:
             self._count_as_one(start, traced.class_of(value, None, items))
 
@@ -397,7 +397,7 @@ def search(*functions: Any) -> Captures:
             found.token.append("node")
             found.roots.append(("model", function))
         else:
-            found.enter(getattr(function, "__name__", "f"), function)
+            found.enter(str(probe(function, "__name__", "f")), function)
     for context, entry in contexts.active():
         found.visit(context.name, entry.value if isinstance(entry, Static) else entry)
     found._settle()

@@ -12,7 +12,7 @@ import jax
 
 from mutatis import _compat
 from mutatis.core.calls import check_transformed, without_own_frames
-from mutatis.core.naming import PACKAGE
+from mutatis.core.naming import PACKAGE, probe
 from mutatis.core.nodes import is_node
 from mutatis.model.wrapped import Wrapped, borrows
 from mutatis.tracing.arguments import function_name
@@ -46,8 +46,8 @@ class Transformed(Wrapped, Generic[P, R_co]):
         self.set_recipe(remake)
         self._call = call
         for name in ("__name__", "__qualname__", "__doc__", "__module__"):
-            if hasattr(function, name):
-                setattr(self, name, getattr(function, name))
+            if (value := probe(function, name)) is not None:
+                setattr(self, name, value)
 
     def set_recipe(self, remake: Callable[..., Any]) -> None:
         """Say how to make the same of another function; options that hold nodes are set apart."""
@@ -58,7 +58,7 @@ class Transformed(Wrapped, Generic[P, R_co]):
             remake = functools.partial(remake.func, *remake.args, **rest)  # type: ignore[attr-defined]
         self.remake = remake
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         assert self._call is not None
         try:
             return self._call(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]  # as the transform says

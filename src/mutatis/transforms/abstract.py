@@ -16,7 +16,7 @@ from mutatis.tracing.transformed import Transformed
 R = TypeVar("R")
 
 
-def eval_shape(f: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+def eval_shape(f: Callable[..., R], /, *args: Any, **kwargs: Any) -> R:
     """The shapes and dtypes of a function's result; as `jax.eval_shape`, with states.
 
     Nothing is computed, allocated or written. A module that `f` makes comes back with shapes for values.

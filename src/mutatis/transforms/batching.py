@@ -22,7 +22,7 @@ from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import AxisError, LaneError
-from mutatis.model.variables import Variable, spelled
+from mutatis.model.variables import Variable, note_stacked, spelled
 from mutatis.model.walks import variables
 from mutatis.tracing.arguments import broadcast, check_result, leaf_names
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
@@ -147,6 +147,7 @@ def vectorize(
             if cell not in axes and type(cell).vmap_axis is not None:
                 axes[cell] = type(cell).vmap_axis
         split: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
+        site.split = split
         alike = {cell for cell, axis in axes.items() if axis is Shared}
         values = [check_axis(site, cell, axis) for cell, axis in split.items()]
         lanes = np.arange(_count(site, leaf_axes, split, values, axis_size), dtype=np.uint32)
@@ -185,7 +186,11 @@ def vectorize(
         ordered = []
         for cell in end.cells:
             axis = outside.get(cell)
-            ordered.append(next(shared_left) if axis is None else next(groups_left[axis]))
+            value = next(shared_left) if axis is None else next(groups_left[axis])
+            ordered.append(value)
+            if cell in end.born and axis is not None:
+                leaves = jax.tree.leaves(value)  # none, if the state has yet to start
+                note_stacked(cell, axis % jnp.ndim(leaves[0]) if leaves else axis, lanes.size)
         return site.commit(end, ordered, jax.tree.leaves(out))
 
 

@@ -34,7 +34,7 @@ class Jitted(Transformed[P, R_co]):
         super().__init__(function, remake)
         self._compiler = Compiler("jit", _options(function, options))
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         try:
             return self._compiler(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
         except Exception as error:
@@ -57,7 +57,7 @@ class Jitted(Transformed[P, R_co]):
         """
         return self._compiler.log.plan(compilations)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Traced[R_co]:
+    def trace(self, /, *args: Any, **kwargs: Any) -> Traced[R_co]:
         """Trace the function for these arguments, without compiling or calling it; as `jax.jit(f).trace`.
 
         Example:
@@ -68,7 +68,7 @@ class Jitted(Transformed[P, R_co]):
         """
         return Traced(self, *self._compiler.trace(self.__wrapped__, args, kwargs))
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """The shapes and dtypes of the result; as `jax.jit(f).eval_shape`. A module that is made comes back with shapes.
 
         Example:
@@ -82,7 +82,7 @@ class Jitted(Transformed[P, R_co]):
         """Forget all programs that were compiled of the function; as `jax.jit(f).clear_cache`. The next call traces anew."""
         self._compiler.clear()
 
-    def lower(self, *args: Any, **kwargs: Any) -> Lowered[R_co]:
+    def lower(self, /, *args: Any, **kwargs: Any) -> Lowered[R_co]:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
 
         Arrays may be `jax.ShapeDtypeStruct`; modules are given as they are.
@@ -155,7 +155,7 @@ class Compiled(Generic[R_co]):
         self._number = number
         self._compiled = compiled
 
-    def __call__(self, *args: Any, **kwargs: Any) -> R_co:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> R_co:
         """Call it.
 
         Raises:
@@ -286,7 +286,7 @@ def _both(
         return as_numbers(numbers), as_names(names)
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
+    except Exception:  # of a user's class, too
         return as_numbers(numbers), as_names(names)
     either = [p.name if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD else None for p in parameters]
     if numbers is not None:

@@ -254,6 +254,7 @@ def _scan(
             for cell in variables(node).values():
                 axes.setdefault(cell, 0)
         sliced: dict[Variable, int] = {cell: axis for cell, axis in axes.items() if isinstance(axis, int)}
+        site.split = sliced
         stacks = {cell: _to_front(check_axis(site, cell, axis), axis) for cell, axis in sliced.items()}
         count = site.repeats = _length(site.label, length, slices.leaves, stacks)
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
+import jax.numpy as jnp
 
+from mutatis import _compat
 from mutatis.core.calls import takes
 from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, check_static_arguments, static_positions
 from mutatis.tracing.call_site import CallSite
@@ -105,4 +107,9 @@ def _remat(
 
         # `pure` is new on each call: `jax.checkpoint` reuses traces by function object.
         out, written = jax.checkpoint(pure, prevent_cse=prevent_cse, policy=policy)(packed.leaves)
-        return site.commit(site.end, written, out)
+        return site.commit(site.end, jax.tree.map(_as_array, written), out)
+
+
+def _as_array(leaf: Any) -> Any:
+    """A result as an array: a constant comes out of an eager `jax.checkpoint` as a literal of JAX's own."""
+    return leaf if type(leaf) is _compat.ARRAY or isinstance(leaf, jax.core.Tracer) else jnp.asarray(leaf, leaf.dtype)

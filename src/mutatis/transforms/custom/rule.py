@@ -56,7 +56,7 @@ class CustomRule(Transformed[P, R_co]):
         self._options = options
         self.set_recipe(functools.partial(_remake, type(self), *self._nondiff, rules=rules, **options))
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         function: Callable[..., R_co] = self.__wrapped__
         name = function_name(function)
         if not self.rules:
