@@ -974,7 +974,7 @@ def test_changes_of_structure(change: Any, where: str) -> None:
         f.defvjp(forward, lambda r, g: (mu.State({("w",): g * r[1]}), None))
         return mu.grad(f)(net, X)
 
-    refused(run, "was changed inside|was created inside")
+    refused(run, "was changed in|was created in")
 
 
 def test_a_captured_state_is_differentiated() -> None:
@@ -1182,17 +1182,8 @@ def test_52_a_raw_rule_that_writes_is_right_or_refused(how: str, name: str) -> N
 
 @pytest.mark.filterwarnings("ignore::mutatis.errors.CapturedStateWarning")
 @pytest.mark.parametrize("name", RAW_NAMES)
-def test_a_raw_rule_that_reads_is_right_or_refused(name: str) -> None:
-    net = Net()
-    f = _raw(net, "reads")
-    caught = None
-    try:
-        assert float(RAW_RUNS[name](f)) == 2
-    except errors.TraceLevelError as error:
-        caught = error
-    assert (caught is None) == (name in ("eager", "vjp", "jit of grad"))
-    assert caught is None or caught.cure
-    close(net.w.value, W)
+def test_a_raw_rule_that_reads_is_right(name: str) -> None:
+    assert float(RAW_RUNS[name](_raw(Net(), "reads"))) == 2
 
 
 def test_states_that_only_a_raw_rule_names_are_found() -> None:

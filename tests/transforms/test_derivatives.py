@@ -681,7 +681,7 @@ def test_results_are_arrays(name: str, result: Any) -> None:
 
 def test_aux_wants_a_pair() -> None:
     for result in (lambda m: m(X), lambda m: [m(X), 1], lambda m: (m(X), 1, 2)):
-        untouched(lambda m: mu.vjp(result, m, has_aux=True), errors.ArgumentError, "a pair")
+        untouched(lambda m: mu.vjp(result, m, has_aux=True), errors.StructureError, "a pair")
 
 
 def test_a_state_that_has_not_been_created() -> None:

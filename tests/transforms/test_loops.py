@@ -805,13 +805,13 @@ def test_the_memory_of_blocks_of_layers() -> None:
 
     def residuals(every: int | None) -> int:
         layers = mu.vmap(lambda _: Wide())(jnp.arange(60))
-        shared = mu.Hidden(jnp.ones((64, 4)))
+        start = jnp.ones((64, 4))
 
         def loss(layers: Any) -> Any:
             def body(c: Any, m: Any) -> Any:
                 return jnp.tanh(c @ m.w.value), None
 
-            return mu.scan(body, shared.value, layers, checkpoint_every=every)[0].sum()
+            return mu.scan(body, start, layers, checkpoint_every=every)[0].sum()
 
         pure, state = mu.functionalize(lambda: loss(layers), of=layers)
         rest, w = state.filter(~mu.OfType(mu.Param)), state.filter(mu.Param)
