@@ -355,6 +355,18 @@ def test_tests_mirror_the_package() -> None:
     report(problems)
 
 
+def test_no_two_files_of_tests_make_the_same_model() -> None:
+    """Models that are alike are one, in `tests/nets.py`; what is left differs in more than its name."""
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and any("Module" in ast.unparse(base) for base in node.bases):
+                body = [n for n in node.body if not isinstance(n, ast.Expr | ast.Pass)]  # without docstrings
+                if body:
+                    places.setdefault(ast.unparse(body), []).append(f"{path.relative_to(ROOT)}: {node.name}")
+    report([f"the same model in {', '.join(found)}" for found in places.values() if len(found) > 1])
+
+
 def table() -> str:
     """The floors as they stand in CONTRIBUTING.md."""
     lines = ["| floor | folder or file | what is there |", "|---|---|---|"]
