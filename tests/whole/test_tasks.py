@@ -167,7 +167,7 @@ def test_a_transaction_that_outlives_the_one_around_it_is_refused(cells: Cells, 
                     raise KeyError
         except KeyError:
             pass
-        with pytest.raises(errors.StructureError, match="a transaction ended before another one"):
+        with pytest.raises(errors.TransactionError, match="a transaction ended before another one"):
             await late
         assert transactions.current() is None
 

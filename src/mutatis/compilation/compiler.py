@@ -187,11 +187,15 @@ class Compiler:
     def clear(self) -> None:
         """Forget all programs, and what is known of objects."""
         with structure_lock:
-            for reference in self.bindings.values():
-                if (bindings := reference()) is not None:
-                    bindings.first.invalidate()
+            self._invalidate_all()
             self.programs, self.bindings, self._captured = {}, {}, {}
             self._latest.clear()
+
+    def _invalidate_all(self) -> None:
+        # A function of its own, as `core.interrupts` says of loops under a lock.
+        for reference in self.bindings.values():
+            if (bindings := reference()) is not None:
+                bindings.first.invalidate()
 
     def call_compiled(
         self, program: Program, number: int, compiled: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -461,6 +465,8 @@ class Compiler:
 
     def _bind_again(self, call: PendingCall, key: tuple[Hashable, ...], old: Binding) -> None:
         """Bind the objects anew after a trace, for the next call."""
+        if old.holds():
+            return  # and so does its program
         self._settle_names(call, old)
         if old.epoch == structure.epoch and old.containers.unchanged():
             new = self._bind(call, key, old.extras, old.program)

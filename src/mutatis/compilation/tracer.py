@@ -109,13 +109,14 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         leftovers.refuse(call.label)
         if tx.found:
             raise FoundStates(list(tx.found))
-        if call.may_start:
-            late = [
-                cell for cell in scope.cells if cell in tx.written and cell._value is UNSET and cell._init is not None
-            ]
-            if late:
-                raise StartsLate(late)
+        if call.may_start and (late := _started(scope, tx)):
+            raise StartsLate(late)
         return {program.add(record): record.take_arrays()}
+
+
+def _started(scope: Scope, tx: CompiledTransaction) -> list[Variable]:
+    """The states with `init` that got their first value in the trace."""
+    return [c for c in scope.cells if c in tx.written and c._value is UNSET and c._init is not None]
 
 
 def _run_once(
@@ -125,7 +126,9 @@ def _run_once(
     out = call.run(flat[program.count :])
     tx.note_changes_in_place()
     known, result = scope.encoder, FlatTree(out)
-    settle([obj for obj in known.objects if isinstance(obj, Module)], known.held, tx.journal)
+    if known.disturbed():
+        raise StaleBinding  # what another thread assigned is not to be taken for what the function put there by hand
+    settle(known.modules(), known.held, tx.journal)
     drop_traced(made_modules(known, result.nodes, tx.journal))
     check_result(result, result.leaves, call.label)
     return _record(program, scope, tx, result, flat)

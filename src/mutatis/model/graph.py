@@ -175,6 +175,10 @@ class Encoder:
         """The number of a module, list or dict that was met."""
         return self._numbers.get(id(obj))
 
+    def modules(self) -> list[Module]:
+        """The modules that were met."""
+        return [obj for obj in self.objects if isinstance(obj, Module)]
+
     def disturbed(self) -> bool:
         """Whether another thread has changed the structure of a watched module since the walk, while a lock was held."""
         return any(mark.disturbances != number for mark, number in self.watched)

@@ -240,6 +240,7 @@ def set_attribute(module: Module, name: str, value: Any) -> None:
     elif _flip(module, name, value):
         return
     else:
+        _disturb(module)  # before the change and after it: who traces may look in between
         structure.changed()
         put_back(module, name, value)
     structure.changed()
@@ -257,6 +258,7 @@ def _flip(module: Module, name: str, value: Any) -> bool:
         difference = watch_of(module).difference(name, module.__dict__.get(name, ABSENT), value)
         if difference is None:
             return False
+        _disturb(module)
         put_back(module, name, value)
         structure.end(mark, difference)
     _disturb(module)

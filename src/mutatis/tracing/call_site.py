@@ -159,7 +159,7 @@ class CallSite:
                 out = call()
             tx.note_changes_in_place()
             encoder = self.scope.encoder
-            settle([obj for obj in encoder.objects if isinstance(obj, Module)], encoder.held, self.journal)
+            settle(encoder.modules(), encoder.held, self.journal)
             packed = FlatTree(out)
             if packed.nodes or self.journal.noted:
                 drop_traced(made_modules(encoder, packed.nodes, self.journal))

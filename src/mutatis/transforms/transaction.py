@@ -22,6 +22,15 @@ from mutatis.model.modules import Module
 from mutatis.model.walks import check_node
 
 
+class Cells(tuple[Any, ...]):
+    """Variables, in order. ``v in cells`` asks for the very same one: ``==`` compares values."""
+
+    __slots__ = ()
+
+    def __contains__(self, cell: object) -> bool:
+        return any(cell is known for known in self)
+
+
 class EagerTransaction:
     """A block of ordinary code as a transaction; see `transaction`."""
 
@@ -33,12 +42,12 @@ class EagerTransaction:
     @property
     def reads(self) -> tuple[Any, ...]:
         """The Variables that were read so far, in order."""
-        return tuple(self._tx.seen)
+        return Cells(self._tx.seen)
 
     @property
     def writes(self) -> tuple[Any, ...]:
         """The Variables that were written so far, in order, without those that were rolled back."""
-        return tuple(self._tx.written)
+        return Cells(self._tx.written)
 
     def rollback(self, *filters: FilterLike) -> None:
         """Take back what the block has done so far; it goes on from there.
