@@ -16,6 +16,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 CLASSES = sorted(
     (
         cls

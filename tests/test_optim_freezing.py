@@ -13,6 +13,8 @@ import pytest
 
 import mutatis as mu
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 
 @pytest.fixture(autouse=True)
 def promotion() -> Iterator[None]:

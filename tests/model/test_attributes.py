@@ -17,6 +17,8 @@ from jax.experimental import sparse
 import mutatis as mu
 from mutatis import checkpoint, errors, interop
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)

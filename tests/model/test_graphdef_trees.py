@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import mutatis as mu
 from mutatis import errors, nn
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 
 class Scale(mu.Module):
     def __init__(self, w: Any) -> None:

@@ -19,6 +19,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 X = jnp.ones(3)
 
 

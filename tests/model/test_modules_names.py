@@ -17,6 +17,8 @@ from mutatis import errors
 from mutatis.model import behind
 from mutatis.model import modules as internals
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 X = jnp.arange(3.0)
 # What Python itself uses, and `training`, whose meaning is Mutatis' own.
 TAKEN = {"__class__", "__dict__", "training"}

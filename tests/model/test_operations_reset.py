@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 
 class Cell(mu.Module):
     def __init__(self, key: Any = None) -> None:

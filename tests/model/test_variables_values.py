@@ -15,6 +15,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 COMPARE = [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
 A, B = jnp.array([1, 2, 3]), jnp.array([1, 0, 3])
 

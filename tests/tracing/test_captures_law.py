@@ -42,7 +42,7 @@ import pytest
 
 import mutatis as mu
 
-pytestmark = pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")]
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ import pytest
 import mutatis as mu
 from mutatis import errors, nn
 
-pytestmark = pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")
+pytestmark = [pytest.mark.once, pytest.mark.filterwarnings("ignore::mutatis.errors.RecompilationWarning")]
 
 
 def total(body: Callable[[Any, Any], Any], first: Any = 0.0) -> float:

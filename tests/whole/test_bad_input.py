@@ -14,6 +14,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 
 class Norm(mu.Module):
     def __init__(self) -> None:

@@ -18,6 +18,8 @@ import pytest
 
 import mutatis as mu
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "mnist.py"
 

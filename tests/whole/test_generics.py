@@ -15,6 +15,8 @@ import pytest
 
 import mutatis as mu
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 

@@ -23,6 +23,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors, nn
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 
 class Net(mu.Module):
     def __init__(self, rngs: mu.Rngs) -> None:

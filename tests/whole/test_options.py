@@ -22,6 +22,8 @@ from jax.sharding import PartitionSpec as P
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 ONES = jnp.ones(4)
 XS = jnp.arange(4.0)
 

@@ -13,6 +13,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 
 class Net(mu.Module):
     def __init__(self) -> None:

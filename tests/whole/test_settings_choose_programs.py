@@ -162,6 +162,7 @@ def test_compiled_ahead_of_time_and_called_under_another_setting() -> None:
     pair.check(2, 1)
 
 
+@pytest.mark.once
 def test_cleared_caches() -> None:
     setting, on = SETTINGS["default_matmul_precision"]
     pair = Pair(on)

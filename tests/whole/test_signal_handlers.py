@@ -29,7 +29,10 @@ import mutatis as mu
 from mutatis import checkpoint, nn
 from mutatis.core import cells, structure
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX interval timers")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX interval timers"),
+]
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ import pytest
 import mutatis as mu
 from mutatis import checkpoint
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 HANGS = 120.0  # seconds
 
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+pytestmark = pytest.mark.once  # nothing here depends on the version of JAX
+
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests" / "typing"
 PROGRAM = HERE / "program.py"
