@@ -14,6 +14,8 @@ import mutatis as mu
 from mutatis import errors, nn
 from mutatis.functional import apply, definition, init
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 KEY = jax.random.key(0)
 X = jnp.linspace(-1, 1, 6).reshape(3, 2)
 

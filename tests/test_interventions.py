@@ -17,6 +17,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 X = jnp.array([0.5, -1.0, 2.0])
 XS = jnp.stack([X, -2.0 * X])
 ONE = jnp.float32(1)

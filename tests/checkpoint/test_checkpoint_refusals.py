@@ -15,6 +15,8 @@ from mutatis import checkpoint
 from mutatis.checkpoint.manifest import Manifest
 from mutatis.errors import ArgumentError, CheckpointError, DeferredStateError
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 
 def refused(path: Path, node: Any, *filters: Any, cast: bool = False) -> str:
     """What the error says, less its first and last line; the node has been left alone."""

@@ -15,6 +15,8 @@ import mutatis as mu
 from mutatis import checkpoint
 from mutatis.errors import FrozenStateError
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 DTYPES = [
     "bool",
     "int2",

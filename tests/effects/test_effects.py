@@ -25,6 +25,8 @@ from mutatis.effects import InitialLocalStateRequest as Initial
 from mutatis.effects import SharedLocalStateRequest as Shared
 from mutatis.effects import handle_local_states as handle
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 
 def zero() -> Any:
     return jnp.zeros(())

@@ -21,6 +21,8 @@ from mutatis import errors
 from mutatis.model.modules import bindings_of
 from tests.nets import Scale as Net
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 
 def f32(x: float) -> jax.Array:
     return jnp.float32(x)

@@ -17,6 +17,8 @@ import pytest
 import mutatis as mu
 from mutatis import checkpoint, errors
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 X = jnp.float32(3.0)
 
 

@@ -15,6 +15,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 X = jnp.float32(3)
 Pair = namedtuple("Pair", "left right")
 

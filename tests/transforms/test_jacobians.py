@@ -13,6 +13,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 X = jnp.array([0.5, -1.0])
 TRANSFORMS = {
     "jacfwd": (mu.jacfwd, jax.jacfwd),

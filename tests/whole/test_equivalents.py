@@ -12,6 +12,8 @@ import mutatis as mu
 from mutatis import nn
 from mutatis._equivalents import EQUIVALENTS
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 ROWS = [(place, name, instead) for place, names in EQUIVALENTS.items() for name, instead in names.items()]
 PLACES = {"mutatis": mu, "mutatis.nn": nn, "Variable": mu.Param(jnp.ones(2))}
 

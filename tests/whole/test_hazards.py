@@ -24,6 +24,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 Style = Callable[..., Callable[..., Any]]
 
 

@@ -14,6 +14,8 @@ import pytest
 import mutatis as mu
 from tests.whole import test_twins as twins
 
+pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
+
 SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "debug_nans": lambda: jax.debug_nans(True),
     "debug_infs": lambda: jax.debug_infs(True),
