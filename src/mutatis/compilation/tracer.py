@@ -6,6 +6,7 @@ After the call, the first and every later one, `record.replay` does what the rec
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from mutatis.core.nodes import is_node
 from mutatis.core.places import ABSENT, Place
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
+from mutatis.errors import StructureError
 from mutatis.model.byhand import drop_traced, settle
 from mutatis.model.graph import Encoder, Spec, cell_spec, made_modules
 from mutatis.model.modules import Module
@@ -106,12 +108,24 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
         record = _run_once(call, program, flat, scope, tx)
         leftovers = _settle(scope, tx)
-        leftovers.refuse(call.label)
+        _refuse(leftovers, call)
         if tx.found:
             raise FoundStates(list(tx.found))
         if call.may_start and (late := _started(scope, tx)):
             raise StartsLate(late)
         return {program.add(record): record.take_arrays()}
+
+
+def _refuse(leftovers: Leftovers, call: PendingCall) -> None:
+    try:
+        leftovers.refuse(call.label)
+    except StructureError:
+        if threading.active_count() == 1 or call.stale >= _GLANCES:
+            raise
+        raise StaleBinding from None  # another thread may have held it for a moment, as a walk over a model does
+
+
+_GLANCES = 3  # traces after which what is left is no glance of another thread
 
 
 def _started(scope: Scope, tx: CompiledTransaction) -> list[Variable]:
