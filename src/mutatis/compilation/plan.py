@@ -11,6 +11,7 @@ import numpy as np
 
 from mutatis.compilation.program import Program, Variant
 from mutatis.compilation.record import TraceRecord
+from mutatis.core import transactions
 from mutatis.core.cells import Group
 from mutatis.core.committed import observers
 from mutatis.model.variables import Variable
@@ -101,9 +102,16 @@ class DispatchPlan:
 
 def copy_values(values: list[Any]) -> Any:
     """New buffers with the same contents, all made by one program."""
-    if all(getattr(leaf, "is_fully_addressable", True) for leaf in jax.tree.leaves(values)):
+    leaves = jax.tree.leaves(values)
+    if all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+        types = tuple([leaf.aval for leaf in leaves])
         try:
-            return _copies(values)
+            if types in _traced:
+                return _copies(values)
+            with transactions.tracing():  # a signal handler is to find no trace of ours
+                copies = _copies(values)
+            _traced.add(types)
+            return copies
         except RecursionError:  # a signal handler that has interrupted JAX in compiling this very program
             return jax.tree.map(_copy_by_host, values)
     # A program over an array that spans processes would have to be launched by all of them: copy shard by shard.
@@ -111,6 +119,7 @@ def copy_values(values: list[Any]) -> Any:
 
 
 _copies = jax.jit(lambda values: values)
+_traced: set[tuple[Any, ...]] = set()  # the types that it was traced for
 
 
 def _copy_by_host(array: Any) -> Any:
