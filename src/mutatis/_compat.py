@@ -35,7 +35,7 @@ __all__ = [
     "scan_inputs",
     "set_stamp_of_all",
     "settings",
-    "settle_settings",
+    "load_late_settings",
     "staging_trace",
     "stamp",
     "swap_stamp",
@@ -176,7 +176,7 @@ _settings_seen: dict[Hashable, int] = {}
 
 
 @functools.cache
-def settle_settings() -> None:
+def load_late_settings() -> None:
     """Have the settings of Pallas be part of JAX's trace keys from now on.
 
     They become so when Pallas is imported, and Orbax imports it: all that was traced before is traced again then.

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from operator import is_
 from typing import Any
 
+from mutatis.compilation.layout import Layout
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import Program
 from mutatis.core.containers import ContainerSnapshot
@@ -20,7 +21,6 @@ from mutatis.core.structure import structure
 from mutatis.model import contexts
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree, unflatten
 from mutatis.tracing.captures import Captures, search
 from mutatis.tracing.scope import Scope
 
@@ -28,29 +28,6 @@ from mutatis.tracing.scope import Scope
 def same_objects(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two sequences hold the very same objects; the `==` of states compares values."""
     return len(a) == len(b) and all(map(is_, a, b))
-
-
-class Layout:
-    """How the arguments of a call are divided among nodes and JAX's positional arguments."""
-
-    __slots__ = ("mixed", "names", "positions", "statics")
-
-    def __init__(self, positions: list[Any], mixed: dict[Any, Any], statics: set[Any]) -> None:
-        self.positions = tuple(positions)  # of JAX's arguments: a number or a keyword
-        self.mixed = mixed  # positions of containers that hold nodes, with their structure
-        self.statics = statics
-
-    def rebuild(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], flat: Sequence[Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of a call with JAX's values in the place of its leaves."""
-        new_args, new_kwargs = list(args), dict(kwargs)
-        for position, value in zip(self.positions, flat, strict=True):
-            target: Any = new_args if isinstance(position, int) else new_kwargs
-            if position in self.mixed:
-                value = unflatten(self.mixed[position], value, FlatTree(target[position]).nodes)
-            target[position] = value
-        return new_args, new_kwargs
 
 
 class Bindings:

@@ -18,16 +18,16 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from mutatis import _compat
-from mutatis.compilation.binding import Binding, Bindings, Layout, survey
+from mutatis.compilation.binding import Binding, Bindings, survey
 from mutatis.compilation.blame import explain
 from mutatis.compilation.dispatch import launch, rebuild_result
+from mutatis.compilation.layout import Arguments, Layout
 from mutatis.compilation.log import Log, facts_of
 from mutatis.compilation.options import Options
 from mutatis.compilation.pending import PendingCall
@@ -39,9 +39,8 @@ from mutatis.compilation.tracer import FoundStates, StaleBinding, StartsLate, tr
 from mutatis.core import access, frames, naming, transactions
 from mutatis.core.cells import UNSET
 from mutatis.core.committed import notify
-from mutatis.core.nodes import is_node
 from mutatis.core.stamps import stamped
-from mutatis.core.statics import Identity, Static, WeakIdentity
+from mutatis.core.statics import Identity, WeakIdentity
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, CapturedStateWarning, StructureError
@@ -49,7 +48,7 @@ from mutatis.model import contexts
 from mutatis.model.modules import known_bindings
 from mutatis.model.variables import Variable
 from mutatis.tracing import traced
-from mutatis.tracing.arguments import FlatTree, check_hashable, function_name, static_positions
+from mutatis.tracing.arguments import function_name
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.captures import Captures
 
@@ -57,16 +56,6 @@ _ARRAY = _compat.ARRAY
 _PATIENCE = 20  # traces
 _LATEST = 16  # bindings
 _NOTED = 64  # places
-# In a key; a string alone is the name of a keyword argument.
-_NUMBERS: dict[Any, Hashable] = {kind: (kind.__name__,) for kind in (bool, int, float, complex)}
-
-
-def _type_of(leaf: Any) -> Any:
-    """What of a leaf decides which trace it needs."""
-    if isinstance(leaf, jax.Array):
-        return leaf.aval
-    is_array = isinstance(leaf, np.ndarray | np.generic | jax.ShapeDtypeStruct)
-    return (type(leaf), leaf.shape, leaf.dtype) if is_array else type(leaf)
 
 
 def _abstract(array: Any) -> Any:
@@ -93,6 +82,7 @@ class Compiler:
     def __init__(self, name: str, options: Options, *, shared: bool = False) -> None:
         self.name = name
         self.options = options
+        self._arguments = Arguments(name, options.static_argnums, options.static_argnames)
         self.shared = shared
         self.programs: dict[tuple[tuple[Hashable, ...], tuple[Hashable, ...]], Program] = {}
         # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
@@ -301,7 +291,7 @@ class Compiler:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], functions: tuple[Any, ...] | None
     ) -> tuple[list[Any], tuple[Hashable, ...]]:
         """JAX's positional arguments of a call, and what its bindings go by."""
-        flat, key = self._divide(args, kwargs)
+        flat, key = self._arguments.divide(args, kwargs)
         if contexts.active():
             key = (*key, contexts.key())
         if functions is not None:
@@ -313,69 +303,11 @@ class Compiler:
         reference = self.bindings.get(key)
         return None if reference is None else reference()
 
-    def _divide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Hashable, ...]]:
-        """JAX's positional arguments of a call, and the key of its objects."""
-        flat: list[Any] = []
-        key: list[Hashable] = []
-        statics = self._statics(args, kwargs)
-        for index, value in enumerate(args):
-            if index in statics:
-                self._place_static(value, index, key)
-            else:
-                self._place(value, flat, key)
-        for name in sorted(kwargs) if kwargs else ():
-            key.append(name)
-            if name in statics:
-                self._place_static(kwargs[name], name, key)
-            else:
-                self._place(kwargs[name], flat, key)
-        return flat, tuple(key)
-
-    def _statics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Collection[Any]:
-        """The positions of a call's static arguments."""
-        options = self.options
-        if not (options.static_argnums or options.static_argnames):
-            return ()
-        return static_positions(len(args), kwargs, options.static_argnums, options.static_argnames)
-
-    def _place_static(self, value: Any, position: Any, key: list[Hashable]) -> None:
-        check_hashable(value, position, self.name)
-        key.append(Static(value))
-
-    @staticmethod
-    def _place(value: Any, flat: list[Any], key: list[Hashable]) -> None:
-        kind = type(value)
-        if kind is _ARRAY:
-            flat.append(value)
-            key.append(value.aval)
-        elif is_node(value):
-            key.append(id(value))
-        elif kind in _NUMBERS:
-            flat.append(value)
-            key.append(_NUMBERS[kind])
-        else:
-            packed = FlatTree(value)
-            flat.append(packed.leaves if packed.nodes else value)
-            key.append((packed.structure, *map(id, packed.nodes), *map(_type_of, packed.leaves)))
-
-    def _layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
-        positions: list[Any] = []
-        mixed: dict[Any, Any] = {}
-        statics = set(self._statics(args, kwargs))
-        entries = [*enumerate(args), *((name, kwargs[name]) for name in sorted(kwargs))]
-        for position, value in entries:
-            if position not in statics and not is_node(value):
-                packed = FlatTree(value)
-                positions.append(position)
-                if packed.nodes:
-                    mixed[position] = packed.structure
-        return Layout(positions, mixed, statics)
-
     def _bind(
         self, call: PendingCall, key: tuple[Hashable, ...], extras: list[Variable], program: Program | None = None
     ) -> Binding:
         """Walk over the objects of a call and find the program for their structure, unless it is given."""
-        layout = self._layout(call.args, call.kwargs)
+        layout = self._arguments.layout(call.args, call.kwargs)
         label = f"{self.name}({self._title(call)})"
         binding = Binding(label, call.settings, layout, extras)
         with structure_lock:
@@ -390,7 +322,7 @@ class Compiler:
         ]
         binding.structural = (
             call.settings,
-            self._static_parts(call, layout),
+            layout.static_parts(call.args, call.kwargs),
             layout.positions,
             tuple(layout.mixed.items()),
             binding.structure,
@@ -467,12 +399,12 @@ class Compiler:
         """Bind the objects anew after a trace, for the next call."""
         if old.holds():
             return  # and so does its program
-        self._settle_names(call, old)
+        self._rekey(call, old)
         if old.epoch == structure.epoch and old.containers.unchanged():
             new = self._bind(call, key, old.extras, old.program)
             new.plan = old.plan
 
-    def _settle_names(self, call: PendingCall, old: Binding) -> None:
+    def _rekey(self, call: PendingCall, old: Binding) -> None:
         """Have the key of a program allow for what its own trace has changed about the names."""
         if self._note_traced(old) and call.walked is not None and not old.captures.ephemeral:
             if self.shared:  # a function with places of its own runs, and changes those
@@ -483,15 +415,12 @@ class Compiler:
 
     def _note_traced(self, binding: Binding) -> bool:
         """Note what has changed about what a function named since it began to run on tracers; whether anything has."""
-        noted = [traced.note(place, now) for place, now in binding.captures.guards.changed()]
+        with structure_lock:  # a trace of another thread changes structure in place
+            changes = binding.captures.guards.changed()
+        noted = [traced.note(place, now) for place, now in changes]
         places = [place for place in noted if place is not None]
         self._traced.extend(places)
         return bool(places)
-
-    @staticmethod
-    def _static_parts(call: PendingCall, layout: Layout) -> Hashable:
-        args, kwargs = call.args, call.kwargs
-        return tuple((p, Static(args[p] if isinstance(p, int) else kwargs[p])) for p in sorted(layout.statics, key=str))
 
     def _keep(
         self, binding: Binding, key: tuple[Hashable, ...], nodes: list[tuple[str, Any]], functions: tuple[Any, ...]
@@ -547,7 +476,7 @@ class Compiler:
         """Trace, unless JAX has the trace, and learn from the record how to call.
 
         Args:
-          request: the call.
+          call: the call.
           flat: the values of its arguments.
           types: those of the cells, if it is only to be lowered: that is no compilation, and is not logged.
         """
@@ -557,14 +486,16 @@ class Compiler:
         types = _types(binding.cells) if types is None else types
         started = time.perf_counter()
         with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
-            traced = program.undonated.trace(*types, *flat)
-        (number,) = traced.out_info
+            found = program.undonated.trace(*types, *flat)
+        (number,) = found.out_info
         record = program.records[number]
-        record.waits = _compat.has_host_callback(traced.jaxpr.jaxpr)
+        record.waits = _compat.has_host_callback(found.jaxpr.jaxpr)
         binding.plan = DispatchPlan(program, binding.cells, program.variant_for(record), number, record)
         if logged and binding.plan.first is not None:
             call.seconds = [time.perf_counter() - started]
-            call.compilation = self.log.begin(binding.label, facts_of(call))
+            with structure_lock:  # a trace of another thread changes structure in place
+                facts = facts_of(call)
+            call.compilation = self.log.begin(binding.label, facts)
         return binding.plan
 
     def _lower(self, call: PendingCall, flat: list[Any]) -> tuple[Program, int, Any]:
@@ -625,7 +556,7 @@ class Compiler:
         with structure_lock:
             if not call.binding.holds():
                 if call.traced:
-                    self._settle_names(call, call.binding)
+                    self._rekey(call, call.binding)
                 call.bind(self._bind(call, call.key, call.binding.extras))
             return self._dispatch(call, flat, locked=True)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mutatis import _compat
-from mutatis.compilation.binding import Binding, Layout, survey
+from mutatis.compilation.binding import Binding, survey
+from mutatis.compilation.layout import Layout
 from mutatis.compilation.program import Program
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import argument_names, named_nodes
@@ -66,7 +67,7 @@ class PendingCall:
         self.compilation: Any = None  # the entry of the log, if it compiles
         self.seconds: list[float] = []  # what tracing and compiling took
         self.outer = _compat.current_trace()
-        _compat.settle_settings()  # before the first look at them
+        _compat.load_late_settings()  # before the first look at them
         self.settings = _compat.settings()
         self.binding: Binding
         self.program: Program

@@ -23,7 +23,7 @@ from mutatis.core.places import ABSENT, Place
 from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
-from mutatis.model.byhand import drop_traced, settle
+from mutatis.model.byhand import drop_traced, note_by_hand
 from mutatis.model.graph import Encoder, Spec, cell_spec, made_modules
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
@@ -107,7 +107,7 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
     with CompiledTransaction(call.label, scope, call.outer) as tx:
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
         record = _run_once(call, program, flat, scope, tx)
-        leftovers = _settle(scope, tx)
+        leftovers = _put_back(scope, tx)
         _refuse(leftovers, call)
         if tx.found:
             raise FoundStates(list(tx.found))
@@ -122,7 +122,7 @@ def _refuse(leftovers: Leftovers, call: PendingCall) -> None:
     except StructureError:
         if threading.active_count() == 1 or call.stale >= _GLANCES:
             raise
-        raise StaleBinding from None  # another thread may have held it for a moment, as a walk over a model does
+        raise StaleBinding from None  # the user's code in another thread may have held it for a moment
 
 
 _GLANCES = 3  # traces after which what is left is no glance of another thread
@@ -142,13 +142,13 @@ def _run_once(
     known, result = scope.encoder, FlatTree(out)
     if known.disturbed():
         raise StaleBinding  # what another thread assigned is not to be taken for what the function put there by hand
-    settle(known.modules(), known.held, tx.journal)
+    note_by_hand(known.modules(), known.held, tx.journal)
     drop_traced(made_modules(known, result.nodes, tx.journal))
     check_result(result, result.leaves, call.label)
     return _record(program, scope, tx, result, flat)
 
 
-def _settle(scope: Scope, tx: CompiledTransaction) -> Leftovers:
+def _put_back(scope: Scope, tx: CompiledTransaction) -> Leftovers:
     """Put structure back as it was before the trace, and let go of the states that were made in it."""
     made = {id(obj) for obj in tx.journal.made() if scope.encoder.known(obj) is None}
     strays = [

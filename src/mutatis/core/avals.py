@@ -12,22 +12,27 @@ import jax
 
 from mutatis import _compat
 from mutatis.core.cells import UNSET
+from mutatis.core.nodes import is_node
 from mutatis.core.showing import notation, show_leaf_type
 
 _ARRAY = _compat.ARRAY
 ONE_LEAF = jax.tree.structure(0)
 
 
-def same_type(a: Any, b: Any, *, exact: bool = False) -> bool:
+def same_type(a: Any, b: Any, *, exact: bool = False, lanes: bool = False) -> bool:
     """Whether two values agree in structure, shapes and dtypes.
 
     Args:
       a: a value.
       b: another.
       exact: whether they are also to agree in all else that JAX types have: weak types, mesh axes.
+      lanes: whether a tracer in `b` may have another shape: it may be one lane of what `a` is like.
     """
-    if type(a) is _ARRAY and type(b) is _ARRAY:
-        return _same_leaf_type(a.aval, b.aval, exact)
+    if type(b) is _ARRAY:
+        if type(a) is _ARRAY:
+            return _same_leaf_type(a.aval, b.aval, exact)
+        if type(a) is jax.ShapeDtypeStruct and not exact:
+            return _same_leaf_type(a, b.aval, exact)
     left, left_tree = jax.tree.flatten(a)
     right, right_tree = jax.tree.flatten(b)
     if left_tree != right_tree:
@@ -36,7 +41,10 @@ def same_type(a: Any, b: Any, *, exact: bool = False) -> bool:
         if not all(isinstance(leaf, jax.Array) for leaf in (*left, *right)):
             return False
         left, right = list(map(jax.typeof, left)), list(map(jax.typeof, right))
-    return all(_same_leaf_type(x, y, exact) for x, y in zip(left, right, strict=True))
+    return all(
+        _same_leaf_type(x, y, exact) or (lanes and isinstance(y, jax.core.Tracer) and x.dtype == y.dtype)
+        for x, y in zip(left, right, strict=True)
+    )
 
 
 def _same_leaf_type(x: Any, y: Any, exact: bool) -> bool:
@@ -65,8 +73,8 @@ def placement(value: Any) -> tuple[Any, ...] | None:
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether no leaf of a value is a tracer."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    """Whether no leaf of a value is a tracer; nodes are not looked into."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value, is_leaf=is_node))
 
 
 def show_type(value: Any) -> str:

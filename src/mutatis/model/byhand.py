@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mutatis.core.avals import is_concrete
 from mutatis.core.journal import ABSENT, Journal, put_back
 from mutatis.core.nodes import is_node
 
@@ -23,12 +24,7 @@ def put_by_hand(value: Any) -> bool:
     return any(map(put_by_hand, value)) and not any(map(is_node, value))
 
 
-def holds_tracers(value: Any) -> bool:
-    """Whether there are tracers in a pytree."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value, is_leaf=is_node))
-
-
-def settle(modules: Iterable[Any], held: dict[int, dict[str, Any]], journal: Journal) -> None:
+def note_by_hand(modules: Iterable[Any], held: dict[int, dict[str, Any]], journal: Journal) -> None:
     """Look for what a traced function put into instance dictionaries by hand, at its end.
 
     Arrays are taken out; all else counts as assigned.
@@ -59,7 +55,7 @@ def drop_traced(modules: Iterable[Any]) -> None:
     """Take tracers that were put there by hand out of modules that a traced function made."""
     for module in modules:
         for name, value in [*module.__dict__.items()]:
-            if put_by_hand(value) and holds_tracers(value):
+            if put_by_hand(value) and not is_concrete(value):
                 del module.__dict__[name]
 
 

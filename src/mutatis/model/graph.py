@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from mutatis.core.avals import is_concrete
 from mutatis.core.journal import Journal
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import LOST, Reference, is_node
@@ -33,7 +34,7 @@ from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, Static
 from mutatis.core.structure import Watch
 from mutatis.errors import StructureError
-from mutatis.model.byhand import holds_tracers, put_by_hand
+from mutatis.model.byhand import put_by_hand
 from mutatis.model.filters import Path
 from mutatis.model.modules import Module, fill, new_module, watch_of
 from mutatis.model.variables import Variable, detached
@@ -229,7 +230,7 @@ class Encoder:
             raise _bare_array(value, (*path, name))  # of a frozen dataclass, which assigns past the module
         if not self.cached or self.cached[-1] is not module:
             self.cached.append(module)
-        self.ephemeral = self.ephemeral or holds_tracers(value)
+        self.ephemeral = self.ephemeral or not is_concrete(value)
         return self._static(value)
 
     def _cell(self, cell: Variable, path: Path) -> Spec:

@@ -143,17 +143,10 @@ def merge(definition: GraphDef[T], *states: State | Mapping[Any, Any]) -> T:
 
 
 def _fits(kept: Any, value: Any) -> bool:
-    """Whether a value may stand for a state of a type. A tracer may have another shape: it may be one lane of it."""
+    """Whether a value may stand for a state of a type."""
     if kept is UNSET or value is UNSET or type(kept) is Deferred or type(value) is Deferred:
         return True
-    if type(kept) is jax.ShapeDtypeStruct and type(value) is _compat.ARRAY:
-        return bool(kept.shape == value.shape and kept.dtype == value.dtype)
-    before, tree = jax.tree.flatten(kept)
-    after, other = jax.tree.flatten(as_value(value))
-    return tree == other and all(
-        a.dtype == b.dtype and (a.shape == b.shape or isinstance(b, jax.core.Tracer))
-        for a, b in zip(before, after, strict=True)
-    )
+    return same_type(kept, value if type(value) is _compat.ARRAY else as_value(value), lanes=True)
 
 
 def clone(node: T) -> T:

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from mutatis._equivalents import equivalent
 from mutatis.core import access, naming, transactions
-from mutatis.core.avals import same_type, show_type
+from mutatis.core.avals import is_concrete, same_type, show_type
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.naming import caller
 from mutatis.core.nodes import Node
@@ -593,7 +593,7 @@ def initial(variable: Variable) -> Any:
     cause = None
     try:
         value = as_value(_call_init(variable), variable)
-        if not (access.is_outside() and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value))):
+        if is_concrete(value) or not access.is_outside():
             return value
     except jax.errors.UnexpectedTracerError as error:
         cause = error

@@ -182,7 +182,7 @@ class AttributeSearch:
                     self._guard(base, key, value)
                     self.visit(key, value)
 
-    def _settle(self) -> None:
+    def _look_at_attributes(self) -> None:
         """With all functions known so far, look at the attributes that they load."""
         again = True
         while again:

@@ -33,7 +33,7 @@ from mutatis.core.nodes import is_node
 from mutatis.core.places import Place
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
-from mutatis.model.byhand import drop_traced, settle
+from mutatis.model.byhand import drop_traced, note_by_hand
 from mutatis.model.graph import Encoder, made_modules
 from mutatis.model.kinds import Intermediate
 from mutatis.model.modules import Module, birth_of
@@ -159,7 +159,7 @@ class CallSite:
                 out = call()
             tx.note_changes_in_place()
             encoder = self.scope.encoder
-            settle(encoder.modules(), encoder.held, self.journal)
+            note_by_hand(encoder.modules(), encoder.held, self.journal)
             packed = FlatTree(out)
             if packed.nodes or self.journal.noted:
                 drop_traced(made_modules(encoder, packed.nodes, self.journal))

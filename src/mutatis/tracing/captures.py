@@ -94,7 +94,7 @@ class Captures(AttributeSearch):
 
     def complete(self) -> None:
         """End the search."""
-        self._settle()
+        self._look_at_attributes()
         if self._misses:
             for owner, key in self._absent:
                 self._guard(owner, key, EMPTY)
@@ -118,7 +118,7 @@ class Captures(AttributeSearch):
 
     def look_into_modules(self, encoder: Encoder) -> bool:
         """Look into the classes of modules that a walk found, and into their functions; whether that led to further nodes."""
-        self._settle()
+        self._look_at_attributes()
         before = len(self.roots)
         for kind in dict.fromkeys(type(obj) for obj in encoder.objects if isinstance(obj, Module)):
             if id(kind) not in self._holders:
@@ -132,7 +132,7 @@ class Captures(AttributeSearch):
                 self._holders.add(id(value))
                 self.visit(getattr(value, "__name__", "static"), value)
         self.named = named  # explanations say by which path of the model they came to these
-        self._settle()
+        self._look_at_attributes()
         return len(self.roots) > before
 
     # -- values ----------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def search(*functions: Any) -> Captures:
             found.enter(str(probe(function, "__name__", "f")), function)
     for context, entry in contexts.active():
         found.visit(context.name, entry.value if isinstance(entry, Static) else entry)
-    found._settle()
+    found._look_at_attributes()
     return found
 
 

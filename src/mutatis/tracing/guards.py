@@ -79,9 +79,9 @@ class Guards:
         """Guard what a container or a NumPy array holds."""
         if self._is_new(container, None):
             if type(container) in (list, dict):
-                self._containers.append(Place(container, None, _items(container)))
+                self._containers.append(Place(container, None, items_of(container)))
             else:
-                read = _bytes if isinstance(container, np.ndarray) else _items
+                read = _bytes if isinstance(container, np.ndarray) else items_of
                 self._odd.append((read, Place(container, None, read(container))))
 
     def _is_new(self, owner: Any, key: str | None) -> bool:
@@ -126,7 +126,7 @@ class Guards:
         now += [(place, _held(place.owner.get(place.key, EMPTY))) for place in self._names]
         now += [(place, _held(place.owner.__dict__.get(place.key, EMPTY))) for place in self._of_classes]
         now += [(place, _held(getattr(place.owner, str(place.key), EMPTY))) for place in self._slots]
-        now += [(place, _items(place.owner)) for place in self._containers]
+        now += [(place, items_of(place.owner)) for place in self._containers]
         now += [(place, read(place.owner)) for read, place in self._odd]
         return [(place, held) for place, held in now if not _same(place.held, held)]
 
@@ -151,10 +151,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _bytes(array: Any) -> bytes:
     return bytes(array.tobytes())
-
-
-def _items(container: Any) -> list[Any]:
-    return items_of(container)
 
 
 def items_of(container: Any) -> list[Any]:

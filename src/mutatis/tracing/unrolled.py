@@ -20,7 +20,7 @@ from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.staging import refuse_structure
 
 
-def is_concrete(value: Any) -> bool:
+def decides_in_python(value: Any) -> bool:
     """Whether Python may run a loop or branch that this value decides: JIT is disabled, and the value is no tracer."""
     return _compat.jit_disabled() and not isinstance(value, jax.core.Tracer)
 

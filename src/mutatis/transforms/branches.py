@@ -24,7 +24,7 @@ from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, leaf_places
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage, stage_together
-from mutatis.tracing.unrolled import is_concrete, run_once
+from mutatis.tracing.unrolled import decides_in_python, run_once
 
 _NONE = object()
 
@@ -148,7 +148,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
                 "`mu.vmap(lambda i: mu.cond(i, lambda: 1, lambda: 0))(index)`.",
             )
         packed = FlatTree(operands)
-        if is_concrete(index):
+        if decides_in_python(index):
             number = int(bool(index)) if name == "cond" else min(max(operator.index(index), 0), len(functions) - 1)
             call = _caller(functions[number], packed)
             end, leaves, changed, _ = run_once(site, "a branch", {}, lambda: call(packed.leaves))

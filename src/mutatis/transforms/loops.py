@@ -35,7 +35,7 @@ from mutatis.tracing.staging import (
     stage_together,
     with_values,
 )
-from mutatis.tracing.unrolled import is_concrete, run_once, scan_in_python, while_in_python
+from mutatis.tracing.unrolled import decides_in_python, run_once, scan_in_python, while_in_python
 
 _OTHER_AXES = (
     "What the body writes is carried, modules among `xs` are sliced along axis 0, and other axes are said of states: "
@@ -512,7 +512,7 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             _refuse_condition_writes(site, end, holds)
             return holds[0]
 
-        if _compat.jit_disabled() and is_concrete(test_once(carry.leaves)):
+        if _compat.jit_disabled() and decides_in_python(test_once(carry.leaves)):
             last_end, leaves = while_in_python(site, test_once, "the body of a loop", step_once, carry.leaves)
             return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
