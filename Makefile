@@ -36,7 +36,7 @@ test: $(READY)
 	$(PYTEST) $(ARGS)
 
 test-all: $(READY)
-	$(PYTEST) -m "" $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m "" $(ARGS)
 
 test-leaks: $(READY)
 	MUTATIS_TEST_LEAKS=1 $(PYTEST) $(ARGS)

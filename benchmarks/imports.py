@@ -20,7 +20,7 @@ print(time.perf_counter() - began, len(sys.modules) - before)
 def measure(options: argparse.Namespace) -> list[timing.Row]:
     """Import in one process after the other."""
     seconds, modules = [], 0.0
-    for _ in range(max(5, options.rounds // 4) + 1):
+    for _ in range(max(1, options.rounds // 4) + 1):
         out = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout.split()
         seconds.append(float(out[0]))
         modules = float(out[1])

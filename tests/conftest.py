@@ -1,7 +1,8 @@
 """What every test stands on: the JAX it runs under, two counters, and a reader of every error (`plain_words`).
 
 JAX is set up by environment variables, before its first import, so that the subprocesses of a test get the
-same: four CPU devices, strict dtype promotion, no rank promotion, and a cache of what XLA compiled.
+same: four CPU devices, strict dtype promotion, no rank promotion, a cache of what XLA compiled, and XLA's quick way to
+compile (`JAX_DISABLE_MOST_OPTIMIZATIONS=0`, as in `make test-all`, has it optimize as users have it).
 
 Most of the time of the tests is XLA's, and most of what it compiles it has compiled before: in another test, on the other
 worker, in the run before. What is compiled again by our fault is counted all the same: JAX asks for each compilation,
@@ -37,6 +38,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["MPLBACKEND"] = "Agg"
 
 import hypothesis

@@ -59,13 +59,14 @@ class Moments:
     Python looks for signals when a function begins and when a C function has returned.
     """
 
-    def __init__(self, at: float = float("inf"), name: str = "mutatis") -> None:
+    def __init__(self, at: float = float("inf"), name: str = "mutatis", again: int = 0) -> None:
         self.at, self.name, self.count = at, name, 0
+        self.again = self.at + again  # and once more, so many moments later
 
     def __call__(self, frame: types.FrameType, event: str, _: Any) -> None:
         if event in ("call", "c_return") and frame.f_globals.get("__name__", "").startswith(self.name):
             self.count += 1
-            if self.count == self.at:
+            if self.count in (self.at, self.again):
                 signal.raise_signal(signal.SIGALRM)
 
     def run(self, step: Callable[[], object]) -> bool:
@@ -220,6 +221,36 @@ def test_at_each_moment_of_a_step(action: str, exposed: bool, handle: Any, tmp_p
         assert subject.count() == after + 1
         subject.check_kept()
         assert cells._thread.lease.flight is None
+    assert at > 20
+
+
+TWO = [(first, later) for first in ("reads", "evaluates", "steps", "writes") for later in ("reads", "steps", "writes")]
+FAST_TWO = [("evaluates", "reads"), ("steps", "steps")]
+
+
+@pytest.mark.parametrize(
+    ("action", "later"), [pytest.param(*two, marks=() if two in FAST_TWO else pytest.mark.slow) for two in TWO]
+)
+def test_at_two_moments_of_a_step(action: str, later: str, handle: Any, tmp_path: Path) -> None:
+    """The second handler finds what the first has left of the dispatch."""
+    subject = Subject(tmp_path)
+    acts: list[str] = []
+    handle(lambda: getattr(subject, acts.pop(0))())
+    at, came = 0, True
+    while came:
+        at += 1
+        for again in range(1, 40):
+            subject.step(subject.model)
+            subject.model.states[0].value  # noqa: B018 (exposes one)
+            before = subject.count()
+            acts[:] = [action, later]
+            came = Moments(at, again=again).run(lambda: subject.step(subject.model))
+            if acts:
+                break
+            after = {n for first in ACTIONS[action](before - 1) for n in ACTIONS[later](first)}
+            assert subject.count() in {*after, *(n + 1 for n in after), 100.0, 101.0}, (at, again)
+            subject.check_kept()
+            assert cells._thread.lease.flight is None
     assert at > 20
 
 

@@ -224,7 +224,6 @@ def test_threads(mixture: str, end: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX interval timers")
-@pytest.mark.slow  # on a loaded machine about one run in ten meets a handler that is refused: JAX ran a later call in Python
 @pytest.mark.parametrize("with_threads", [False, True])
 def test_signals(with_threads: bool, end: float, tmp_path: Path) -> None:
     job, moments, busy, handled = Job(tmp_path), random.Random(0), [], []

@@ -315,6 +315,8 @@ class Group:
           The values of the cells.
         """
         with _mutex:
+            if self._owner is not lease or self._moves != _moves.count:
+                self._wait_for_others(lease)  # before the lease is busy; what interrupts that may use it for its own step
             lease.step = step
             lease.donating = donating
             lease.exposed = exposed
@@ -328,21 +330,22 @@ class Group:
         # A function of its own, as `interrupts` says of loops under a lock.
         return [cell._value for cell in self.cells]
 
-    def _take(self, lease: Lease, flight: list[Any], exposed: list[int]) -> None:
+    def _wait_for_others(self, lease: Lease) -> None:
+        if not self._is_mine(lease):
+            _wait_while(lambda: self._busy_for(lease))
+
+    def _is_mine(self, lease: Lease) -> bool:
+        """Whether the cells carry this lease, but for exposed ones that the step only reads."""
         owners = [cell._lease for cell in self.written]
         others = [cell._lease for cell in self.read]
-        if (
-            owners.count(lease) < len(owners)
-            or others.count(lease) + others.count(None) < len(others)
-            or lease.shown
-            or lease.overwritten
-        ):
-            lease.flight = None  # nobody waits while busy
-            _wait_while(lambda: self._busy_for(lease))
-            lease.overwritten.clear()
-            lease.flight = flight
-            if self._busy_for(lease) is not None:  # what interrupted us here has waited itself
+        return owners.count(lease) == len(owners) and others.count(lease) + others.count(None) == len(others)
+
+    def _take(self, lease: Lease, flight: list[Any], exposed: list[int]) -> None:
+        if not self._is_mine(lease) or lease.shown or lease.overwritten:
+            if self._busy_for(lease) is not None:  # another thread has begun since: nobody waits while busy
                 lease.flight = None
+                return
+            lease.overwritten.clear()
             exposed += [i for i, cell in enumerate(self.written) if _is_exposed(cell)]
             wanted: list[tuple[Cell, Lease | None]] = [(cell, lease) for cell in self.written]
             wanted += [(cell, None if _is_exposed(cell) else lease) for cell in self.read]

@@ -363,8 +363,8 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
     def __round__(self: Variable[jax.Array], ndigits: int | None = None) -> Any:
         return round(self.get(), ndigits)
 
-    def __hash__(self) -> int:  # by identity, though `==` compares values: two cells never have one hash
-        return id(self) >> 4
+    # By identity, though `==` compares values: two cells never have one hash. It is in C, so that no signal handler runs in it.
+    __hash__ = object.__hash__
 
     if TYPE_CHECKING:  # made by `_forward`, below the class
 
