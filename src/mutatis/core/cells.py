@@ -316,7 +316,9 @@ class Group:
         """
         with _mutex:
             if self._owner is not lease or self._moves != _moves.count:
-                self._wait_for_others(lease)  # before the lease is busy; what interrupts that may use it for its own step
+                self._wait_for_others(
+                    lease
+                )  # before the lease is busy; what interrupts that may use it for its own step
             lease.step = step
             lease.donating = donating
             lease.exposed = exposed
