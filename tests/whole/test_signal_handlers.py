@@ -241,7 +241,7 @@ def test_at_two_moments_of_a_step(action: str, later: str, handle: Any, tmp_path
         at += 1
         for again in range(1, 40):
             subject.step(subject.model)
-            float(subject.model.states[0])
+            subject.keep([subject.model.states[0].value])
             before = subject.count()
             acts[:] = [action, later]
             came = Moments(at, again=again).run(lambda: subject.step(subject.model))

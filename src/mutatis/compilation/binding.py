@@ -2,11 +2,13 @@
 
 A binding keeps the list of cells to hand to the program, and what proves cheaply that nothing has changed: one number for
 all attributes (`core.structure`), the elements of plain containers, the names that the function uses. A flag that is put back
-brings the number back, and with it the binding of that time. A binding refers to modules weakly.
+brings the number back, and with it the binding of that time. If the number is another one because of something else, the numbers
+of the binding's own modules and cells say so, or what those modules hold. A binding refers to modules weakly.
 """
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Hashable, Sequence
 from operator import is_
@@ -16,8 +18,9 @@ from mutatis.compilation.layout import Layout
 from mutatis.compilation.plan import DispatchPlan
 from mutatis.compilation.program import Program
 from mutatis.core.containers import ContainerSnapshot
+from mutatis.core.nodes import Node, Reference, holds_nodes
 from mutatis.core.places import Place
-from mutatis.core.structure import structure
+from mutatis.core.structure import Watch, epoch_of, structure
 from mutatis.model import contexts
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
@@ -70,12 +73,14 @@ class Binding:
         "__weakref__",
         "ambient",
         "captures",
+        "cell_epochs",
         "cells",
         "containers",
         "epoch",
         "extras",
         "label",
         "layout",
+        "modules",
         "objects",
         "places",
         "plan",
@@ -85,6 +90,9 @@ class Binding:
         "structural",
         "structure",
         "token",
+        "unspecific",
+        "watch_epochs",
+        "watches",
     )
 
     def __init__(self, label: str, settings: Hashable, layout: Layout, extras: list[Variable]) -> None:
@@ -93,7 +101,13 @@ class Binding:
         self.layout = layout
         self.extras = extras  # states that only tracing found
         self.epoch = structure.epoch  # from before the walk: what changes meanwhile is looked at again
-        self.ambient = contexts.cells()
+        self.unspecific = structure.unspecific
+        self.cell_epochs: list[int]
+        self.watches: list[Watch]  # of the modules, with their epochs and what they held
+        self.watch_epochs: list[int]
+        self.modules: list[tuple[weakref.ref[Module], _Attributes]]
+        # The arrays that contexts are set to: which cell holds each, and the context's number. Each `set` makes another cell.
+        self.ambient: list[tuple[int, int]] = []
         self.cells: list[Variable]
         self.structure: Hashable  # what the walk found
         self.places: list[Place]  # where the function may put states, besides
@@ -111,9 +125,15 @@ class Binding:
     def keep_walk(self, scope: Scope, captures: Captures) -> None:
         """Keep of a walk what the calls need."""
         self.cells = scope.cells
+        by_cell = {cell: number for number, cell in enumerate(contexts.cells())}
+        self.ambient = [(index, by_cell[cell]) for index, cell in enumerate(self.cells) if cell in by_cell]  # type: ignore[index]
         self.structure, self.places = scope.structure, scope.places
         self.captures = captures
         held = scope.encoder.held
+        self.cell_epochs = scope.encoder.cell_epochs
+        self.watches = [watch for watch, _, _ in scope.encoder.watched]
+        self.watch_epochs = [epoch for _, _, epoch in scope.encoder.watched]
+        self.modules = [(weakref.ref(module), _Attributes(held[id(module)])) for module in scope.encoder.modules()]
         by_hand = scope.encoder.cached  # nothing tells when something is put there by hand again
         self.containers = ContainerSnapshot(
             [*scope.containers, *(module.__dict__ for module in by_hand)],
@@ -135,16 +155,70 @@ class Binding:
 
     def invalidate(self) -> None:
         """Have it hold no more."""
-        self.epoch = -1
+        self.epoch = _INVALID
 
     def holds(self) -> bool:
         """Whether nothing about the objects has changed."""
         return (
-            self.epoch == structure.epoch
+            (self.epoch == structure.epoch or self._is_about_others())
             and self.containers.unchanged()
             and self.captures.unchanged()
-            and same_objects(self.ambient, contexts.cells())
         )
+
+    def current_cells(self) -> list[Variable]:
+        """Its cells, with those of the contexts that are set now."""
+        if not self.ambient:
+            return self.cells
+        cells, now = list(self.cells), contexts.cells()
+        for index, number in self.ambient:
+            cells[index] = now[number]
+        return cells
+
+    def _is_about_others(self) -> bool:
+        """Whether it is not about these modules and cells that another epoch has begun; which is noted then."""
+        epoch = structure.epoch  # first: what changes from now on is looked at again
+        if self.unspecific != structure.unspecific or list(map(epoch_of, self.cells)) != self.cell_epochs:
+            return False
+        now = list(map(epoch_of, self.watches))
+        if now != self.watch_epochs:
+            for before, number, (module, attributes) in zip(self.watch_epochs, now, self.modules, strict=True):
+                if before != number and not attributes.are_of(module()):
+                    return False
+            self.watch_epochs = now
+        if self.epoch == _INVALID:
+            return False
+        self.epoch = epoch
+        return True
+
+
+_INVALID = -1  # an epoch that never is
+
+
+class _Attributes:
+    """What a module held, compared by identity. It refers to nodes weakly; what it cannot is never found the same."""
+
+    __slots__ = ("_names", "_values")
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        self._names = list(held)
+        self._values = [_weakly(value) for value in held.values()]
+
+    def are_of(self, module: Module | None) -> bool:
+        """Whether the module holds the very same, in the same order."""
+        if module is None:
+            return False
+        now = dict(module.__dict__)  # another thread may set an attribute meanwhile
+        then = [value() if type(value) is weakref.ref else value for value in self._values]
+        return list(now) == self._names and all(map(is_, now.values(), then))
+
+
+def _weakly(value: Any) -> Any:
+    if isinstance(value, Variable):
+        return value
+    if isinstance(value, Node):
+        return weakref.ref(value)
+    # The rest is static, and in the key of the program already.
+    return object() if isinstance(value, Reference | types.MethodType) or holds_nodes(value) else value
 
 
 def survey(

@@ -428,7 +428,7 @@ class Compiler:
         """Keep a binding for the next call with the same objects, until one of them dies."""
         captured = [node for _, node in binding.captures.roots]
         binding.captures.roots = []
-        if binding.captures.ephemeral or any(cell._birth is not None for cell in binding.ambient):
+        if binding.captures.ephemeral or any(cell._birth is not None for cell in contexts.cells()):
             return
         if any(map(access.is_made_here, binding.cells)):  # it would keep them beyond the trace that they belong to
             return
@@ -490,7 +490,7 @@ class Compiler:
         (number,) = found.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(found.jaxpr.jaxpr)
-        binding.plan = DispatchPlan(program, binding.cells, program.variant_for(record), number, record)
+        binding.plan = DispatchPlan(program, binding.cells, binding.ambient, program.variant_for(record), number, record)
         if logged and binding.plan.first is not None:
             call.seconds = [time.perf_counter() - started]
             with structure_lock:  # a trace of another thread changes structure in place
@@ -526,7 +526,7 @@ class Compiler:
                 cure="Call what `mu.jit` returned: it compiles when it needs to. Or lower it for these arguments.",
             )
         record = program.records[number]
-        plan = DispatchPlan(program, binding.cells, program.variant_for(record), number, record)
+        plan = DispatchPlan(program, binding.cells, binding.ambient, program.variant_for(record), number, record)
         plan.first = None
         with structure_lock if plan.restructures else contextlib.nullcontext():
             result = rebuild_result(binding, program, *launch(plan, flat, compiled))
@@ -563,16 +563,17 @@ class Compiler:
     def _inline(self, call: PendingCall, flat: list[Any]) -> Any:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = call.binding, call.program
-        values = [access.load(cell) for cell in binding.cells]
+        cells = binding.current_cells()
+        values = [access.load(cell) for cell in cells]
         ((number, (new, made, leaves)),) = self._run_inline(program, values, flat).items()
         record = program.records[number]
         before = [values[index] for index in record.written]
         for index, value in zip(record.written, record.new.decode(new, before), strict=True):
-            access.write(binding.cells[index], value)
+            access.write(cells[index], value)
         for index in record.restarted:
-            access.restart(binding.cells[index])
-        access.note_reads(binding.cells[index] for index in record.seen)
-        return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
+            access.restart(cells[index])
+        access.note_reads(cells[index] for index in record.seen)
+        return replay(record, cells, binding.live_objects(), binding.places, made, leaves)
 
     @staticmethod
     def _run_inline(program: Program, values: list[Any], flat: list[Any]) -> Any:

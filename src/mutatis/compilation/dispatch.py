@@ -25,6 +25,7 @@ from mutatis.compilation.record import replay
 from mutatis.core.cells import LANDED, Cell, Lease, commit_rest, expose, give_back, my_lease, settle
 from mutatis.core.interrupts import held_back
 from mutatis.core.structure import structure
+from mutatis.model import contexts
 
 _set_value = Cell.__dict__["_value"].__set__  # the slot's own setter, written in C
 
@@ -91,6 +92,8 @@ def _launch(
     exposed: list[int] = []
     try:
         values = plan.group.take(lease, plan, box, donating, exposed)
+        if plan.ambient:
+            _take_contexts(values, plan)
         if exposed and donating:
             _copy_exposed(values, plan, exposed)
         values += flat
@@ -136,7 +139,7 @@ def _launch(
         lease.flight = None  # before anything that an interrupt could keep from happening
         give_back(lease)
         if variant.retypes:
-            structure.changed()
+            structure.changed(*written)
 
 
 def _rescue(plan: DispatchPlan, lease: Lease, box: list[Any], exposed: list[int], problem: BaseException) -> bool:
@@ -163,6 +166,12 @@ def rebuild_result(binding: Binding, program: Program, number: int, made: Sequen
     if record.plain and record.out.plain:
         return record.structure[0].unflatten(leaves)
     return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
+
+
+def _take_contexts(values: list[Any], plan: DispatchPlan) -> None:
+    now = contexts.cells()
+    for index, number in plan.ambient:
+        values[index] = now[number]._value
 
 
 def _copy_exposed(values: list[Any], plan: DispatchPlan, exposed: list[int]) -> None:

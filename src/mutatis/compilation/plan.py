@@ -23,12 +23,14 @@ class DispatchPlan:
     Args:
       program: the program.
       cells: the binding's cells.
+      ambient: which of them stand for the arrays of contexts, each with the context's number.
       variant: the variant.
       number: the number of the record.
       record: the record: what the call does besides writing values, and what it returns.
     """
 
     __slots__ = (
+        "ambient",
         "donating_at",
         "first",
         "group",
@@ -43,9 +45,16 @@ class DispatchPlan:
     )
 
     def __init__(
-        self, program: Program, cells: list[Variable], variant: Variant, number: int, record: TraceRecord
+        self,
+        program: Program,
+        cells: list[Variable],
+        ambient: list[tuple[int, int]],
+        variant: Variant,
+        number: int,
+        record: TraceRecord,
     ) -> None:
         self.program = program
+        self.ambient = ambient
         self.variant = variant
         self.restructures = not record.plain
         # Of the result, if that is all which is to be done after a call.

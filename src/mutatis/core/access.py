@@ -147,13 +147,13 @@ def write_many(states: Sequence[Cell], values: Sequence[Any]) -> None:
             write(cell, value)
         return
     pairs = zip(states, values, strict=True)
-    same = all(cell._birth is not None or avals.fits_program(cell._value, value) for cell, value in pairs)
-    if not same:
-        structure.changed()
+    others = [cell for cell, value in pairs if cell._birth is None and not avals.fits_program(cell._value, value)]
+    if others:
+        structure.changed(*others)
     for cell, value in zip(states, values, strict=True):
         cells.store(cell, value)
-    if not same:
-        structure.changed()
+    if others:
+        structure.changed(*others)
     notify(states)
 
 

@@ -13,8 +13,8 @@ Python takes the lease away: the cell is *exposed*, and the next step copies it 
 thread dispatches a step its lease is *busy*: other threads that want a cell that the step deletes wait (for a
 dispatch, no longer), so nobody finds a deleted array and no update is lost. All leases of a step are taken at
 once or not at all, and nobody waits while his own lease is busy, so waiting cannot deadlock. The cells of a step
-are a `Group`, which remembers that they all carried a thread's lease: as long as no lease has moved anywhere, the
-next step looks at none of them.
+are a `Group`, which remembers that they all carried a thread's lease: the next step looks only at those that have lost it
+since, which the lease notes; and at all of them, if another thread has taken any cells.
 
 **Code that runs in the middle of a dispatch, on its thread.** Python runs signal handlers between any two steps of
 ours, and weakref callbacks and `__del__` wherever something is freed. It cannot wait for what it interrupts. So a
@@ -72,7 +72,7 @@ jax.tree_util.register_pytree_node(Deferred, lambda d: ((d.key,), None), lambda 
 class Lease:
     """A thread's right to the buffers of the cells that carry it, and the step that is being dispatched with it, if one is."""
 
-    __slots__ = ("donating", "exposed", "flight", "landing", "overwritten", "shown", "step", "values")
+    __slots__ = ("donating", "exposed", "flight", "landing", "losses", "lost", "overwritten", "shown", "step", "taken", "values")
 
     def __init__(self) -> None:
         self.flight: list[Any] | None = None  # of the step: empty, then what it returned; it is busy if there is one
@@ -83,6 +83,11 @@ class Lease:
         self.landing: Iterator[tuple[Cell, Any]] | None = None  # what is still to be committed, once it has begun
         self.shown: set[Cell] = set()  # cells that are exposed, and need the lease until the step has ended
         self.overwritten: set[Cell] = set()  # those that somebody wrote while it was in flight
+        # The cells that it was taken off, by `id`, the last one first: `(number, (number, ...))`. A chain, because to add to it takes
+        # no call, in which a signal handler might run.
+        self.lost: Any = None
+        self.losses = 0  # how long that is
+        self.taken = False  # whether any cell has ever carried it
 
 
 class Step(Protocol):
@@ -112,12 +117,13 @@ class _Thread(threading.local):
 
 
 class _Moves:
-    """How often a lease was put on a cell or taken off, and how many threads wait for one that is busy."""
+    """How often leases were put on cells, how many leases there have been, and how many threads wait for one that is busy."""
 
-    __slots__ = ("count", "waiting")
+    __slots__ = ("count", "leases", "waiting")
 
     def __init__(self) -> None:
         self.count = 0  # changed first, then the leases: an interrupt in between does no harm
+        self.leases = 0
         self.waiting = 0
 
 
@@ -125,22 +131,26 @@ _moves = _Moves()
 _thread = _Thread()
 _mutex = threading.RLock()  # what interrupts a thread that holds it may take it, too: see `settle`
 _released = threading.Condition(_mutex)
+_LOOKED_AT = 64  # cells that a lease has lost: beyond, a step looks at all of its cells
+_KEPT = 4096  # of those, for steps that are made seldom
 _MISSED = 0.05  # seconds after which who waits looks again: an interrupt may have kept a notice from being given
 
 
 class Cell:
     """A place that holds one committed value."""
 
-    __slots__ = ("__weakref__", "_birth", "_lease", "_value")
+    __slots__ = ("__weakref__", "_birth", "_epoch", "_lease", "_value")
 
     _value: Any
     _lease: Lease | None
     _birth: Any  # weak reference to the raw JAX trace the cell was made in; None for an ordinary cell
+    _epoch: int  # another one after each change of its type or marks: see `structure`
 
     def __init__(self) -> None:
         self._value = UNSET
         self._lease = None
         self._birth = None
+        self._epoch = 0
 
     def admit(self, value: Any) -> Any:
         """A value as the cell stores it."""
@@ -166,13 +176,16 @@ def _expose(cell: Cell) -> Any:
 
 
 def _expose_value(cell: Cell) -> Any:
+    number = id(cell)
     while True:
         _wait_while(lambda: None if (lease := _busy(cell)) is None or not lease.donating else lease)
         lease, value = cell._lease, cell._value
-        _moves.count += 1
-        if lease is None or lease.flight is None:
-            cell._lease = None
+        if lease is None:
             return value  # nothing has happened since the look at it
+        lease.lost = (number, lease.lost)
+        if lease.flight is None:
+            cell._lease = None
+            return value  # nor here
         if not lease.donating:
             lease.shown.add(cell)
             if _busy(cell) is lease and cell._value is value:  # else it has ended, and may not have seen that
@@ -190,18 +203,20 @@ def store(cell: Cell, value: Any) -> None:
 
 
 def _store_leased(cell: Cell, value: Any) -> None:
+    number = id(cell)
     while (lease := cell._lease) is not None and lease.flight is not None:
         if lease.values is None:
             _void(lease)  # it begins again, on this value
             continue
         lease.overwritten.add(cell)
         if lease.landing is None:  # looked at after that: it will see that this is the later write
-            _moves.count += 1
+            lease.lost = (number, lease.lost)
             lease.shown.add(cell)
             cell._value = value
             return
         _wait_while(lambda lease=lease: None if lease.landing is None else lease)  # type: ignore[misc]
-    _moves.count += 1
+    if lease is not None:
+        lease.lost = (number, lease.lost)
     cell._lease = None
     cell._value = value
 
@@ -230,7 +245,6 @@ def _void(lease: Lease) -> None:
     """Have a step that is being prepared begin again."""
     if lease.values is None:
         lease.flight = None  # Python runs nothing between the look and this: it is not launched
-        _moves.count += 1
         if lease.step is not None:
             _expose_all(lease, [lease.step.written[i] for i in lease.exposed])
 
@@ -292,14 +306,16 @@ class Group:
       read: those that it only reads.
     """
 
-    __slots__ = ("_moves", "_owner", "cells", "read", "written")
+    __slots__ = ("_lost", "_moves", "_owner", "_places", "cells", "read", "written")
 
     def __init__(self, cells: Sequence[Cell], written: Sequence[Cell], read: Sequence[Cell]) -> None:
         self.cells = cells
         self.written = written
         self.read = read
         self._owner: Lease | None = None  # whose all of the written ones were ...
-        self._moves = 0  # ... when leases had moved this often
+        self._lost: Any = None  # ... when it had lost these ...
+        self._moves = 0  # ... and leases had been taken this often
+        self._places: dict[int, int] = {}  # of the written cells, by `id`
 
     def take(self, lease: Lease, step: Step, flight: list[Any], donating: bool, exposed: list[int]) -> list[Any]:
         """Make a thread's lease busy over the cells.
@@ -315,16 +331,14 @@ class Group:
           The values of the cells.
         """
         with _mutex:
-            if self._owner is not lease or self._moves != _moves.count:
-                self._wait_for_others(
-                    lease
-                )  # before the lease is busy; what interrupts that may use it for its own step
+            if self._lost is not lease.lost or self._moves != _moves.count or self._owner is not lease:
+                self._wait_for_others(lease)  # before it is busy; what interrupts that may use it for its own step
             lease.step = step
             lease.donating = donating
             lease.exposed = exposed
             lease.values = lease.landing = None
             lease.flight = flight  # from now on, who interrupts makes it void
-            if self._owner is not lease or self._moves != _moves.count:
+            if self._lost is not lease.lost or self._moves != _moves.count or self._owner is not lease:
                 self._take(lease, flight, exposed)
             return self._values()  # now: the next step of another thread may delete what this one only reads
 
@@ -333,7 +347,7 @@ class Group:
         return [cell._value for cell in self.cells]
 
     def _wait_for_others(self, lease: Lease) -> None:
-        if not self._is_mine(lease):
+        if (self._owner is not lease or self._moves != _moves.count) and not self._is_mine(lease):
             _wait_while(lambda: self._busy_for(lease))
 
     def _is_mine(self, lease: Lease) -> bool:
@@ -343,6 +357,13 @@ class Group:
         return owners.count(lease) == len(owners) and others.count(lease) + others.count(None) == len(others)
 
     def _take(self, lease: Lease, flight: list[Any], exposed: list[int]) -> None:
+        lost = self._lost_since(lease)
+        if lost is not None:
+            self._take_back(lease, flight, exposed, lost)
+            return
+        if not lease.taken:
+            lease.taken = True
+            _moves.leases += 1
         if not self._is_mine(lease) or lease.shown or lease.overwritten:
             if self._busy_for(lease) is not None:  # another thread has begun since: nobody waits while busy
                 lease.flight = None
@@ -359,7 +380,45 @@ class Group:
             lease.shown.clear()
         if lease.flight is flight:
             self._moves = _moves.count
+            self._lost = lease.lost
             self._owner = lease
+
+    def _lost_since(self, lease: Lease) -> list[int] | None:
+        """The places of the written cells that a lease has lost since they all carried it; None if that cannot be told."""
+        if self._owner is not lease or self._moves != _moves.count or lease.shown or lease.overwritten:
+            return None
+        if not self._places:
+            self._places = {id(cell): place for place, cell in enumerate(self.written)}
+        places, entry = set(), lease.lost
+        for _ in range(_LOOKED_AT):
+            if entry is self._lost:
+                break
+            if entry is None:
+                return None
+            number, entry = entry
+            if (place := self._places.get(number)) is not None:
+                places.add(place)
+        else:
+            return None
+        owners = {place: self.written[place]._lease for place in places}
+        if any(owner is not None and owner is not lease for owner in owners.values()):
+            return None
+        return [place for place, owner in owners.items() if owner is None]
+
+    def _take_back(self, lease: Lease, flight: list[Any], exposed: list[int], lost: list[int]) -> None:
+        exposed += lost
+        if lost and _moves.leases > 1:  # another thread's group may count on it that nobody has these
+            _moves.count += 1
+            self._moves = _moves.count
+        lease.losses += len(lost)
+        if lease.losses > _KEPT:
+            lease.losses, lease.lost = 0, (object(), None)
+        for place in lost:
+            if lease.flight is not flight:
+                return
+            self.written[place]._lease = lease
+        if lease.flight is flight:
+            self._lost = lease.lost
 
     def _busy_for(self, mine: Lease) -> Lease | None:
         """The lease with which another step is being dispatched over one of the cells, if one is."""
@@ -384,10 +443,7 @@ def give_back(lease: Lease) -> None:
 
 
 def _forget_shown(lease: Lease) -> None:
-    _moves.count += 1
-    for cell in tuple(lease.shown):
-        if cell._lease is lease:
-            cell._lease = None
+    _expose_all(lease, tuple(lease.shown))
     lease.shown.clear()
     lease.overwritten.clear()
 
@@ -395,12 +451,13 @@ def _forget_shown(lease: Lease) -> None:
 def expose(lease: Lease, cells: Sequence[Cell]) -> None:
     """Count the values of these cells as held by user code, where they still carry a lease: another step may have begun."""
     with _mutex:
-        _moves.count += 1
         _expose_all(lease, cells)
 
 
 def _expose_all(lease: Lease, cells: Sequence[Cell]) -> None:
     # A function of its own, as `_values` is.
     for cell in cells:
+        number = id(cell)
         if cell._lease is lease:
+            lease.lost = (number, lease.lost)
             cell._lease = None

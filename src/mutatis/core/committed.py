@@ -72,10 +72,10 @@ def store_committed(cell: Cell, value: Any, trace: Any) -> None:
         raise write_refused(cell, trace)
     same = cell._birth is not None or avals.fits_program(cell._value, value)
     if not same:
-        structure.changed()
+        structure.changed(cell)
     store(cell, value)
     if not same:
-        structure.changed()
+        structure.changed(cell)
 
 
 def is_local(cell: Cell, trace: Any) -> bool:

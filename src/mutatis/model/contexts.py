@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from mutatis.core import access, naming
+from mutatis.core import access, avals, naming
 from mutatis.core.cells import UNSET
 from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_class, show_value
@@ -136,12 +136,15 @@ def active() -> tuple[tuple[Context, Any], ...]:
 
 
 def key() -> Hashable:
-    """What of the contexts decides which program is called; models among them by identity, arrays not at all."""
+    """What of the contexts decides which program is called; models among them by identity, arrays by their types."""
     return tuple((context, _identity(entry)) for context, entry in _active.get())
 
 
 def _identity(entry: Any) -> Hashable:
-    return entry if isinstance(entry, Static) else None if isinstance(entry, ContextValue) else id(entry)
+    if isinstance(entry, ContextValue) and entry._birth is None:
+        leaves, treedef = jax.tree.flatten(entry._value)
+        return treedef, *[leaf.aval for leaf in leaves], avals.placement(entry._value)
+    return entry if isinstance(entry, Static) else id(entry)
 
 
 def structure() -> Hashable:

@@ -76,7 +76,8 @@ class Encoder:
         self.watch = watch
         self.cells: dict[Variable, int] = {}
         self.paths: list[Path] = []
-        self.watched: list[tuple[Watch, int]] = []
+        self.watched: list[tuple[Watch, int, int]] = []  # of each module, with its disturbances and epoch
+        self.cell_epochs: list[int] = []  # of the cells, by number
         self.objects: list[Any] = []  # modules, lists and dicts, by number
         self.object_paths: list[Path] = []
         self.outside: set[int] = set()  # the numbers of containers that were met outside of modules, if that is loose
@@ -91,6 +92,7 @@ class Encoder:
     def know(self, other: Encoder) -> None:
         """Start from what another walk has numbered."""
         self.cells = dict(other.cells)
+        self.cell_epochs = list(other.cell_epochs)
         self.paths = list(other.paths)
         self.objects = list(other.objects)
         self.object_paths = list(other.object_paths)
@@ -182,7 +184,7 @@ class Encoder:
 
     def disturbed(self) -> bool:
         """Whether another thread has changed the structure of a watched module since the walk, while a lock was held."""
-        return any(mark.disturbances != number for mark, number in self.watched)
+        return any(mark.disturbances != number for mark, number, _ in self.watched)
 
     def _number(self, obj: Any, path: Path) -> int:
         number = len(self.objects)
@@ -198,7 +200,7 @@ class Encoder:
         number = self._number(module, path)
         if self.watch:
             mark = watch_of(module)
-            self.watched.append((mark, mark.disturbances))
+            self.watched.append((mark, mark.disturbances, mark._epoch))
         attributes = self.held[id(module)] = dict(module.__dict__)
         outside, self.loose = self.loose, False
         entries = []
@@ -239,6 +241,7 @@ class Encoder:
             return ("c", number)
         number = len(self.cells)
         self.cells[cell] = number
+        self.cell_epochs.append(cell._epoch)
         self.paths.append(path)
         if not self.describe:
             return ("v", number, None)

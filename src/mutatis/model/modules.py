@@ -241,9 +241,9 @@ def set_attribute(module: Module, name: str, value: Any) -> None:
         return
     else:
         _disturb(module)  # before the change and after it: who traces may look in between
-        structure.changed()
+        structure.changed(watch_of(module))
         put_back(module, name, value)
-    structure.changed()
+    structure.changed(watch_of(module))
     _disturb(module)
 
 
@@ -254,13 +254,14 @@ def _birth(value: Any) -> Any:
 def _flip(module: Module, name: str, value: Any) -> bool:
     """Change an attribute that is a flag and stays one; whether it is."""
     with _flips:
-        mark = structure.begin()
-        difference = watch_of(module).difference(name, module.__dict__.get(name, ABSENT), value)
+        watch = watch_of(module)
+        begun = structure.begin(watch)
+        difference = watch.difference(name, module.__dict__.get(name, ABSENT), value)
         if difference is None:
             return False
         _disturb(module)
         put_back(module, name, value)
-        structure.end(mark, difference)
+        structure.end(begun, difference, watch)
     _disturb(module)
     return True
 
@@ -312,15 +313,16 @@ def _set_training(root: Module, training: bool) -> None:
 
 def _flip_training(modules: list[Module], training: bool) -> list[Module]:
     # A function: from CPython 3.12 on an interrupt in a loop directly inside `with` may leave the lock locked.
-    mark, difference = structure.begin(), 0
     others = [m for m in modules if m.__dict__.get("training", type(m).training) is not training]
+    watches = [watch_of(module) for module in others]
+    begun, difference = structure.begin(*watches), 0
     for module in others:
         if type(module).training is training:
             del module.__dict__["training"]
         else:
             module.__dict__["training"] = training
         difference ^= watch_of(module).training
-    structure.end(mark, difference)
+    structure.end(begun, difference, *watches)
     return others
 
 

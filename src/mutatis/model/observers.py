@@ -30,10 +30,10 @@ class Observation:
         self._notices = {}
 
     def _change(self, change: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]) -> None:
-        structure.changed()  # a compiled call knows which of its states are observed
+        structure.changed(*self._notices)  # a compiled call knows which of its states are observed
         for cell, notice in self._notices.items():
             observe(cell, change(observers_of(cell), notice))
-        structure.changed()
+        structure.changed(*self._notices)
 
     def __enter__(self) -> Self:
         return self

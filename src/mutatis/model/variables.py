@@ -697,8 +697,8 @@ def set_mark(variable: Variable, name: str, mark: Any) -> None:
         tx = transactions.current()
         if tx is not None:
             tx.journal.note(variable, name, before)
-        structure.changed()
+        structure.changed(variable)
         setattr(variable, name, mark)
-        structure.changed()
+        structure.changed(variable)
         if name == "_frozen" and mark is None:
             thawed(variable)
