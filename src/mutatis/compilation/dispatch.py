@@ -177,6 +177,8 @@ def _take_contexts(values: list[Any], plan: DispatchPlan) -> None:
 def _copy_exposed(values: list[Any], plan: DispatchPlan, exposed: list[int]) -> None:
     # A function of its own, as `core.interrupts` says of loops under a lock.
     places = [p for i in exposed if (p := plan.donating_at[i]) is not None]
+    if not places:
+        return
     for place, value in zip(places, copy_values([values[p] for p in places]), strict=True):
         values[place] = value
 

@@ -124,7 +124,7 @@ class Program:
 
     def variant_for(self, record: TraceRecord) -> Variant:
         """How to call the program for the shapes of a record."""
-        key = (record.written, record.same_type, record.waits)
+        key = (record.written, record.same_type, record.donatable, record.waits)
         if key not in self._variants:
             self._variants[key] = Variant(self, record)
         return self._variants[key]

@@ -82,6 +82,7 @@ class TraceRecord:
     Args:
       written: the numbers of the cells that are written, in the order in which their values are returned.
       same_type: those of them whose type stays the same.
+      scalars: those of them that are one number each: reusing its memory gains nothing, and it is looked at after each step.
       encodings: how the written values, those of the cells that were made, and the leaves of the result come out.
       made: the specifications of the cells that were made.
       out: the structure of the user's result, with the specifications of the nodes in it.
@@ -117,6 +118,7 @@ class TraceRecord:
         self,
         written: list[int],
         same_type: list[int],
+        scalars: list[int],
         encodings: tuple[OutputEncoding, OutputEncoding, OutputEncoding],
         made: list[tuple[int, Spec]],
         structure: Any,
@@ -132,7 +134,7 @@ class TraceRecord:
         self.same_type = tuple(same_type)
         self.new, self.born, self.out = encodings
         keyed = {number for number, holds in zip(written, self.new.keyed, strict=True) if holds}
-        self.donatable = tuple(number for number in same_type if number not in keyed)
+        self.donatable = tuple(number for number in same_type if number not in keyed and number not in scalars)
         self.made = made
         self.structure = structure
         self.nodes = nodes

@@ -207,6 +207,7 @@ def _record(
     return TraceRecord(
         written=numbers,
         same_type=same,
+        scalars=[i for i, value in zip(numbers, new, strict=True) if getattr(value, "ndim", None) == 0],
         encodings=(
             OutputEncoding(new, [flat[number] for number in numbers]),
             OutputEncoding(made),

@@ -18,7 +18,7 @@ the user, so the next compiled step copies it instead of donating it. `..._many`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mutatis import _compat
@@ -29,6 +29,8 @@ from mutatis.core.frames import innermost
 from mutatis.core.structure import structure
 from mutatis.core.transactions import Transaction
 from mutatis.errors import TraceLevelError
+
+_ARRAY = _compat.ARRAY
 
 
 def is_outside() -> bool:
@@ -44,6 +46,18 @@ def read(cell: Cell) -> Any:
     tx: Transaction | None = innermost()
     trace = _compat.current_trace()
     return load_committed(cell, trace) if tx is None else tx.read(cell, trace)
+
+
+def convert(cell: Cell, how: Callable[[Any], Any]) -> Any:
+    """What a function makes of a cell's array that holds none of it, such as a number: the array is not handed out."""
+    if is_outside():
+        value = cell._value
+        if type(value) is _ARRAY:
+            try:
+                return how(value)
+            except RuntimeError:  # a step of another thread, or one that this code interrupts, has deleted it meanwhile
+                pass
+    return how(cell.value)  # type: ignore[attr-defined]
 
 
 def read_many(states: Sequence[Cell]) -> list[Any]:

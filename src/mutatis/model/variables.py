@@ -343,25 +343,33 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         return iter(self.get())
 
     def __bool__(self: Variable[Any]) -> bool:
-        return bool(self.get())
+        return bool(access.convert(self, bool))
 
     def __int__(self: Variable[jax.Array]) -> int:
-        return int(self.get())
+        return int(access.convert(self, int))
 
     def __float__(self: Variable[jax.Array]) -> float:
-        return float(self.get())
+        return float(access.convert(self, float))
 
     def __complex__(self: Variable[jax.Array]) -> complex:
-        return complex(self.get())
+        return complex(access.convert(self, complex))
 
     def __index__(self: Variable[jax.Array]) -> int:
-        return operator.index(self.get())
+        return int(access.convert(self, operator.index))
 
     def __format__(self, spec: str) -> str:
-        return format(self.get(), spec) if spec else str(self)
+        return str(access.convert(self, lambda value: format(value, spec))) if spec else str(self)
 
     def __round__(self: Variable[jax.Array], ndigits: int | None = None) -> Any:
         return round(self.get(), ndigits)
+
+    def item(self: Variable[jax.Array], *args: int) -> Any:
+        """The value, or a part of it, as a Python number."""
+        return access.convert(self, lambda value: value.item(*args))
+
+    def tolist(self: Variable[jax.Array]) -> Any:
+        """The value as a Python number, or as nested lists of them."""
+        return access.convert(self, lambda value: value.tolist())
 
     # By identity, though `==` compares values: two cells never have one hash. It is in C, so that no signal handler runs in it.
     __hash__ = object.__hash__
