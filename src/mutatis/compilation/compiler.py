@@ -26,7 +26,7 @@ import jax
 from mutatis import _compat
 from mutatis.compilation.binding import Binding, Bindings, survey
 from mutatis.compilation.blame import explain
-from mutatis.compilation.dispatch import launch, rebuild_result
+from mutatis.compilation.dispatch import launch, rebuild_result, run_inside, write_inside
 from mutatis.compilation.layout import Arguments, Layout
 from mutatis.compilation.log import Log, facts_of
 from mutatis.compilation.options import Options
@@ -36,7 +36,7 @@ from mutatis.compilation.program import NeedsTraceError, Program, refuse_to_trac
 from mutatis.compilation.record import replay, shapes_of
 from mutatis.compilation.shardings import InShardings
 from mutatis.compilation.tracer import FoundStates, StaleBinding, StartsLate, trace
-from mutatis.core import access, frames, naming, transactions
+from mutatis.core import access, avals, frames, naming, transactions
 from mutatis.core.cells import UNSET
 from mutatis.core.committed import notify
 from mutatis.core.stamps import stamped
@@ -112,7 +112,8 @@ class Compiler:
           operands: if the second argument is the operands of a loop or branch, their names for messages.
           users: the functions as the user gave them, if the compiler is shared.
         """
-        if transactions.current() is not None or _compat.current_trace() is not _compat.EVAL_TRACE:
+        inside = transactions.current() is not None
+        if _compat.current_trace() is not _compat.EVAL_TRACE or (inside and frames.recorder() is not None):
             with stamped(None):  # the program takes all states as arguments
                 return self._call(self._inline, function, args, kwargs, functions, operands, users)
         flat, key = self._key(args, kwargs, functions)
@@ -123,9 +124,10 @@ class Compiler:
             and not (found.several and binding.settings != _compat.settings())
         ):
             plan = binding.plan
-            if plan is not None and plan.first is None and plan.treedef is not None and not _compat.jit_disabled():
+            ready = plan is not None and (inside or plan.first is None) and plan.treedef is not None
+            if plan is not None and ready and not _compat.jit_disabled():
                 try:
-                    return self._call_again(binding, plan, flat)
+                    return self._call_again(binding, plan, flat, inside)
                 except NeedsTraceError:
                     pass
                 except Exception as error:
@@ -133,9 +135,10 @@ class Compiler:
                     call.bind(binding)
                     explain(error, call, flat)
                     raise
-        return self._call(self._dispatch, function, args, kwargs, functions, operands, users)
+        act = self._inline if inside else self._dispatch
+        return self._call(act, function, args, kwargs, functions, operands, users)
 
-    def _call_again(self, binding: Binding, plan: DispatchPlan, flat: list[Any]) -> Any:
+    def _call_again(self, binding: Binding, plan: DispatchPlan, flat: list[Any], inside: bool) -> Any:
         """The call that most calls are: nothing to find out, and nothing to do but to run and to store.
 
         Raises:
@@ -144,7 +147,10 @@ class Compiler:
         before = tracing.run
         tracing.run = refuse_to_trace
         try:
-            number, made, leaves = launch(plan, flat)
+            if inside:
+                number, made, leaves = run_inside(plan, binding.current_cells(), flat)
+            else:
+                number, made, leaves = launch(plan, flat)
         except BaseException:
             _compat.restore_eager_trace()
             raise
@@ -564,16 +570,12 @@ class Compiler:
         """The call of a compiled program inside another transform or transaction."""
         binding, program = call.binding, call.program
         cells = binding.current_cells()
-        values = [access.load(cell) for cell in cells]
-        ((number, (new, made, leaves)),) = self._run_inline(program, values, flat).items()
-        record = program.records[number]
-        before = [values[index] for index in record.written]
-        for index, value in zip(record.written, record.new.decode(new, before), strict=True):
-            access.write(cells[index], value)
-        for index in record.restarted:
-            access.restart(cells[index])
-        access.note_reads(cells[index] for index in record.seen)
-        return replay(record, cells, binding.live_objects(), binding.places, made, leaves)
+        values = access.load_many(cells)
+        if binding.plan is None and call.outer is _compat.EVAL_TRACE and frames.recorder() is None:
+            if all(avals.fits_program(cell._value, value) for cell, value in zip(cells, values, strict=True)):
+                self._prepare(call, flat, _types(binding.cells))  # for the next call
+        number, made, leaves = write_inside(program, cells, values, self._run_inline(program, values, flat))
+        return replay(program.records[number], cells, binding.live_objects(), binding.places, made, leaves)
 
     @staticmethod
     def _run_inline(program: Program, values: list[Any], flat: list[Any]) -> Any:

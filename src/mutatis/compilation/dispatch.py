@@ -22,6 +22,7 @@ from mutatis.compilation.binding import Binding
 from mutatis.compilation.plan import DispatchPlan, copy_values
 from mutatis.compilation.program import Program
 from mutatis.compilation.record import replay
+from mutatis.core import access
 from mutatis.core.cells import LANDED, Cell, Lease, commit_rest, expose, give_back, my_lease, settle
 from mutatis.core.interrupts import held_back
 from mutatis.core.structure import structure
@@ -158,6 +159,43 @@ def _rescue(plan: DispatchPlan, lease: Lease, box: list[Any], exposed: list[int]
     else:
         deque(map(_set_value, plan.written, plan.results(box, values)), 0)
     return False
+
+
+def run_inside(plan: DispatchPlan, cells: Sequence[Cell], flat: list[Any]) -> tuple[int, Sequence[Any], Sequence[Any]]:
+    """Run in a transaction: nothing is donated there, and what is written is committed at its end.
+
+    Args:
+      plan: how to call.
+      cells: its cells, with those of the contexts of now.
+      flat: the values of the arguments.
+    """
+    values = access.load_many(cells)
+    return write_inside(plan.program, cells, values, plan.program.undonated(*values, *flat))
+
+
+def write_inside(
+    program: Program, cells: Sequence[Cell], values: Sequence[Any], returned: dict[int, Any]
+) -> tuple[int, Sequence[Any], Sequence[Any]]:
+    """Write what a program returned, in the transaction that is open here.
+
+    Args:
+      program: the program.
+      cells: its cells.
+      values: what it was called with.
+      returned: what it returned.
+
+    Returns:
+      The number of its record, and the arrays of what was made and of the result.
+    """
+    ((number, (new, made, leaves)),) = returned.items()
+    record = program.records[number]
+    if not record.new.plain:
+        new = record.new.decode(new, [values[index] for index in record.written])
+    access.write_many([cells[index] for index in record.written], new)
+    for index in record.restarted:
+        access.restart(cells[index])
+    access.note_reads([cells[index] for index in record.seen])
+    return number, made, leaves
 
 
 def rebuild_result(binding: Binding, program: Program, number: int, made: Sequence[Any], leaves: Sequence[Any]) -> Any:

@@ -91,6 +91,14 @@ def peek_many(states: Sequence[Cell]) -> list[Any]:
     return [cell._value for cell in states] if innermost() is None else list(map(peek, states))
 
 
+def load_many(states: Sequence[Cell]) -> list[Any]:
+    """The values of cells, as `load` gives them."""
+    tx: Transaction | None = innermost()
+    if type(tx) is Transaction and _compat.current_trace() is _compat.EVAL_TRACE and tx.open_parent() is None:
+        return tx.load_many(states)
+    return list(map(load, states))
+
+
 def holds_value(cell: Cell) -> bool:
     """Whether a cell has a value (or a placeholder for one)."""
     return peek(cell) is not UNSET
@@ -156,6 +164,10 @@ def write(cell: Cell, value: Any) -> None:
 
 def write_many(states: Sequence[Cell], values: Sequence[Any]) -> None:
     """Give cells other values, together."""
+    tx: Transaction | None = innermost()
+    if type(tx) is Transaction and _compat.current_trace() is tx.trace:
+        tx.write_many(states, values)
+        return
     if not is_outside():
         for cell, value in zip(states, values, strict=True):
             write(cell, value)

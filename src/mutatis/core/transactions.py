@@ -22,7 +22,7 @@ notes that it needs the cell as an input, `vmap` gives each lane its own random 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +30,7 @@ import jax
 
 from mutatis import _compat
 from mutatis.core import frames, naming
-from mutatis.core.cells import Cell
+from mutatis.core.cells import UNSET, Cell, load_many
 from mutatis.core.committed import check_stale, is_local, load_committed, staging_trace, write_refused
 from mutatis.core.interrupts import divert, undivert
 from mutatis.core.journal import Journal
@@ -153,6 +153,25 @@ class Transaction(frames.Frame):
             self._pin(cell)
         return value
 
+    def load_many(self, cells: Sequence[Any]) -> list[Any]:
+        """The values of cells, for a transform that is called by ordinary code, as `load` gives them one by one."""
+        missing = [cell for cell in cells if cell not in self.values]
+        loaded = zip(missing, load_many(missing), strict=True) if missing else ()
+        found = {cell: value for cell, value in loaded if value is not UNSET}
+        if found:
+            self.preload(found)
+            self._through.update(found)
+        return [self.values.get(cell, UNSET) for cell in cells]
+
+    def write_many(self, cells: Sequence[Any], values: Sequence[Any]) -> None:
+        """Give cells other values, on behalf of the code that the transaction is around, as `write` does one by one."""
+        for cell in self.pinned.intersection(cells) if self.pinned else ():
+            self._check_pin(cell, "written")
+        for cell, value in zip(cells, values, strict=True):
+            self._hold(cell, value)
+            self.written[cell] = self.written.get(cell, 0) + 1
+        self._through.difference_update(cells)
+
     def note_reads(self, cells: Iterable[Cell]) -> None:
         """Note that code further in has read these cells; one that a raw transform made there may hold its tracer."""
         self.seen.update({cell: None for cell in cells if cell._birth is None})
@@ -188,7 +207,7 @@ class Transaction(frames.Frame):
         self.values[cell] = value
         if type(value) in _CONTAINERS:
             self._lent[cell] = jax.tree.leaves(value)
-        else:
+        elif self._lent:
             self._lent.pop(cell, None)
 
     def load_outer(self, cell: Cell) -> Any:
