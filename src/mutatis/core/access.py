@@ -176,8 +176,7 @@ def write_many(states: Sequence[Cell], values: Sequence[Any]) -> None:
     others = [cell for cell, value in pairs if cell._birth is None and not avals.fits_program(cell._value, value)]
     if others:
         structure.changed(*others)
-    for cell, value in zip(states, values, strict=True):
-        cells.store(cell, value)
+    cells.store_many(states, values)
     if others:
         structure.changed(*others)
     notify(states)

@@ -55,6 +55,8 @@ def _same_leaf_type(x: Any, y: Any, exact: bool) -> bool:
 
 def fits_program(old: Any, new: Any) -> bool:
     """Whether a program that was compiled for one concrete value fits the other: type and placement are the same."""
+    if old is new:
+        return True
     if type(old) is _ARRAY and type(new) is _ARRAY:
         x, y = old.sharding, new.sharding
         # JAX mostly has one object for equal types, and for equal shardings.

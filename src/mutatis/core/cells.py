@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any, Protocol
 
 import jax
@@ -170,9 +171,12 @@ def load(cell: Cell) -> Any:
 
 def load_many(cells: Sequence[Cell]) -> list[Any]:
     """The committed values of cells, as `load` gives them."""
-    settle(_thread.lease)
-    with _mutex:
-        return _expose_values(cells)
+    values = [cell._value for cell in cells]
+    if any([cell._lease is not None for cell in cells]) or not all(map(is_, [cell._value for cell in cells], values)):
+        settle(_thread.lease)
+        with _mutex:
+            return _expose_values(cells)
+    return values
 
 
 def _expose_values(cells: Sequence[Cell]) -> list[Any]:
@@ -212,6 +216,15 @@ def store(cell: Cell, value: Any) -> None:
         settle(_thread.lease)
         with _mutex:
             _store_leased(cell, value)
+
+
+def store_many(cells: Sequence[Cell], values: Sequence[Any]) -> None:
+    """Store committed values, as `store` does."""
+    for cell, value in zip(cells, values, strict=True):
+        if cell._lease is None:
+            cell._value = value
+        else:
+            store(cell, value)
 
 
 def _store_leased(cell: Cell, value: Any) -> None:

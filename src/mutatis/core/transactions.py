@@ -167,9 +167,10 @@ class Transaction(frames.Frame):
         """Give cells other values, on behalf of the code that the transaction is around, as `write` does one by one."""
         for cell in self.pinned.intersection(cells) if self.pinned else ():
             self._check_pin(cell, "written")
-        for cell, value in zip(cells, values, strict=True):
-            self._hold(cell, value)
-            self.written[cell] = self.written.get(cell, 0) + 1
+        self.preload(dict(zip(cells, values, strict=True)))
+        counts = self.written
+        for cell in cells:
+            counts[cell] = counts.get(cell, 0) + 1
         self._through.difference_update(cells)
 
     def note_reads(self, cells: Iterable[Cell]) -> None:
@@ -200,8 +201,12 @@ class Transaction(frames.Frame):
 
     def preload(self, values: Mapping[Any, Any]) -> None:
         """Put values into the overlay that count as read, not written, unless they are changed in place."""
+        self.values.update(values)
         for cell, value in values.items():
-            self._hold(cell, _fresh(value))
+            if type(value) in _CONTAINERS:
+                self._hold(cell, _fresh(value))
+            elif self._lent:
+                self._lent.pop(cell, None)
 
     def _hold(self, cell: Cell, value: Any) -> None:
         self.values[cell] = value
