@@ -132,7 +132,12 @@ def _read_torch(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_gguf(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     gguf = require("gguf", "mu.interop")
-    file = gguf.GGUFReader(path)
+    try:
+        file = gguf.GGUFReader(path)
+    except ValueError as error:
+        if "GGMLQuantizationType" not in str(error):
+            raise
+        raise _unknown_type(path, "a tensor", str(error)) from error
     arrays = {}
     for tensor in file.tensors:
         if tensor.tensor_type.name in _PLAIN_GGUF:
@@ -141,13 +146,18 @@ def _read_gguf(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             arrays[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
-            raise CheckpointError(
-                f"tensor `{tensor.name}` in `{path}` is of a type that is not known here",
-                path=tensor.name,
-                got=tensor.tensor_type.name,
-                cure="Take a file of another quantization, or a newer release of `gguf`.",
-            ) from error
+            raise _unknown_type(path, f"tensor `{tensor.name}`", tensor.tensor_type.name) from error
     return arrays, {name: field.contents() for name, field in file.fields.items()}
+
+
+def _unknown_type(path: str, tensor: str, got: str) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor} in `{path}` is of a type that is not known here",
+        path=path,
+        expected="a type that the package `gguf` makes numbers of",
+        got=got,
+        cure="Take a file of another quantization, or a newer release of `gguf`.",
+    )
 
 
 _PLAIN_GGUF = ("F16", "F32", "F64", "I8", "I16", "I32", "I64")  # which are arrays as they are

@@ -53,7 +53,7 @@ class Match:
         self._collections: dict[str, str] = {}
         self._found: dict[str, tuple[str, Any]] = {}  # by the name of the slot: where the array is from, and the array
         self._met: set[str] = set()  # those that an array was meant for, whether it fits or not
-        self._strange: list[str] = []
+        self._strange: list[tuple[str, str]] = []  # the name that an array had, and the one that it came to
         self._castable = False
 
     def without_collections(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Match:
         slot = self._slot(name)
         if slot is None:
             if not needless(self._owner(name), name.rpartition(".")[2], self._convention):
-                self._strange.extend(source for source, _ in arrays)
+                self._strange.extend((source, name) for source, _ in arrays)
             return
         if slot.name not in self._wanted:
             return
@@ -139,7 +139,7 @@ class Match:
         new = stored if is_key(stored) else slot.read(stored)
         now = slot.now
         if now is None:
-            return jnp.asarray(new)
+            return jnp.array(new)
         if is_key(now) and not is_key(new):
             new = self._key(now, new)
         wide = new.dtype
@@ -167,10 +167,10 @@ class Match:
     def missing(self) -> list[str]:
         """What is said of each state that has to get a value, and gets none."""
         lacking = [slot for name, slot in self._slots.items() if name in self._needed and name not in self._met]
-        lines = []
+        lines, names = [], [source for source, _ in self._strange]
         for n, slot in enumerate(lacking):
             called = f", as `{slot.name}`" if slot.name != slot.label else ""
-            lines.append(f"missing:    {slot.label}{called}{_nearest(slot.name, self._strange) if n < _SHOWN else ''}")
+            lines.append(f"missing:    {slot.label}{called}{_nearest(slot.name, names) if n < _SHOWN else ''}")
         partly = {slot.cell for name, slot in self._slots.items() if name in self._met} - {slot.cell for slot in lacking}
         lines += [
             f"missing:    {slot.label}, as `{slot.name}`"
@@ -181,17 +181,17 @@ class Match:
 
     def unexpected(self) -> list[str]:
         """What is said of each array that no state is for."""
-        lacking = [name for name in self._wanted if name not in self._met]
+        names = sorted(name for name in self._wanted if name not in self._met) or sorted(self._slots)
         return [
-            f"unexpected: {name}{_nearest(name, sorted(lacking) or sorted(self._slots)) if n < _SHOWN else ''}"
-            for n, name in enumerate(self._strange)
+            f"unexpected: {source}{f', as `{name}`' * (name != source)}{_nearest(name, names) if n < _SHOWN else ''}"
+            for n, (source, name) in enumerate(self._strange)
         ]
 
     def cure(self) -> str:
         """What to do about all of it."""
         if self._castable and not self._strange and self._needed <= self._met:
             return "`cast=True` converts dtypes; another shape needs another model."
-        return "Say how the names differ: `rules={'encoder.layer.{i}': 'blocks.{i}', 'pooler': None}`."
+        return "Say how the names differ: `rules={'encoder.layer.{i}': 'blocks.{i}', 'pooler': None}`. A filter loads a part."
 
     def values(self) -> dict[Variable, Any]:
         """The new value of each state that gets one."""
@@ -209,7 +209,10 @@ _SHOWN = 10  # of each sort; so many of all are printed
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1, 0.5)
+    """The name that is most like another one: first of those that end alike."""
+    every = list(names)
+    alike = [other for other in every if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = difflib.get_close_matches(name, alike, 1, 0.0) or difflib.get_close_matches(name, every, 1, 0.5)
     return f" (nearest: {near[0]})" if near else ""
 
 
@@ -232,6 +235,6 @@ def _assembled(slots: list[Slot], arrays: list[Any]) -> Any:
 
 
 def _placed(now: Any, array: Any) -> jax.Array:
-    value = jnp.asarray(array)
+    value = jnp.array(array)  # a copy: nobody else holds what a state holds
     committed = isinstance(now, jax.Array) and not isinstance(now, jax.core.Tracer) and now.committed
     return jax.device_put(value, now.sharding) if committed else value

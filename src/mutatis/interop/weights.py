@@ -84,7 +84,7 @@ def load(
         missing:    layers[0].kernel, as `layers.0.weight` (nearest: fc1.weight)
         unexpected: fc1.weight (nearest: layers.0.weight)
         unexpected: fc1.bias (nearest: layers.0.bias)
-      Say how the names differ: `rules={'encoder.layer.{i}': 'blocks.{i}', 'pooler': None}`.
+      Say how the names differ: `rules={'encoder.layer.{i}': 'blocks.{i}', 'pooler': None}`. A filter loads a part.
     """
     check_convention(convention)
     weights = _weights_of(source)
