@@ -78,7 +78,6 @@ def read(path: str | os.PathLike[str]) -> Weights:
         raise CheckpointError(
             f"the file at `{path}` cannot be read as {form}: it is damaged, or ends too early",
             path=path,
-            got=f"{type(error).__name__}: {error}",
             cure="Fetch the file anew, and compare its size with what its source says.",
         ) from error
     return Weights(arrays, source=path, metadata=metadata)
@@ -180,14 +179,14 @@ def _orbax_item(path: str) -> str:
     """The directory of one tree, in that of a checkpoint with several, or of a manager with several steps."""
     if os.path.exists(os.path.join(path, "_METADATA")):
         return path
-    inner = [entry.path for entry in os.scandir(path) if entry.is_dir()]
+    ours = os.path.exists(os.path.join(path, "mutatis.json"))
+    inner = [entry.path for entry in os.scandir(path) if entry.is_dir() and not ours]
     items = sorted(folder for folder in inner if os.path.exists(os.path.join(folder, "_METADATA")))
     steps = [folder for folder in inner if os.path.basename(folder).isdigit()]
     if len(items) == 1:
         return items[0]
     if not items and steps:
         return _orbax_item(max(steps, key=lambda folder: int(os.path.basename(folder))))
-    ours = os.path.exists(os.path.join(path, "mutatis.json"))
     raise CheckpointError(
         f"the directory `{path}` is " + ("a checkpoint of Mutatis" if ours else "not one checkpoint of Orbax"),
         path=path,

@@ -93,7 +93,7 @@ class Split(Layout):
 
     axis: int = 0
     sizes: tuple[int, ...] = ()
-    parts: int = 0  # filled in by the rule: how many names it gives
+    parts: int = dataclasses.field(default=0, repr=False)  # filled in by the rule: how many names it gives
 
     def read(self, arrays: Arrays) -> Arrays:
         (x,) = arrays
@@ -116,7 +116,7 @@ class Join(Layout):
 
     axis: int = 0
     sizes: tuple[int, ...] = ()
-    parts: int = 0
+    parts: int = dataclasses.field(default=0, repr=False)
 
     def read(self, arrays: Arrays) -> Arrays:
         return Split(self.axis, self.sizes).write(arrays)
