@@ -78,9 +78,16 @@ RULES = {
 def test_rules_go_both_ways() -> None:
     model, other = Net(0), Net(1)
     weights = interop.export(model, rules=RULES, convention="torch")
-    assert weights["left.weight"].shape == (2, 2, 2, 3) and weights["flat"].shape == (4,) and "enc.0.fc.weight" in weights
+    assert (
+        weights["left.weight"].shape == (2, 2, 2, 3) and weights["flat"].shape == (4,) and "enc.0.fc.weight" in weights
+    )
     weights["enc.1.norm.weight"] = weights.pop("enc.1.fc.weight")
-    interop.load(other, {**weights, "pooler.dense.weight": np.ones(3), "a.position_ids": np.ones(3)}, rules=RULES, convention="torch")
+    interop.load(
+        other,
+        {**weights, "pooler.dense.weight": np.ones(3), "a.position_ids": np.ones(3)},
+        rules=RULES,
+        convention="torch",
+    )
     assert equal(model, other, mu.Any(mu.Param, mu.BatchStat))
 
 
@@ -101,7 +108,9 @@ def test_split_projections() -> None:
     fused = np.arange(18, dtype=np.float32).reshape(6, 3)
     model = {name: nn.Linear(3, 2, rngs=mu.Rngs(0)) for name in "qkv"}
     weights = {"attn.in_proj_weight": fused, "attn.in_proj_bias": fused[:, 0]}
-    rules = {f"attn.in_proj_{part}": (tuple(f"{name}.{part}" for name in "qkv"), Split()) for part in ("weight", "bias")}
+    rules = {
+        f"attn.in_proj_{part}": (tuple(f"{name}.{part}" for name in "qkv"), Split()) for part in ("weight", "bias")
+    }
     interop.load(model, weights, rules=rules, convention="torch")
     np.testing.assert_array_equal(model["k"].kernel, fused[2:4].T)
     np.testing.assert_array_equal(model["v"].bias, fused[4:, 0])
@@ -121,9 +130,13 @@ def test_tied_weights(convention: str) -> None:
     interop.load(other, {**weights, alias: weights[name]}, convention=convention)
     assert equal(model, other, mu.Param)
     other = Net(2)
-    interop.load(other, {**{n: x for n, x in weights.items() if n != name}, alias: weights[name]}, convention=convention)
+    interop.load(
+        other, {**{n: x for n, x in weights.items() if n != name}, alias: weights[name]}, convention=convention
+    )
     assert equal(model, other, mu.Param)
-    with pytest.raises(errors.CheckpointError, match=f"layers.0..kernel: `{name}` and `head.w` both come to it, and differ"):
+    with pytest.raises(
+        errors.CheckpointError, match=f"layers.0..kernel: `{name}` and `head.w` both come to it, and differ"
+    ):
         interop.load(other, {**weights, "head.w": weights[name] + 1}, rules={"head.w": name}, convention=convention)
 
 
@@ -173,7 +186,10 @@ def test_a_state_keeps_its_place_and_its_array() -> None:
 
 
 def test_under_jit_and_in_a_transaction() -> None:
-    model, weights = nn.Linear(2, 2, rngs=mu.Rngs(0)), {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)}
+    model, weights = (
+        nn.Linear(2, 2, rngs=mu.Rngs(0)),
+        {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)},
+    )
     before = mu.state(model)
     with mu.transaction(model) as tx:
         interop.load(model, weights)
@@ -229,9 +245,9 @@ def test_all_mismatches_in_one_message() -> None:
         "  unexpected: layers.0.weigth (nearest: layers.0.weight)",
         "  fused: Split(axis=0, sizes=()) does not take the shape (5, 2): array split does not result in an equal division",
         "  incomplete: left.q comes with right.q, which are not there",
-        "  named['conv'].kernel: expected float32[2,3,2,6], got float32[2,3,4,6] from `named.conv.weight` float32[6,4,2,3]",
+        "  named.conv.kernel: expected float32[2,3,2,6], got float32[2,3,4,6] from `named.conv.weight` float32[6,4,2,3]",
         "  table: expected float32[2,2], got float16[2,2] from `table`",
-        "  no name matches the rule `layer.{i}.norm` (nearest: layers.1.bias)",
+        "  no name matches the rule `layer.{i}.norm` (nearest: layers.0.bias)",
         "Say how the names differ: `rules={'encoder.layer.{i}': 'blocks.{i}', 'pooler': None}`. A filter loads a part.",
     ]
     assert mu.state(model) == before and len(caught.value.differences) == 7
@@ -381,8 +397,12 @@ def test_linen_collections_and_checkpoints(stored: bool, tmp_path: Path) -> None
     out, updates = Theirs().apply(variables, x, mutable=["batch_stats"])
     np.testing.assert_allclose(model.layers[1](model.layers[0](x)), out, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(model.layers[1].var, updates["batch_stats"]["BatchNorm_0"]["var"], rtol=1e-6)
-    with pytest.raises(errors.CheckpointError, match=r"layers\[1\].mean: is a BatchStat \(batch_stats\), and `m` is in `params`"):
+    with pytest.raises(
+        errors.CheckpointError, match=r"layers\[1\].mean: is a BatchStat \(batch_stats\), and `m` is in `params`"
+    ):
         interop.load(model, {"params": {"m": np.zeros(4)}}, rules={"m": "layers.1.mean"})
     door = interop.FromLinen(Theirs(), variables=jax.tree.map(jnp.zeros_like, variables))
     interop.load(door.variables, source)
-    np.testing.assert_array_equal(door.variables["params"]["Dense_0"]["kernel"], variables["params"]["Dense_0"]["kernel"])
+    np.testing.assert_array_equal(
+        door.variables["params"]["Dense_0"]["kernel"], variables["params"]["Dense_0"]["kernel"]
+    )

@@ -1,7 +1,7 @@
 """Conventions: by which names, and in which layout, other libraries would hold the states of a model of ours.
 
-`flax` has our own names: a path with dots, ``blocks.0.norm.scale``. `torch` has those of `torch.nn` for the layers of `mutatis.nn`,
-at the same paths otherwise:
+`flax` has our own names: a path with dots, ``blocks.0.norm.scale``. `torch` has those of `torch.nn` for the layers of
+`mutatis.nn`, at the same paths otherwise:
 
 | layer | ours | `torch.nn` |
 |---|---|---|
@@ -12,8 +12,8 @@ at the same paths otherwise:
 | norms | `scale`, `mean`, `var` | `weight`, `running_mean`, `running_var` |
 | `PReLU` | `negative_slope` () | `weight` (1,) |
 
-What is no weight is not in a file and stays to be said where the layer is made: the momentum of batch norm is the weight of the *new*
-value in PyTorch, of the old one here (0.1 there is 0.9 here), and its epsilon and that of layer norm have another default.
+What is no weight is not in a file and stays to be said where the layer is made: the momentum of batch norm is the weight of the
+*new* value in PyTorch, of the old one here (0.1 there is 0.9 here), and its epsilon and that of layer norm have another default.
 """
 
 from __future__ import annotations
@@ -112,9 +112,8 @@ def _slots(path: Path, cell: Variable, owners: dict[Path, Module], convention: s
         leaves, tree = jax.tree_util.tree_flatten_with_path(value)
     found = []
     for number, (keys, now) in enumerate(leaves):
-        name, read, write = last, _as_it_is, _as_it_is
-        if convention == "torch" and not keys:
-            name, read, write = _torch(owner, last, now)
+        translated = convention == "torch" and not keys
+        name, read, write = _torch(owner, last, now) if translated else (last, _as_it_is, _as_it_is)
         inner = jax.tree_util.keystr(keys, simple=True, separator=".")
         full = ".".join(part for part in (prefix, name, inner) if part)
         found.append(Slot(cell, path, number, now, tree, full, read, write))
@@ -177,13 +176,13 @@ class _Convolution:
         if array.ndim < 3:
             return array
         if self.mirrored:
-            return np.flip(array, range(2, array.ndim)).transpose(*range(2, array.ndim), 0, 1)
+            return np.flip(array, tuple(range(2, array.ndim))).transpose(*range(2, array.ndim), 0, 1)
         return array.transpose(*range(2, array.ndim), 1, 0)
 
     def write(self, array: Any) -> Any:
         n = array.ndim - 2
         if self.mirrored:
-            return np.flip(array, range(n)).transpose(n, n + 1, *range(n))
+            return np.flip(array, tuple(range(n))).transpose(n, n + 1, *range(n))
         return array.transpose(n + 1, n, *range(n))
 
 

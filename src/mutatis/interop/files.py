@@ -29,7 +29,9 @@ class Weights(dict[str, Any]):
         that are no arrays.
     """
 
-    def __init__(self, arrays: Mapping[str, Any], *, source: str = "the weights", metadata: Mapping[str, Any] | None = None):
+    def __init__(
+        self, arrays: Mapping[str, Any], *, source: str = "the weights", metadata: Mapping[str, Any] | None = None
+    ):
         super().__init__(arrays)
         self.source = source
         self.metadata = dict(metadata or {})
@@ -60,7 +62,9 @@ def read(path: str | os.PathLike[str]) -> Weights:
     """
     path = os.path.abspath(os.fspath(path))
     if not os.path.exists(path):
-        raise CheckpointError(f"there is no file at `{path}`", path=path, cure="Look for a misspelled name, or for a folder above.")
+        raise CheckpointError(
+            f"there is no file at `{path}`", path=path, cure="Look for a misspelled name, or for a folder above."
+        )
     reader, form = _reader_of(path)
     try:
         arrays, metadata = reader(path)
@@ -90,10 +94,11 @@ def _reader_of(path: str) -> tuple[Any, str]:
         start = file.read(16)
     if start.startswith(b"GGUF"):
         return _read_gguf, "GGUF"
+    # A header in JSON, after its length, whose first byte may be any.
+    if path.endswith(".safetensors") or (start[8:9] == b"{" and start[4:8] == bytes(4)):
+        return _read_safetensors, "safetensors"
     if is_torch_file(start):
         return _read_torch, "what `torch.save` wrote"
-    if start[8:9] == b"{" or path.endswith(".safetensors"):
-        return _read_safetensors, "safetensors"
     raise CheckpointError(
         f"the file at `{path}` is of an unknown format",
         path=path,
@@ -172,7 +177,11 @@ def _read_orbax(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _restored_as(leaf: Any) -> Any:
-    return np.ndarray if isinstance(getattr(leaf, "shape", None), tuple) and type(leaf).__name__ == "ArrayMetadata" else None
+    return (
+        np.ndarray
+        if isinstance(getattr(leaf, "shape", None), tuple) and type(leaf).__name__ == "ArrayMetadata"
+        else None
+    )
 
 
 def _orbax_item(path: str) -> str:
@@ -192,7 +201,9 @@ def _orbax_item(path: str) -> str:
         path=path,
         expected="a directory with a file `_METADATA`",
         got=f"{len(items)} such in it: {', '.join(map(os.path.basename, items))}" if items else "none",
-        cure="`mu.checkpoint.restore(path, model)`" if ours else f"Give the one to read: `{(items or [path + '/default'])[0]}`.",
+        cure="`mu.checkpoint.restore(path, model)`"
+        if ours
+        else f"Give the one to read: `{(items or [path + '/default'])[0]}`.",
     )
 
 
@@ -223,7 +234,9 @@ def _apart(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return arrays, {name: leaf for name, leaf in flat.items() if name not in arrays}
 
 
-def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write arrays by name; the file is there whole or not at all.
 
     Raises:
@@ -240,9 +253,13 @@ def write_safetensors(path: str | os.PathLike[str], arrays: Mapping[str, Any], m
         )
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray | np.generic):
-            raise ArgumentError(f"`{name}` is {show_value(array)}, and no array", path=name, cure="`numpy.asarray(x)` makes one.")
+            raise ArgumentError(
+                f"`{name}` is {show_value(array)}, and no array", path=name, cure="`numpy.asarray(x)` makes one."
+            )
     writer = require("safetensors.numpy", "mu.interop")
-    data = writer.save({name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata=dict(metadata or {}))
+    data = writer.save(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata=dict(metadata or {})
+    )
     beside = f"{path}.{os.getpid()}.part"
     try:
         with open(beside, "wb") as file:

@@ -84,7 +84,9 @@ class Match:
             collection = self._collections.get(source)
             if collection is not None and collection != slot.cell.collection:
                 kind = type(slot.cell).__name__
-                self.problems.append(f"{slot.label}: is a {kind} ({slot.cell.collection}), and `{source}` is in `{collection}`")
+                self.problems.append(
+                    f"{slot.label}: is a {kind} ({slot.cell.collection}), and `{source}` is in `{collection}`"
+                )
                 continue
             value = self._fitted(slot, source, array)
             if value is None:
@@ -171,7 +173,9 @@ class Match:
         for n, slot in enumerate(lacking):
             called = f", as `{slot.name}`" if slot.name != slot.label else ""
             lines.append(f"missing:    {slot.label}{called}{_nearest(slot.name, names) if n < _SHOWN else ''}")
-        partly = {slot.cell for name, slot in self._slots.items() if name in self._met} - {slot.cell for slot in lacking}
+        partly = {slot.cell for name, slot in self._slots.items() if name in self._met} - {
+            slot.cell for slot in lacking
+        }
         lines += [
             f"missing:    {slot.label}, as `{slot.name}`"
             for name, slot in self._slots.items()

@@ -98,7 +98,12 @@ class FromNnx(Module):
         return _through(self, (name,))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) or "graphdef" not in self.__dict__
+        own = (
+            name.startswith("_")
+            or name in self.__dict__
+            or hasattr(type(self), name)
+            or "graphdef" not in self.__dict__
+        )
         if own or name == "variables" or not hasattr(_look(self, ()), name):
             super().__setattr__(name, value)
         else:

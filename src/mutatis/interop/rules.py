@@ -1,7 +1,8 @@
 """Rules: how the names and arrays of a file become those of a model, said as data and checked, forwards and backwards.
 
-A name is dotted: ``encoder.layer.3.attention.query.weight``. A rule has a pattern of their names and one of ours, in which ``{i}``
-stands for one part of a name, the same on both sides, and ``*``, in what is left out, for anything. A pattern may end before the name
+A name is dotted: ``encoder.layer.3.attention.query.weight``. A rule has a pattern of their names and one of ours, in which
+``{i}`` stands for one part of a name, the same on both sides, and ``*``, in what is left out, for anything. A pattern may end
+before the name
 does: the rest is handed on. Of the rules that match a name the first counts; a name that none matches stays as it is.
 
 Where arrays are cut, joined or turned, a *layout* says so. Each is one step with its way back, so that what a rule
@@ -190,7 +191,9 @@ def as_rules(rules: RulesLike) -> tuple[Rule, ...]:
 
 
 def _rule(theirs: Any, given: Any) -> Rule:
-    ours, layout = given if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Layout) else (given, None)
+    ours, layout = (
+        given if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Layout) else (given, None)
+    )
     sources, targets = _as_names(theirs), () if ours is None else _as_names(ours)
     if sources is None or targets is None:
         raise _refused(theirs, given, "names are texts")
@@ -201,7 +204,9 @@ def _rule(theirs: Any, given: Any) -> Rule:
     if isinstance(layout, Split | Join):
         one, several = (sources, targets) if isinstance(layout, Split) else (targets, sources)
         if len(one) != 1 or len(several) < 2 or len(layout.sizes) not in (0, len(several)):
-            raise _refused(theirs, given, f"`{type(layout).__name__}` stands between one name and several, with a size for each")
+            raise _refused(
+                theirs, given, f"`{type(layout).__name__}` stands between one name and several, with a size for each"
+            )
         layout = dataclasses.replace(layout, parts=len(several))
     elif layout is not None and len(sources) != len(targets):
         raise _refused(theirs, given, f"`{type(layout).__name__}` gives as many arrays as it takes")
@@ -293,7 +298,9 @@ def translate(rules: Sequence[Rule], arrays: Mapping[str, Any]) -> Translated:
 def inverse(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """The rules for the way back, from names of ours to theirs; what is left out stays out."""
     return tuple(
-        Rule(rule.ours, rule.theirs, None if rule.layout is None else _Back(rule.layout), tuple(map(_pattern, rule.ours)))
+        Rule(
+            rule.ours, rule.theirs, None if rule.layout is None else _Back(rule.layout), tuple(map(_pattern, rule.ours))
+        )
         for rule in rules
         if rule.ours
     )

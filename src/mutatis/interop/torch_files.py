@@ -1,8 +1,8 @@
 """Files that `torch.save` wrote, read without torch and without running code.
 
-Such a file is a pickle beside raw numbers: in a zip archive, or, before torch 1.6, one after the other. A pickle is a program that
-may call anything it can name. Here it can name what builds dictionaries and tensors, by stand-ins that make NumPy arrays, and
-nothing else; every tensor is checked to lie within the numbers that are there.
+Such a file is a pickle beside raw numbers: in a zip archive, or, before torch 1.6, one after the other. A pickle is a program
+that may call anything it can name. Here it can name what builds dictionaries and tensors, by stand-ins that make NumPy arrays,
+and nothing else; every tensor is checked to lie within the numbers that are there.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _read_legacy(file: BinaryIO) -> Any:
     dtypes: dict[str, np.dtype[Any]] = {}
     _each(tree, lambda tensor: dtypes.setdefault(tensor.storage.key, tensor.storage.dtype))
     kept: dict[str, Any] = {}
-    order = "<" if not isinstance(about, dict) or about.get("little_endian", True) else ">"
+    order: Any = "<" if not isinstance(about, dict) or about.get("little_endian", True) else ">"
     for key in _unpickle(file):
         size = int.from_bytes(_exactly(file, 8), "little" if order == "<" else "big", signed=True)
         # No tensor uses the numbers of a storage without a dtype, and without one nothing says how long it is.

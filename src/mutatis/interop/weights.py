@@ -7,10 +7,9 @@ What does not work out, in any step, is told in one message.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,23 +18,30 @@ import numpy as np
 
 from mutatis import _homes
 from mutatis.core import access
-from mutatis.core.avals import same_type, show_type
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, CheckpointError
 from mutatis.interop.conventions import check_convention, numbers, slots_of
 from mutatis.interop.files import Weights, flat_arrays, read, write_safetensors
 from mutatis.interop.matching import Match, selection
-from mutatis.interop.rules import Halves, Join, Layout, Reshape, RulesLike, Split, Transpose, as_rules, inverse, translate
-from mutatis.model.filters import FilterLike, as_filter
-from mutatis.model.kinds import Cache, Hidden, Intermediate, MetricState, OptState, Perturbation, RngState, kind_of
-from mutatis.model.modules import Module
+from mutatis.interop.rules import (
+    Halves,
+    Join,
+    Layout,
+    Reshape,
+    RulesLike,
+    Split,
+    Transpose,
+    as_rules,
+    inverse,
+    translate,
+)
+from mutatis.model.filters import FilterLike
 from mutatis.model.state import State
 from mutatis.model.strangers import door
-from mutatis.model.surgery import modules
-from mutatis.model.variables import Variable
 
 __all__ = ["Halves", "Join", "Layout", "Reshape", "Split", "Transpose", "Weights", "export", "load", "read", "save"]
+
 
 def load(
     node: Any,
@@ -49,15 +55,15 @@ def load(
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      source: a file or directory that `read` reads; or arrays by name or in nested dictionaries; a Flax NNX module or its state; what
-        ``init`` of a Linen module gave; a PyTorch module or its state dict.
+      source: a file or directory that `read` reads; or arrays by name or in nested dictionaries; a Flax NNX module or its
+        state; what ``init`` of a Linen module gave; a PyTorch module or its state dict.
       *filters: which states; each that is selected has to get a value, and arrays for others are passed over. Without filters it
         is all states, but those of random streams, caches, recurrent layers, optimizers, metrics and activations may be lacking.
-      rules: how names and arrays differ, from theirs to ours: a dictionary, or pairs. ``{"encoder.layer.{i}": "blocks.{i}"}`` renames
-        what begins so; ``{"pooler": None}`` leaves out; ``{"qkv": (("q", "k", "v"), Split(axis=0))}`` also changes arrays, by a `Layout`:
-        `Transpose`, `Reshape`, `Split`, `Join`, `Halves`. The first rule that matches a name counts.
-      convention: how names and layouts of layers are once the rules are done: ``"flax"`` as here, ``"torch"`` as in `torch.nn`, for
-        GGUF too: ``weight`` for ``kernel``, transposed, and so on.
+      rules: how names and arrays differ, from theirs to ours: a dictionary, or pairs. ``{"encoder.layer.{i}": "blocks.{i}"}``
+        renames what begins so; ``{"pooler": None}`` leaves out; ``{"qkv": (("q", "k", "v"), Split(axis=0))}`` also changes
+        arrays, by a `Layout`: `Transpose`, `Reshape`, `Split`, `Join`, `Halves`. The first rule that matches a name counts.
+      convention: how names and layouts of layers are once the rules are done: ``"flax"`` as here, ``"torch"`` as in `torch.nn`,
+        for GGUF too: ``weight`` for ``kernel``, transposed, and so on.
       cast: whether numbers of another dtype are converted. 64-bit integers need no `cast` if JAX has none, but have to fit.
 
     Note:
@@ -112,8 +118,8 @@ def export(node: Any, *filters: FilterLike, rules: RulesLike = (), convention: s
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *filters: which states. Without filters it is all but random streams, caches, and the states of recurrent layers, optimizers,
-        metrics and activations.
+      *filters: which states. Without filters it is all but random streams, caches, and the states of recurrent layers,
+        optimizers, metrics and activations.
       rules: those that `load` takes: they are gone through the other way, from ours to theirs.
       convention: ``"flax"`` or ``"torch"``, as in `load`.
 

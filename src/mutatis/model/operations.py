@@ -159,8 +159,8 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *states: `State`s, plain nested dictionaries, or flat ones whose keys are paths, or what `nnx.state` of Flax gives; they need
-        not cover all states.
+      *states: `State`s, plain nested dictionaries, or flat ones whose keys are paths, or what `nnx.state` of Flax gives; they
+        need not cover all states.
       cast: whether another dtype is converted.
 
     Raises:

@@ -41,7 +41,12 @@ def main() -> None:
     torch.save(net.state_dict(), HERE / "net.pt")
     torch.save(net.state_dict(), HERE / "legacy.pt", _use_new_zipfile_serialization=False)
     torch.save(nn.Linear(2, 2), HERE / "module.pt")
-    results = {"x": x.permute(0, 2, 3, 1), "words": words, "evaluated": net.eval()(x, words), "trained": net.train()(x, words)}
+    results = {
+        "x": x.permute(0, 2, 3, 1),
+        "words": words,
+        "evaluated": net.eval()(x, words),
+        "trained": net.train()(x, words),
+    }
     results |= {"mean": net.norm.running_mean, "var": net.norm.running_var}
     np.savez(HERE / "net.npz", **{name: value.detach().numpy() for name, value in results.items()})
 
