@@ -35,6 +35,18 @@ from jax.nn import tanh as tanh
 from mutatis import _equivalents, _homes
 from mutatis.nn import initializers as initializers
 from mutatis.nn.activations import PReLU as PReLU
+from mutatis.nn.attention import MultiHeadAttention as MultiHeadAttention
+from mutatis.nn.attention import dot_product_attention as dot_product_attention
+from mutatis.nn.attention import dot_product_attention_weights as dot_product_attention_weights
+from mutatis.nn.attention import dot_product_attention_with_rope as dot_product_attention_with_rope
+from mutatis.nn.caches import KVCache as KVCache
+from mutatis.nn.caches import kv_caches as kv_caches
+from mutatis.nn.masks import combine_masks as combine_masks
+from mutatis.nn.masks import make_attention_mask as make_attention_mask
+from mutatis.nn.masks import make_causal_mask as make_causal_mask
+from mutatis.nn.positions import LearnedPositions as LearnedPositions
+from mutatis.nn.positions import RoPE as RoPE
+from mutatis.nn.positions import SinusoidalPositions as SinusoidalPositions
 from mutatis.nn.containers import Sequential as Sequential
 from mutatis.nn.convolution import Conv as Conv
 from mutatis.nn.convolution import ConvTranspose as ConvTranspose
@@ -70,17 +82,29 @@ __all__ = [
     "Embed",
     "GroupNorm",
     "InstanceNorm",
+    "KVCache",
     "LayerNorm",
+    "LearnedPositions",
     "Linear",
     "LinearGeneral",
+    "MultiHeadAttention",
     "PReLU",
     "RMSNorm",
+    "RoPE",
     "Sequential",
+    "SinusoidalPositions",
     "SpectralNorm",
     "WeightNorm",
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "avg_pool",
+    "combine_masks",
+    "dot_product_attention",
+    "dot_product_attention_weights",
+    "dot_product_attention_with_rope",
+    "kv_caches",
+    "make_attention_mask",
+    "make_causal_mask",
     "max_pool",
     "min_pool",
     "pool",
