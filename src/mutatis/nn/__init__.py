@@ -67,6 +67,7 @@ from mutatis.nn.pooling import avg_pool as avg_pool
 from mutatis.nn.pooling import max_pool as max_pool
 from mutatis.nn.pooling import min_pool as min_pool
 from mutatis.nn.pooling import pool as pool
+from mutatis.nn.slots import SlotCache as SlotCache
 from mutatis.nn.stack import Stack as Stack
 from mutatis.nn.stochastic import Dropout as Dropout
 from mutatis.nn.weight_norms import SpectralNorm as SpectralNorm
@@ -94,6 +95,7 @@ __all__ = [
     "RoPE",
     "Sequential",
     "SinusoidalPositions",
+    "SlotCache",
     "SpectralNorm",
     "Stack",
     "WeightNorm",

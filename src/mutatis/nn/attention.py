@@ -558,9 +558,10 @@ def _fused(
     """By `jax.nn.dot_product_attention`, which knows one batch axis."""
     bias = None if bias is None else _fitting("bias", bias, shape)
     mask = None if mask is None else _fitting("mask", mask, shape).astype(bool)
+    attend = jax.numpy_dtype_promotion("standard")(jax.nn.dot_product_attention)  # it sums in float32, which promotes
     batch = query.shape[:-3]
     if len(batch) <= 1:
-        return jax.nn.dot_product_attention(query, key, value, bias, mask, is_causal=is_causal)
+        return attend(query, key, value, bias, mask, is_causal=is_causal)  # type: ignore[no-any-return]
 
     def flat(x: jax.Array | None) -> jax.Array | None:
         if x is None or math.prod(x.shape[:-3]) == 1:
@@ -568,7 +569,7 @@ def _fused(
         return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(math.prod(batch), *x.shape[-3:])
 
     query_, key_, value_ = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
-    result = jax.nn.dot_product_attention(query_, key_, value_, flat(bias), flat(mask), is_causal=is_causal)
+    result = attend(query_, key_, value_, flat(bias), flat(mask), is_causal=is_causal)
     return result.reshape(query.shape)
 
 
