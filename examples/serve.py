@@ -3,8 +3,8 @@
     python examples/serve.py
     python examples/serve.py --slots 2 --temperature 0.8 "Once upon a time" "The capital of Italy is" "Water boils at"
 
-A request is read into caches of its own, which are then put into a free slot of the server's. Each slot has its own length and its own
-random stream, started from the request's seed: what a request gets does not depend on who is served beside it, or when.
+A request is read into caches of its own, which are then put into a free slot of the server's. Each slot has its own length and
+its own random stream, started from the request's seed: what a request gets does not depend on who is served beside it, or when.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Server(mu.Module):
       sampling: how tokens are chosen.
     """
 
-    def __init__(self, model: smollm.Llama, slots: int, max_length: int, sampling: smollm.Sampling = smollm.GREEDY) -> None:
+    def __init__(
+        self, model: smollm.Llama, slots: int, max_length: int, sampling: smollm.Sampling = smollm.GREEDY
+    ) -> None:
         self.reader = mu.view(model)
         self.reader.init_cache(1, max_length)
         self.model = model
@@ -105,11 +107,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="SmolLM2 serves several requests at once.")
     parser.add_argument("prompts", nargs="*", help="the beginnings of the texts")
     parser.add_argument("--slots", type=int, default=3, help="how many are served at a time")
-    parser.add_argument("--tokens", type=int, default=32, help="how many to write for the first; each further one gets 8 more")
+    parser.add_argument(
+        "--tokens", type=int, default=32, help="how many to write for the first; each further one gets 8 more"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     args = parser.parse_args()
     model, tokenizer = smollm.load()
-    texts = args.prompts or ["The capital of Italy is", "Once upon a time", "Water boils at 100", "def add(a, b):", "1, 2, 3,"]
+    texts = args.prompts or [
+        "The capital of Italy is",
+        "Once upon a time",
+        "Water boils at 100",
+        "def add(a, b):",
+        "1, 2, 3,",
+    ]
     prompts = [tokenizer.encode(text) for text in texts]
     requests = [Request(prompt, args.tokens + 8 * n, seed=n) for n, prompt in enumerate(prompts)]
     longest = max(max(smollm.bucket(len(r.prompt)), len(r.prompt) + r.count) for r in requests)

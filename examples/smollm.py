@@ -8,8 +8,8 @@
     python examples/smollm.py --speculate 6 "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,"
     python examples/smollm.py --bench
 
-The model is a Llama: attention with grouped heads and rotary positions, gated linear units, RMS normalization. A prompt is read in
-one pass, at one of a few lengths, so that few programs are compiled; then one compiled step gives a token.
+The model is a Llama: attention with grouped heads and rotary positions, gated linear units, RMS normalization. A prompt is
+read in one pass, at one of a few lengths, so that few programs are compiled; then one compiled step gives a token.
 
 Source: Ben Allal et al., SmolLM2: When Smol goes big, 2025, https://arxiv.org/abs/2502.02737
 """
@@ -142,7 +142,7 @@ def load(dtype: Any = jnp.float32) -> tuple[Llama, Tokenizer]:
 
 def fill(model: Llama, weights: dict[str, np.ndarray]) -> None:
     """Write the weights of a GGUF file into a model."""
-    heads = {"query": model.config.heads, "key": model.config.kv_heads, "value": model.config.kv_heads}
+    heads = {"query": model.config.heads, "key": model.config.kv_heads}
     names = {
         "attention_norm.scale": "attn_norm",
         "mlp_norm.scale": "ffn_norm",
@@ -158,10 +158,10 @@ def fill(model: Llama, weights: dict[str, np.ndarray]) -> None:
     for number in range(model.config.layers):
         for ours, theirs in names.items():
             weight = weights[f"blk.{number}.{theirs}.weight"].T
-            _, *layer, kind = ours.split(".")
-            if layer and layer[0] in ("query", "key"):
+            layer = ours.split(".")[-2]
+            if layer in ("query", "key"):
                 # The file has features next to each other that are turned together; here they are half a head apart.
-                weight = weight.reshape(len(weight), heads[layer[0]], -1, 2).swapaxes(2, 3)
+                weight = weight.reshape(len(weight), heads[layer], -1, 2).swapaxes(2, 3)
             new[f"blocks.{number}.{ours}"] = weight
     for path, cell in mu.variables(model, mu.Param).items():
         cell.value = jnp.asarray(new[".".join(map(str, path))], cell.dtype).reshape(cell.shape)
@@ -291,7 +291,9 @@ def guess(text: list[int], ahead: int, most: int = 3) -> list[int]:
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description="SmolLM2 writes on.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="SmolLM2 writes on.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("prompts", nargs="*", default=["The capital of Italy is"], help="the beginning of the text")
     parser.add_argument("--tokens", type=int, default=64, help="how many to write")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")

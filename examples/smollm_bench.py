@@ -1,6 +1,6 @@
-"""How fast `smollm.py` reads and writes, beside the same written by hand in JAX: arrays in dictionaries, caches handed in and out.
+"""How fast `smollm.py` reads and writes, beside the same by hand in JAX: arrays in dictionaries, caches handed in and out.
 
-    python examples/smollm.py --bench [--bfloat16] [--tokens 64]
+python examples/smollm.py --bench [--bfloat16] [--tokens 64]
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def by_hand(model: smollm.Llama, max_length: int) -> tuple[Weights, Caches, Call
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + config.epsilon) * scale.astype(jnp.float32)
+        wide = (
+            wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + config.epsilon) * scale.astype(jnp.float32)
+        )
         return wide.astype(dtype)
 
     def turn(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -46,12 +48,13 @@ def by_hand(model: smollm.Llama, max_length: int) -> tuple[Weights, Caches, Call
         x = w["embed.embedding"][tokens]
         positions = start + jnp.arange(tokens.shape[1])
         seen = (jnp.arange(max_length) <= positions[:, None])[None, None]
-        new = []
+        new: Caches = []
         for number, (keys, values) in enumerate(caches):
             layer = f"blocks.{number}."
             h = norm(x, w[layer + "attention_norm.scale"])
             q, k, v = (
-                jnp.einsum("btc,chd->bthd", h, w[f"{layer}attention.{name}.kernel"]) for name in ("query", "key", "value")
+                jnp.einsum("btc,chd->bthd", h, w[f"{layer}attention.{name}.kernel"])
+                for name in ("query", "key", "value")
             )
             keys = jax.lax.dynamic_update_slice(keys, turn(k, positions), (0, start, 0, 0))
             values = jax.lax.dynamic_update_slice(values, v, (0, start, 0, 0))
@@ -116,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
     for _ in range(6):
         mu.reset(model, mu.Cache)
         first = clock("read", lambda: smollm.read(model, rngs, tokens, length[None]))
-        by_hand_first, caches = clock("read by hand", lambda: read(weights, caches, tokens, length))
+        by_hand_first, caches = clock("read by hand", functools.partial(read, weights, caches, tokens, length))
         texts["ours"] = np.asarray(clock("write", write)).tolist()
         texts["by hand"] = np.asarray(clock("write by hand", write_by_hand)).tolist()
     best = {name: min(seen[1:]) for name, seen in times.items()}

@@ -80,5 +80,7 @@ class Tokenizer:
 
 def pieces_of(text: str) -> Iterator[str]:
     """What is merged each for itself."""
-    for is_number, run in itertools.groupby(text, lambda letter: unicodedata.category(letter).startswith("N")):
-        yield from run if is_number else PIECES.findall("".join(run))
+    runs = itertools.groupby(text, lambda letter: unicodedata.category(letter).startswith("N"))
+    for is_number, letters in runs:
+        run = "".join(letters)
+        yield from run if is_number else PIECES.findall(run)

@@ -26,7 +26,13 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_heads": 2, "in_features": 8},
     {"num_heads": 4, "in_features": 8, "num_kv_heads": 2, "use_bias": False},
     {"num_heads": 4, "in_features": 8, "num_kv_heads": 1, "qkv_features": 16, "out_features": 6},
-    {"num_heads": 2, "in_features": 8, "in_kv_features": 8, "normalize_qk": True, "bias_init": jax.nn.initializers.normal()},
+    {
+        "num_heads": 2,
+        "in_features": 8,
+        "in_kv_features": 8,
+        "normalize_qk": True,
+        "bias_init": jax.nn.initializers.normal(),
+    },
     {"num_heads": 2, "in_features": 8, "dropout_rate": 0.5},
     {"num_heads": 4, "in_features": 8, "num_kv_heads": 2, "dropout_rate": 0.3, "broadcast_dropout": False},
 ]
@@ -47,7 +53,7 @@ def twins(settings: dict[str, Any], dtype: Any = jnp.float32) -> tuple[Any, Any]
 @pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
 def test_draws_of_flax(settings: dict[str, Any]) -> None:
     ours, theirs = twins(settings)
-    wanted = {path: value for path, value in nnx.to_flat_state(nnx.state(theirs, nnx.Param))}
+    wanted = dict(nnx.to_flat_state(nnx.state(theirs, nnx.Param)))
     got = mu.variables(ours, mu.Param)
     assert set(got) == set(wanted)
     for path, cell in got.items():

@@ -1,4 +1,4 @@
-"""`KVCache`: what attention computes with one, in any pieces, is what it computes at once; rolling back, beams, rows, rings, bad input."""
+"""`KVCache`: what attention computes with one, in any pieces, is what it computes at once; rolling back, beams, rows, rings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SlotCache`: what is in a slot does not depend on the others, in compiled programs too; sharing, moving, rolling back, streams."""
+"""`SlotCache`: what is in a slot does not depend on the others, also in compiled programs; sharing, moving, streams."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_requests_come_and_go() -> None:
         alone(x[:, :4])
         insert(slots, jnp.int32(slot), alone, 5)
         for place in (4, 5):
-            y = step(net, slots, jnp.stack([x[0, place : place + 1] if n == slot else noise * x[0, :1] for n in range(3)]))
+            y = step(
+                net, slots, jnp.stack([x[0, place : place + 1] if n == slot else noise * x[0, :1] for n in range(3)])
+            )
             np.testing.assert_allclose(y[slot, 0], wanted[0, place], rtol=1e-4, atol=1e-5)
         assert int(slots.lengths[slot]) == 6
         slots.evict(slot)

@@ -43,7 +43,10 @@ def smollm() -> Any:
 
 def as_gguf(arrays: Any, config: Any) -> dict[str, np.ndarray]:
     """The names of a GGUF file, and its order of queries and keys."""
-    weights = {"token_embd.weight": arrays["model.embed_tokens.weight"], "output_norm.weight": arrays["model.norm.weight"]}
+    weights = {
+        "token_embd.weight": arrays["model.embed_tokens.weight"],
+        "output_norm.weight": arrays["model.norm.weight"],
+    }
     for number in range(config.layers):
         for theirs, name in GGUF.items():
             weight = arrays[f"model.layers.{number}.{theirs}.weight"]

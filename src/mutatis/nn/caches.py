@@ -1,8 +1,9 @@
 """`KVCache`: the keys and values of the tokens so far, so that attention reads each token once.
 
-The arrays are made once, as large as they will ever be, and written in place, so one compiled step serves every length. A query
-sees what was written before it, by a mask. How many tokens are there is a state, one number for all rows of a batch, or (`ragged`)
-one for each row. With a `window` the array is a ring: a token takes the place of the oldest one, and its position is kept beside it.
+The arrays are made once, as large as they will ever be, and written in place, so one compiled step serves every length. A
+query sees what was written before it, by a mask. How many tokens are there is a state, one number for all rows of a batch, or
+(`ragged`) one for each row. With a `window` the array is a ring: a token takes the place of the oldest one, and its position is
+kept beside it.
 
 Axes are counted from the end, so what is said of a cache holds for those of a stack of layers as well.
 """
@@ -202,8 +203,9 @@ class KVCache(Module):
         if rows.shape != self.batch_shape or rows.ndim != 1:
             raise self._refusal(
                 "cannot be reordered by these numbers",
-                expected="one number for each row of a batch of one axis" if len(self.batch_shape) != 1 else
-                f"an array of shape {self.batch_shape}",
+                expected="one number for each row of a batch of one axis"
+                if len(self.batch_shape) != 1
+                else f"an array of shape {self.batch_shape}",
                 got=f"an array of shape {rows.shape}",
                 cure="`cache.reorder(jnp.array([0, 0, 1]))`",
             )

@@ -80,8 +80,9 @@ class RoPE(Module):
         """
         x = jnp.asarray(x)
         self._check(x, input_positions)
-        if input_positions is None and self.cached_sin is not None and x.shape[-2] <= self.cached_sin.shape[0]:
-            sin, cos = self.cached_sin.value[: x.shape[-2]], self.cached_cos.value[: x.shape[-2]]
+        tables = [table.value[: x.shape[-2]] for table in (self.cached_sin, self.cached_cos) if table is not None]
+        if input_positions is None and tables and len(tables[0]) == x.shape[-2]:
+            sin, cos = tables
         else:
             sin, cos = self.angles(jnp.arange(x.shape[-2]) if input_positions is None else input_positions, x.shape[-1])
         return rotate(x, sin, cos)
@@ -270,4 +271,3 @@ def _positions(layer: Module, x: jax.Array, given: ArrayLike | None) -> jax.Arra
 
 def _in_front(table: jax.Array, ndim: int) -> jax.Array:
     return table.reshape((1,) * (ndim - table.ndim) + table.shape)
-

@@ -1,4 +1,4 @@
-"""`SlotCache`: the rows of a model's caches as slots that requests come to and leave, while one compiled step serves all of them."""
+"""`SlotCache`: the rows of a model's caches as slots that requests come to and leave, all served by one step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mutatis.random import Rngs, as_key, stream_of
 class SlotCache(Module):
     """The caches of all layers of a model, taken together, and a random stream for each row.
 
-    A slot is a row of the batch. Its number may be known only when the program runs, so one compiled program inserts into any slot. What is
-    in one slot has no influence on another: each has its own length, and draws from its own stream.
+    A slot is a row of the batch. Its number may be known only when the program runs, so one compiled program inserts into any
+    slot. What is in one slot has no influence on another: each has its own length, and draws from its own stream.
 
     Args:
       model: a model with ragged caches (`init_cache(..., ragged=True)`), or these themselves.
@@ -57,7 +57,8 @@ class SlotCache(Module):
                 "`nn.SlotCache` needs caches whose rows have lengths of their own",
                 path="model",
                 expected="ragged caches of one batch axis, of one size",
-                got=", ".join(f"batch {cache.batch_shape}, ragged={cache.ragged}" for cache in self.caches) or "no caches",
+                got=", ".join(f"batch {cache.batch_shape}, ragged={cache.ragged}" for cache in self.caches)
+                or "no caches",
                 cure="`layer.init_cache((slots, max_length, features), ragged=True)`",
             )
         ((self.slots,),) = sizes
@@ -127,7 +128,9 @@ class SlotCache(Module):
         self._check(target)
         for cache in self.caches:
             there = cache.index.value[source]
-            cache.index.value = cache.index.value.at[target].set(there if length is None else jnp.minimum(there, length))
+            cache.index.value = cache.index.value.at[target].set(
+                there if length is None else jnp.minimum(there, length)
+            )
             for cell in (cache.key, cache.value):
                 cell.value = cell.value.at[target].set(cell.value[source])
         self.active.value = self.active.value.at[target].set(True)
@@ -193,7 +196,9 @@ class SlotCache(Module):
             return
         ours, theirs = ([cache.key.shape[-3:] for cache in caches] for caches in (self.caches, sources))
         rings = any(cache.window is not None for cache in [*self.caches, *sources])
-        fits = len(ours) == len(theirs) and all(a[0] >= b[0] and a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True))
+        fits = len(ours) == len(theirs) and all(
+            a[0] >= b[0] and a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True)
+        )
         if not fits or rings:
             raise ArgumentError(
                 "the request's caches do not fit into the slots",

@@ -1,7 +1,7 @@
 """`Stack`: layers of one kind, one after the other, whose states are stacked along a leading axis and run by one loop.
 
-The loop's body is traced and compiled once, so compiling takes as long for 64 layers as for 4. What a layer writes, its statistics, its
-cache, its random stream, is its own.
+The loop's body is traced and compiled once, so compiling takes as long for 64 layers as for 4. What a layer writes, its
+statistics, its cache, its random stream, is its own.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ class Stack(Module):
         """
         new = _stacked(layers)
         if len(layers) != self.length or graphdef(new) != graphdef(self.layer):
-            raise _differ(self.layer, new, f"{self.length} layers like those of the stack", f"{len(layers)} that differ")
+            raise _differ(
+                self.layer, new, f"{self.length} layers like those of the stack", f"{len(layers)} that differ"
+            )
         theirs = variables(new)
         for path, cell in variables(self.layer).items():
             cell.set(theirs[path].get())
@@ -154,10 +156,12 @@ def _stacked(layers: Sequence[Module]) -> Module:
         other, state = split(layer)
         types = [jax.tree.map(lambda x: (x.shape, x.dtype), dict(s.flat())) for s in (first, state)]
         if other != definition or types[0] != types[1]:
-            raise _differ(layers[0], layer, "layers that differ in their values only", "one that differs from the first")
+            raise _differ(
+                layers[0], layer, "layers that differ in their values only", "one that differs from the first"
+            )
         states.append(state)
     together = jax.tree.map(lambda *values: jnp.stack(values), *states)
-    return vmap(lambda state: merge(definition, state))(together)  # type: ignore[no-any-return]
+    return vmap(lambda state: merge(definition, state))(together)
 
 
 def _differ(first: Module, other: Module, expected: str, got: str) -> StructureError:

