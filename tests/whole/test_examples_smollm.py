@@ -37,7 +37,7 @@ def smollm() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
         yield importlib.import_module("smollm")
-        for name in ("smollm", "smollm_tokenizer"):
+        for name in ("smollm", "smollm_tokenizer", "serve"):
             sys.modules.pop(name, None)
 
 
@@ -139,3 +139,25 @@ def test_smollm2(smollm: ModuleType, dtype: Any) -> None:
             else:
                 assert float(jnp.abs(ours - logits).mean()) < 0.15
                 assert float(jnp.mean(jnp.argmax(ours, -1) == jnp.argmax(logits, -1))) > 0.85
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_requests_are_served_as_if_alone(smollm: ModuleType, tiny: Any, temperature: float) -> None:
+    serve = importlib.import_module("serve")
+    sampling = smollm.Sampling(temperature)
+
+    def requests() -> list[Any]:
+        prompts = ([1, 2, 3], [5] * 9, [9, 8], [4] * 17)
+        return [serve.Request(prompt, count, seed) for prompt, count, seed in zip(prompts, (7, 12, 3, 9), range(4), strict=True)]
+
+    together = requests()
+    server = serve.Server(mu.clone(tiny[0]), 2, 64, sampling)
+    done = list(server.serve(together))
+    assert [len(request.tokens) for request in done] == [7, 3, 12, 9]  # each as soon as it can be
+    assert not server.slots.active.value.any()
+    one = serve.Server(mu.clone(tiny[0]), 1, 64, sampling)
+    for request, alone in zip(together, requests(), strict=True):
+        assert list(one.serve([alone])) == [alone] and alone.tokens == request.tokens
+    if temperature == 0:
+        wanted = smollm.generate(mu.clone(tiny[0]), [together[1].prompt], 12)
+        assert together[1].tokens == [int(row[0]) for row in wanted]

@@ -75,8 +75,8 @@ def combine_masks(*masks: ArrayLike | None, dtype: DTypeLike = jnp.float32) -> j
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> causal = mu.nn.make_causal_mask(jnp.zeros((1, 3)))
-      >>> known = mu.nn.make_attention_mask(jnp.ones((1, 3)), jnp.array([[1, 1, 0]]))
-      >>> mu.nn.combine_masks(causal, None, known)[0, 0].astype(int).tolist()
+      >>> tokens = mu.nn.make_attention_mask(jnp.ones((1, 3)), jnp.array([[1.0, 1.0, 0.0]]))
+      >>> mu.nn.combine_masks(causal, None, tokens)[0, 0].astype(int).tolist()
       [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
     """
     given = [jnp.asarray(mask).astype(bool) for mask in masks if mask is not None]

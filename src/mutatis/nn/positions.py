@@ -40,12 +40,15 @@ class RoPE(Module):
       Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, https://arxiv.org/abs/2104.09864
 
     Example:
-      >>> import jax.numpy as jnp, mutatis as mu
+      >>> import jax.numpy as jnp, numpy as np, mutatis as mu
       >>> rope = mu.nn.RoPE()
-      >>> rope(jnp.array([[1.0, 0.0], [1.0, 0.0]])).round(2).tolist()
-      [[1.0, 0.0], [0.54, 0.84]]
-      >>> rope(jnp.array([[1.0, 0.0]]), jnp.array([1])).round(2).tolist()
-      [[0.54, 0.84]]
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+      >>> print(np.asarray(rope(x), float).round(2))
+      [[1.   0.  ]
+       [0.54 0.84]]
+      >>> print(np.asarray(rope(x, jnp.array([1, 0])), float).round(2))
+      [[0.54 0.84]
+       [1.   0.  ]]
     """
 
     def __init__(
@@ -145,9 +148,10 @@ class SinusoidalPositions(Module):
       Vaswani et al., Attention is all you need, 2017, https://arxiv.org/abs/1706.03762
 
     Example:
-      >>> import jax.numpy as jnp, mutatis as mu
-      >>> mu.nn.SinusoidalPositions()(jnp.zeros((2, 4))).round(2).tolist()
-      [[0.0, 1.0, 0.0, 1.0], [0.84, 0.54, 0.01, 1.0]]
+      >>> import jax.numpy as jnp, numpy as np, mutatis as mu
+      >>> print(np.asarray(mu.nn.SinusoidalPositions()(jnp.zeros((2, 4))), float).round(2))
+      [[0.   1.   0.   1.  ]
+       [0.84 0.54 0.01 1.  ]]
     """
 
     def __init__(self, theta: float = 10000.0) -> None:
