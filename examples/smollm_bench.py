@@ -52,15 +52,13 @@ def by_hand(model: smollm.Llama, max_length: int) -> tuple[Weights, Caches, Call
         for number, (keys, values) in enumerate(caches):
             layer = f"blocks.{number}."
             h = norm(x, w[layer + "attention_norm.scale"])
-            q, k, v = (
-                jnp.einsum("btc,chd->bthd", h, w[f"{layer}attention.{name}.kernel"])
-                for name in ("query", "key", "value")
-            )
+            kernels = (w[f"{layer}attention.{name}.kernel"] for name in ("query", "key", "value"))
+            q, k, v = ((h @ u.reshape(len(u), -1)).reshape(*h.shape[:2], *u.shape[1:]) for u in kernels)
             keys = jax.lax.dynamic_update_slice(keys, turn(k, positions), (0, start, 0, 0))
             values = jax.lax.dynamic_update_slice(values, v, (0, start, 0, 0))
             new.append((keys, values))
             h = jax.nn.dot_product_attention(turn(q, positions), keys, values, mask=seen)
-            x = x + jnp.einsum("bthd,hdc->btc", h, w[layer + "attention.out.kernel"])
+            x = x + h.reshape(x.shape) @ w[layer + "attention.out.kernel"].reshape(-1, config.width)
             h = norm(x, w[layer + "mlp_norm.scale"])
             h = jax.nn.silu(h @ w[layer + "gate.kernel"]) * (h @ w[layer + "up.kernel"])
             x = x + h @ w[layer + "down.kernel"]
