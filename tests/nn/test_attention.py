@@ -17,6 +17,8 @@ from mutatis.errors import ArgumentError, RandomStreamError, StructureError
 
 nnx = pytest.importorskip("flax.nnx")
 
+ROPE_OF_FLAX = pytest.mark.skipif(not hasattr(nnx, "RoPE"), reason="this Flax has no RoPE")
+
 
 def waves(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.sin(jnp.arange(np.prod(shape), dtype=jnp.float32)).reshape(shape).astype(dtype)
@@ -39,7 +41,6 @@ SETTINGS: list[dict[str, Any]] = [
 TRANSFORMS: dict[str, Callable[[Any], Any]] = {
     "eager": lambda f: f,
     "jit": mu.jit,
-    "remat": mu.remat,
     "scan": lambda f: lambda m, x: mu.scan(lambda _, __: (None, f(m, x)), None, length=1)[1][0],
 }
 
@@ -149,6 +150,7 @@ def test_masks_of_flax(shape: tuple[int, ...], extra: int) -> None:
     assert nn.combine_masks(None) is None
 
 
+@ROPE_OF_FLAX
 @pytest.mark.parametrize("table", [False, True])
 def test_rope_of_flax(table: bool) -> None:
     sizes = {"embedding_size": 8, "max_seq_len": 16} if table else {}
@@ -161,6 +163,7 @@ def test_rope_of_flax(table: bool) -> None:
     assert ours(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@ROPE_OF_FLAX
 def test_rope_as_an_argument_and_as_a_function() -> None:
     x = waves(2, 5, 8)
     function = functools.partial(nnx.dot_product_attention_with_rope, rope=nnx.RoPE())

@@ -47,8 +47,7 @@ def same(a: Any, b: Any) -> None:
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5, err_msg=str(path))
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, mu.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("remat", "transform"), [(False, lambda f: f), (True, mu.jit)], ids=["eager", "remat and jit"])
 def test_as_a_list(remat: bool, transform: Any) -> None:
     layers, x = make()
     stack = nn.Stack(layers, remat=remat, unroll=2)
