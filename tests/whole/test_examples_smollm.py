@@ -148,7 +148,10 @@ def test_requests_are_served_as_if_alone(smollm: ModuleType, tiny: Any, temperat
 
     def requests() -> list[Any]:
         prompts = ([1, 2, 3], [5] * 9, [9, 8], [4] * 17)
-        return [serve.Request(prompt, count, seed) for prompt, count, seed in zip(prompts, (7, 12, 3, 9), range(4), strict=True)]
+        return [
+            serve.Request(prompt, count, seed)
+            for prompt, count, seed in zip(prompts, (7, 12, 3, 9), range(4), strict=True)
+        ]
 
     together = requests()
     server = serve.Server(mu.clone(tiny[0]), 2, 64, sampling)
