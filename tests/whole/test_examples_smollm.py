@@ -137,7 +137,7 @@ def test_smollm2(smollm: ModuleType, dtype: Any) -> None:
                 written = [int(row[0]) for row in smollm.generate(mu.clone(model), [prompt.tolist()], 64)]
                 assert written == tokens.tolist()
             else:
-                assert float(jnp.abs(ours - logits).mean()) < 0.15
+                assert float(jnp.abs(ours - logits).mean()) < 0.2  # PyTorch in bfloat16 is 0.10 to 0.18 away
                 assert float(jnp.mean(jnp.argmax(ours, -1) == jnp.argmax(logits, -1))) > 0.85
 
 
