@@ -35,9 +35,15 @@ from jax.nn import tanh as tanh
 from mutatis import _equivalents, _homes
 from mutatis.nn import initializers as initializers
 from mutatis.nn.activations import PReLU as PReLU
+from mutatis.nn.attention import MultiHeadAttention as MultiHeadAttention
+from mutatis.nn.caches import KVCache as KVCache
+from mutatis.nn.caches import kv_caches as kv_caches
 from mutatis.nn.containers import Sequential as Sequential
 from mutatis.nn.convolution import Conv as Conv
 from mutatis.nn.convolution import ConvTranspose as ConvTranspose
+from mutatis.nn.dot_product import dot_product_attention as dot_product_attention
+from mutatis.nn.dot_product import dot_product_attention_weights as dot_product_attention_weights
+from mutatis.nn.dot_product import dot_product_attention_with_rope as dot_product_attention_with_rope
 from mutatis.nn.embedding import Embed as Embed
 from mutatis.nn.layer_norms import GroupNorm as GroupNorm
 from mutatis.nn.layer_norms import InstanceNorm as InstanceNorm
@@ -46,6 +52,9 @@ from mutatis.nn.layer_norms import RMSNorm as RMSNorm
 from mutatis.nn.linear import Einsum as Einsum
 from mutatis.nn.linear import Linear as Linear
 from mutatis.nn.linear import LinearGeneral as LinearGeneral
+from mutatis.nn.masks import combine_masks as combine_masks
+from mutatis.nn.masks import make_attention_mask as make_attention_mask
+from mutatis.nn.masks import make_causal_mask as make_causal_mask
 from mutatis.nn.normalization import BatchNorm as BatchNorm
 from mutatis.nn.pooling import AdaptiveAvgPool as AdaptiveAvgPool
 from mutatis.nn.pooling import AdaptiveMaxPool as AdaptiveMaxPool
@@ -55,6 +64,11 @@ from mutatis.nn.pooling import avg_pool as avg_pool
 from mutatis.nn.pooling import max_pool as max_pool
 from mutatis.nn.pooling import min_pool as min_pool
 from mutatis.nn.pooling import pool as pool
+from mutatis.nn.positions import LearnedPositions as LearnedPositions
+from mutatis.nn.positions import RoPE as RoPE
+from mutatis.nn.positions import SinusoidalPositions as SinusoidalPositions
+from mutatis.nn.slots import SlotCache as SlotCache
+from mutatis.nn.stack import Stack as Stack
 from mutatis.nn.stochastic import Dropout as Dropout
 from mutatis.nn.weight_norms import SpectralNorm as SpectralNorm
 from mutatis.nn.weight_norms import WeightNorm as WeightNorm
@@ -70,17 +84,31 @@ __all__ = [
     "Embed",
     "GroupNorm",
     "InstanceNorm",
+    "KVCache",
     "LayerNorm",
+    "LearnedPositions",
     "Linear",
     "LinearGeneral",
+    "MultiHeadAttention",
     "PReLU",
     "RMSNorm",
+    "RoPE",
     "Sequential",
+    "SinusoidalPositions",
+    "SlotCache",
     "SpectralNorm",
+    "Stack",
     "WeightNorm",
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "avg_pool",
+    "combine_masks",
+    "dot_product_attention",
+    "dot_product_attention_weights",
+    "dot_product_attention_with_rope",
+    "kv_caches",
+    "make_attention_mask",
+    "make_causal_mask",
     "max_pool",
     "min_pool",
     "pool",

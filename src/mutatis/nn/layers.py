@@ -257,3 +257,9 @@ def as_tuple(layer: str, name: str, value: int | Sequence[int] | None, length: i
 def as_axes(axes: int | Iterable[int]) -> Shape:
     """One axis, or several, as a tuple."""
     return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def broadcasts(shape: Shape, to: Shape) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    sizes = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(size in (1, other) for size, other in sizes)
