@@ -211,23 +211,6 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
 _STORING = {Variable.set, RngState.set}  # outside of transactions, after the checks, they only store the value
 
 
-def _with_streams(flat: dict[Path, Any], cells: Mapping[Path, Variable]) -> dict[Path, Any]:
-    """Values by path, with the key and count of each stream of Flax NNX put together to the value of ours.
-
-    A layer of NNX calls its stream `rngs`, whatever ours calls it; and its `Rngs` has no level between itself and the streams.
-    """
-    apart = [path[:-1] for path in flat if path not in cells and len(path) > 1 and path[-1] == "key"]
-    streams = [path for path, cell in cells.items() if isinstance(cell, RngState)] if apart else []
-    for owner in apart:
-        key, count = (*owner, "key"), (*owner, "count")
-        same = [path for path in streams if path in (owner, (*owner[:-1], "streams", owner[-1]))]
-        same = same or [path for path in streams if path[:-1] == owner[:-1] and owner[-1] == "rngs"]
-        if len(same) == 1 and count in flat:
-            rest = {path: value for path, value in flat.items() if path not in (key, count)}
-            flat = {**rest, same[0]: {"key": flat[key], "count": flat[count]}}
-    return flat
-
-
 def _nearest(path: Path, paths: Iterable[Path]) -> str:
     near = difflib.get_close_matches(show_path(path), map(show_path, paths), 1, 0.0)
     return f" (nearest: {near[0]})" if near else ""
@@ -255,6 +238,23 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
             pending.extend(((*path, key), inner) for key, inner in value.items())
         else:
             flat[path] = plain_value(value)
+    return flat
+
+
+def _with_streams(flat: dict[Path, Any], cells: Mapping[Path, Variable]) -> dict[Path, Any]:
+    """Values by path, with the key and count of each stream of Flax NNX put together to the value of ours.
+
+    A layer of NNX calls its stream `rngs`, whatever ours calls it; and its `Rngs` has no level between itself and the streams.
+    """
+    apart = [path[:-1] for path in flat if path not in cells and len(path) > 1 and path[-1] == "key"]
+    streams = [path for path, cell in cells.items() if isinstance(cell, RngState)] if apart else []
+    for owner in apart:
+        key, count = (*owner, "key"), (*owner, "count")
+        same = [path for path in streams if path in (owner, (*owner[:-1], "streams", owner[-1]))]
+        same = same or [path for path in streams if path[:-1] == owner[:-1] and owner[-1] == "rngs"]
+        if len(same) == 1 and count in flat:
+            rest = {path: value for path, value in flat.items() if path not in (key, count)}
+            flat = {**rest, same[0]: {"key": flat[key], "count": flat[count]}}
     return flat
 
 
