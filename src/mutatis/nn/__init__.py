@@ -55,6 +55,14 @@ from mutatis.nn.pooling import avg_pool as avg_pool
 from mutatis.nn.pooling import max_pool as max_pool
 from mutatis.nn.pooling import min_pool as min_pool
 from mutatis.nn.pooling import pool as pool
+from mutatis.nn.recurrent import GRUCell as GRUCell
+from mutatis.nn.recurrent import LSTMCell as LSTMCell
+from mutatis.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
+from mutatis.nn.recurrent import RNNCellBase as RNNCellBase
+from mutatis.nn.recurrent import SimpleCell as SimpleCell
+from mutatis.nn.sequences import RNN as RNN
+from mutatis.nn.sequences import Bidirectional as Bidirectional
+from mutatis.nn.sequences import flip_sequences as flip_sequences
 from mutatis.nn.stochastic import Dropout as Dropout
 from mutatis.nn.weight_norms import SpectralNorm as SpectralNorm
 from mutatis.nn.weight_norms import WeightNorm as WeightNorm
@@ -63,24 +71,32 @@ __all__ = [
     "AdaptiveAvgPool",
     "AdaptiveMaxPool",
     "BatchNorm",
+    "Bidirectional",
     "Conv",
     "ConvTranspose",
     "Dropout",
     "Einsum",
     "Embed",
+    "GRUCell",
     "GroupNorm",
     "InstanceNorm",
+    "LSTMCell",
     "LayerNorm",
     "Linear",
     "LinearGeneral",
+    "OptimizedLSTMCell",
     "PReLU",
     "RMSNorm",
+    "RNN",
+    "RNNCellBase",
     "Sequential",
+    "SimpleCell",
     "SpectralNorm",
     "WeightNorm",
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "avg_pool",
+    "flip_sequences",
     "max_pool",
     "min_pool",
     "pool",
