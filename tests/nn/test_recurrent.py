@@ -26,7 +26,9 @@ def twins(name: str, seed: int = 0, **options: Any) -> tuple[Any, Any]:
     """A cell here and one of Flax, made of the same seed."""
     nnx = pytest.importorskip("flax.nnx")
     options = {"bias_init": initializers.normal(0.5), **options}
-    return getattr(nn, name)(3, 4, rngs=mu.Rngs(seed), **options), getattr(nnx, name)(3, 4, rngs=nnx.Rngs(seed), **options)
+    return getattr(nn, name)(3, 4, rngs=mu.Rngs(seed), **options), getattr(nnx, name)(
+        3, 4, rngs=nnx.Rngs(seed), **options
+    )
 
 
 def of_flax(model: Any) -> dict[tuple[Any, ...], jax.Array]:
@@ -46,7 +48,10 @@ def close(mine: Any, others: Any, **tolerance: float) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "param_dtype"),
-    [*((name, jnp.float32) for name in CELLS), ("LSTMCell", jnp.bfloat16)],  # in others Flax cannot make orthogonal bfloat16
+    [
+        *((name, jnp.float32) for name in CELLS),
+        ("LSTMCell", jnp.bfloat16),
+    ],  # in others Flax cannot make orthogonal bfloat16
 )
 def test_draws(name: str, param_dtype: Any) -> None:
     mine, others = twins(name, param_dtype=param_dtype)
@@ -102,7 +107,9 @@ def test_carries_are_drawn_alike(name: str) -> None:
 
     mine, others = twins(name)
     init = initializers.normal(1.0)
-    close(mine.initialize_carry((2, 3), mu.Rngs(5), init), others.initialize_carry((2, 3), nnx.Rngs(5), init), rtol=1e-6)
+    close(
+        mine.initialize_carry((2, 3), mu.Rngs(5), init), others.initialize_carry((2, 3), nnx.Rngs(5), init), rtol=1e-6
+    )
 
 
 def test_the_two_kinds_of_lstm_are_one() -> None:

@@ -72,7 +72,10 @@ def test_carries_are_drawn_as_in_flax() -> None:
     with pytest.warns(UserWarning, match="carry_init"):
         mine, others = twins("LSTMCell", carry_init=initializers.normal(1.0))
     x = waves(2, 6, 3)
-    for one, other in [(nn.RNN(mine), nnx.RNN(others)), (nn.RNN(mine, rngs=mu.Rngs(3)), nnx.RNN(others, rngs=nnx.Rngs(3)))]:
+    for one, other in [
+        (nn.RNN(mine), nnx.RNN(others)),
+        (nn.RNN(mine, rngs=mu.Rngs(3)), nnx.RNN(others, rngs=nnx.Rngs(3))),
+    ]:
         for _ in range(2):  # another draw each time
             close(one(x), other(x), atol=1e-6)
         close(one(x, rngs=mu.Rngs(1, carry=2)), other(x, rngs=nnx.Rngs(1, carry=2)), atol=1e-6)

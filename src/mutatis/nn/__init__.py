@@ -46,6 +46,11 @@ from mutatis.nn.layer_norms import RMSNorm as RMSNorm
 from mutatis.nn.linear import Einsum as Einsum
 from mutatis.nn.linear import Linear as Linear
 from mutatis.nn.linear import LinearGeneral as LinearGeneral
+from mutatis.nn.lora import LoRA as LoRA
+from mutatis.nn.lora import LoRALinear as LoRALinear
+from mutatis.nn.lora import LoRALinearGeneral as LoRALinearGeneral
+from mutatis.nn.lora import LoRAParam as LoRAParam
+from mutatis.nn.lora import adapters_off as adapters_off
 from mutatis.nn.normalization import BatchNorm as BatchNorm
 from mutatis.nn.pooling import AdaptiveAvgPool as AdaptiveAvgPool
 from mutatis.nn.pooling import AdaptiveMaxPool as AdaptiveMaxPool
@@ -84,6 +89,10 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearGeneral",
+    "LoRA",
+    "LoRALinear",
+    "LoRALinearGeneral",
+    "LoRAParam",
     "OptimizedLSTMCell",
     "PReLU",
     "RMSNorm",
@@ -95,6 +104,7 @@ __all__ = [
     "WeightNorm",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "adapters_off",
     "avg_pool",
     "flip_sequences",
     "max_pool",

@@ -21,7 +21,7 @@ from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import Hidden, RngState, stream_value
 from mutatis.model.modules import Module
-from mutatis.nn.layers import NO_METADATA, Metadata, PromoteDtype, convert, misfit, promote_dtype
+from mutatis.nn.layers import NO_METADATA, Metadata, PromoteDtype, alike, misfit, promote_dtype, total
 from mutatis.nn.linear import Linear, default_kernel_init
 from mutatis.random import Rngs, stream_of
 
@@ -161,7 +161,9 @@ class _Cell(RNNCellBase):
         """
         return self._initial(input_shape, rngs, carry_init)
 
-    def _initial(self, input_shape: tuple[int, ...], rngs: Rngs | RngState | None, given: Initializer | None) -> jax.Array:
+    def _initial(
+        self, input_shape: tuple[int, ...], rngs: Rngs | RngState | None, given: Initializer | None
+    ) -> jax.Array:
         init = given or self.carry_init or zeros
         stream = self.rngs if rngs is None else rngs
         if stream is None and init is not zeros:
@@ -200,20 +202,6 @@ def stream_for_carries(rngs: Rngs | RngState) -> RngState:
 
 def _stream(rngs: Rngs | RngState) -> RngState:
     return rngs if isinstance(rngs, RngState) else stream_of(rngs, "carry", "A recurrent cell")
-
-
-def _alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Arrays in the dtype that they promote to: what is remembered may be wider than what is computed with."""
-    if len({array.dtype for array in arrays}) == 1:
-        return list(arrays)
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*arrays)
-    return [convert(array, dtype) for array in arrays]
-
-
-def _sum(one: jax.Array, other: jax.Array) -> jax.Array:
-    one, other = _alike(one, other)
-    return one + other
 
 
 class SimpleCell(_Cell):
@@ -301,8 +289,8 @@ class SimpleCell(_Cell):
         self.carry = self._own_carry()
 
     def _step(self, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = _sum(self.dense_i(x), self.dense_h(h))
-        h = self.activation_fn(_sum(y, h) if self.residual else y)
+        y = total(self.dense_i(x), self.dense_h(h))
+        h = self.activation_fn(total(y, h) if self.residual else y)
         return h, h
 
 
@@ -395,14 +383,14 @@ class LSTMCell(_Cell):
     def _maps(self, x: jax.Array, h: jax.Array) -> list[jax.Array]:
         """What goes into the gates, in the order i, f, g, o."""
         pairs = ((self.ii, self.hi), (self.if_, self.hf), (self.ig, self.hg), (self.io, self.ho))
-        return [_sum(of_input(x), of_hidden(h)) for of_input, of_hidden in pairs]
+        return [total(of_input(x), of_hidden(h)) for of_input, of_hidden in pairs]
 
     def _step(self, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
         c, h = carry
         i, f, g, o = self._maps(x, h)
-        c, i, f, g = _alike(c, self.gate_fn(i), self.gate_fn(f), self.activation_fn(g))
+        c, i, f, g = alike(c, self.gate_fn(i), self.gate_fn(f), self.activation_fn(g))
         c = f * c + i * g
-        o, out = _alike(self.gate_fn(o), self.activation_fn(c))
+        o, out = alike(self.gate_fn(o), self.activation_fn(c))
         h = o * out
         return (c, h), h
 
@@ -445,7 +433,7 @@ class OptimizedLSTMCell(LSTMCell):
         self.dense_h = Linear(self.hidden_features, 4 * self.hidden_features, **of_hidden)
 
     def _maps(self, x: jax.Array, h: jax.Array) -> list[jax.Array]:
-        return jnp.split(_sum(self.dense_i(x), self.dense_h(h)), 4, axis=-1)
+        return jnp.split(total(self.dense_i(x), self.dense_h(h)), 4, axis=-1)
 
 
 class GRUCell(_Cell):
@@ -535,11 +523,11 @@ class GRUCell(_Cell):
         self.carry = self._own_carry()
 
     def _step(self, h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        given, kept = _alike(self.dense_i(x), self.dense_h(h))
+        given, kept = alike(self.dense_i(x), self.dense_h(h))
         x_r, x_z, x_n = jnp.split(given, 3, axis=-1)
         h_r, h_z, h_n = jnp.split(kept, 3, axis=-1)
         r, z = self.gate_fn(x_r + h_r), self.gate_fn(x_z + h_z)
         new = self.activation_fn(x_n + r * h_n)
-        new, z, h = _alike(new, z, h)
+        new, z, h = alike(new, z, h)
         h = (1.0 - z) * new + z * h
         return h, h

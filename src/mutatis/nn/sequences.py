@@ -132,7 +132,11 @@ class RNN(Module):
         start = [stream.value for stream in shared.values()]
         if lengths is not None and backwards:
             x = flip_sequences(x, lengths, lengths.ndim, True)
-        options: dict[str, Any] = {"unroll": self.unroll, "reverse": backwards and lengths is None, "states": self.state_axes}
+        options: dict[str, Any] = {
+            "unroll": self.unroll,
+            "reverse": backwards and lengths is None,
+            "states": self.state_axes,
+        }
         if lengths is not None and (wants_carry or stays):
             first = (initial_carry, initial_carry, lengths, start)
             (_, carry, _, _), outputs = scan(self._step_within, first, x, **options)
@@ -204,7 +208,9 @@ def _checked_lengths(lengths: ArrayLike, batch: tuple[int, ...], time: int) -> j
     )
 
 
-def flip_sequences(inputs: ArrayLike, seq_lengths: ArrayLike | None, num_batch_dims: int, time_major: bool) -> jax.Array:
+def flip_sequences(
+    inputs: ArrayLike, seq_lengths: ArrayLike | None, num_batch_dims: int, time_major: bool
+) -> jax.Array:
     """Sequences from their ends to their starts; padding stays behind them.
 
     Args:
