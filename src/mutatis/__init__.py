@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mutatis import _equivalents, _homes
 from mutatis import errors as errors
+from mutatis.collecting import collect as collect
 from mutatis.core.statics import static as static
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
@@ -143,6 +144,7 @@ __all__ = [
     "capture",
     "checkpoint",
     "clone",
+    "collect",
     "cond",
     "custom_jvp",
     "custom_vjp",
