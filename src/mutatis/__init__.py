@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mutatis import _equivalents, _homes
 from mutatis import errors as errors
+from mutatis.accumulation import accumulate as accumulate
 from mutatis.collecting import collect as collect
 from mutatis.core.statics import static as static
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
@@ -141,6 +142,7 @@ __all__ = [
     "StateSharding",
     "Variable",
     "WithTag",
+    "accumulate",
     "capture",
     "checkpoint",
     "clone",
