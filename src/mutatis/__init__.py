@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from mutatis import _equivalents, _homes
 from mutatis import errors as errors
+from mutatis import optim as optim
 from mutatis.accumulation import accumulate as accumulate
 from mutatis.collecting import collect as collect
 from mutatis.core.statics import static as static
@@ -176,6 +177,7 @@ __all__ = [
     "modules",
     "nn",
     "on_commit",
+    "optim",
     "perturb",
     "pop",
     "remat",
