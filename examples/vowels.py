@@ -100,7 +100,9 @@ def main() -> None:
         model = Speakers(cell, args.size, rngs=mu.Rngs(args.seed))
         losses = train(model, train_data, args.steps)
         right = accuracy(mu.view(model, training=False), test_data)
-        print(f"{cell.__name__}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {right:.1%} of {len(test_data.x)} test sequences")
+        print(
+            f"{cell.__name__}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, {right:.1%} of {len(test_data.x)} test sequences"
+        )
 
 
 if __name__ == "__main__":

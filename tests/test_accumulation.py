@@ -48,7 +48,11 @@ def test_the_gradient_of_the_whole_batch(transform: Any) -> None:
         got = transform(mu.accumulate(mu.value_and_grad(loss), steps))(net, X, y=Y)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, wanted)
     (grads,) = (transform(mu.accumulate(mu.grad(lambda n, x: jnp.sum(n(x) ** 2)), 4, average=False))(net, X),)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), grads, mu.grad(lambda n, x: jnp.sum(n(x) ** 2))(net, X))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        grads,
+        mu.grad(lambda n, x: jnp.sum(n(x) ** 2))(net, X),
+    )
 
 
 def test_states_are_carried() -> None:

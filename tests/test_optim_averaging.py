@@ -22,7 +22,9 @@ def make() -> Layers:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("decay", [0.9, lambda step: jnp.minimum(0.9, (1 + step) / (10 + step))], ids=["number", "schedule"])
+@pytest.mark.parametrize(
+    "decay", [0.9, lambda step: jnp.minimum(0.9, (1 + step) / (10 + step))], ids=["number", "schedule"]
+)
 def test_beside_one_by_hand(decay: Any, compiled: bool) -> None:
     net = make()
     ema = mu.optim.EMA(net, decay)

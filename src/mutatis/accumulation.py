@@ -30,19 +30,19 @@ _USE = "`mu.accumulate(mu.value_and_grad(loss_fn), 4)(model, batch)`"
 
 
 def accumulate(
-    f: Callable[P, R], steps: int, *, in_axes: int | None | Sequence[int | None] = 0, average: bool = True
+    f: Callable[P, R], steps: int, *, in_axes: int | Sequence[int | None] | None = 0, average: bool = True
 ) -> Transformed[P, R]:
     """A function that cuts its batch into microbatches, calls `f` for each, and gives the mean of the results.
 
-    With a loss that is a mean over the batch, ``mu.accumulate(mu.value_and_grad(loss_fn), steps)`` gives the loss and the gradients
-    of the whole batch for the memory of a microbatch. What `f` writes is carried from one microbatch to the next. `f` is traced twice:
-    once for the shapes of its results.
+    With a loss that is a mean over the batch, ``mu.accumulate(mu.value_and_grad(loss_fn), steps)`` gives the loss and the
+    gradients of the whole batch for the memory of a microbatch. What `f` writes is carried from one microbatch to the next. `f`
+    is traced twice: once for the shapes of its results.
 
     Args:
       f: a function of modules and arrays, `mu.grad` or `mu.value_and_grad` of one.
       steps: the number of microbatches.
-      in_axes: the batch axis of the arrays among the arguments, or one for each positional argument; None gives an argument to each
-        microbatch whole. Modules, `State`s, numbers and arrays without axes are always whole.
+      in_axes: the batch axis of the arrays among the arguments, or one for each positional argument; None gives an argument to
+        each microbatch whole. Modules, `State`s, numbers and arrays without axes are always whole.
       average: whether results are averaged; else they are summed, for a loss that is a sum.
 
     Returns:
@@ -60,7 +60,8 @@ def accumulate(
       >>> bool(jnp.allclose(loss, loss_fn(model, x))), grads["kernel"].shape
       (True, (3, 1))
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    given: object = steps
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise ArgumentError(
             f"a batch cannot be cut into {show_value(steps)} microbatches",
             path="steps",

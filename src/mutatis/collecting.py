@@ -1,7 +1,7 @@
 """Collecting what layers sow: `mu.collect` sums up auxiliary losses, wherever in a call they come from.
 
-While a function is collected, `mu.sow` keeps what is sown under the name in a store of the call, not in the layers. Each value is a
-state of its own there, so loops and lanes stack it, gradients flow through it, and nothing is left when the call is over.
+While a function is collected, `mu.sow` keeps what is sown under the name in a store of the call, not in the layers. Each value
+is a state of its own there, so loops and lanes stack it, gradients flow through it, and nothing is left when the call is over.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def collect(
 ) -> Transformed[P, tuple[R, jax.Array]]:
     """A function that gives what `f` gives and what layers sow under a name, reduced: ``(out, total)``.
 
-    Auxiliary losses are collected like this: a layer says ``mu.sow(self, "aux", loss)``, and the training step adds the total to its
-    loss. Values of a `mu.scan` or `mu.vmap` inside the call all count; gradients flow through them; the layers are left without
-    states. Around the call, `mu.vmap` gives a total for each lane. Branches and `mu.while_loop` refuse what is sown in them.
+    Auxiliary losses are collected like this: a layer says ``mu.sow(self, "aux", loss)``, and the training step adds the total to
+    its loss. Values of a `mu.scan` or `mu.vmap` inside the call all count; gradients flow through them; the layers are left
+    without states. Around the call, `mu.vmap` gives a total for each lane. Branches and `mu.while_loop` refuse what is sown in them.
 
     Args:
       f: a function or callable Module.
@@ -82,11 +82,12 @@ def collect(
       >>> float(out), float(total), mu.variables(net, mu.Intermediate)
       (4.0, 8.0, {})
     """
-    if not isinstance(name, str) or not callable(reduce):
+    given: object = name
+    if not isinstance(given, str) or not callable(reduce):
         raise ArgumentError(
             "`collect` needs the name under which layers sow",
             expected="a name, and a function of an array",
-            got=show_value(name if not isinstance(name, str) else reduce),
+            got=show_value(reduce if isinstance(given, str) else given),
             cure='`mu.collect(model, "aux", reduce=jnp.sum)(x)`',
         )
 

@@ -250,7 +250,8 @@ def sow(
     The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. In a compiled
     program those of the latest call only: one that grew with each call would compile each call anew, so a warning says it. What
     the body of a `mu.scan` sows comes back stacked; branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there
-    before, unless it is popped there again. In a call that collects this name, `mu.collect`, the value goes there and nowhere else.
+    before, unless it is popped there again. In a call that collects this name, `mu.collect`, the value goes there and nowhere
+    else.
 
     Args:
       module: the module.

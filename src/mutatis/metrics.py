@@ -273,7 +273,7 @@ class Welford(Average):
         self.mean += delta * share
         self.count += new
 
-    def compute(self) -> Statistics:  # type: ignore[override]  # three numbers
+    def compute(self) -> Statistics:
         """The statistics so far; NaN if there were no values."""
         count = self.count.value.astype(self.mean.dtype)
         deviation = jnp.sqrt(self.m2 / count)

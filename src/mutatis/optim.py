@@ -216,9 +216,9 @@ class Optimizer(Module):
 class EMA(Module):
     """An exponential moving average of the states of a model, kept as states beside it.
 
-    At each update ``average = decay * average + (1 - decay) * state``. It refers to the model, and `mu.view` evaluates the model with
-    the averages, which are not copied: ``mu.view(model, states=ema, training=False)``, made once, sees each update. They have the
-    dtypes of the states, and a narrow one cannot hold small steps: keep parameters in float32, whatever is computed in.
+    At each update ``average = decay * average + (1 - decay) * state``. It refers to the model, and `mu.view` evaluates the model
+    with the averages, which are not copied: ``mu.view(model, states=ema, training=False)``, made once, sees each update. They have
+    the dtypes of the states, and a narrow one cannot hold small steps: keep parameters in float32, whatever is computed in.
 
     Args:
       model: a Module, a Variable, or a list, tuple or dict of them.
@@ -246,8 +246,11 @@ class EMA(Module):
       1.8
     """
 
-    def __init__(self, model: Any, decay: float | Callable[[jax.Array], Any] = 0.999, *, wrt: FilterLike = Param) -> None:
-        if not callable(decay) and not (isinstance(decay, int | float) and 0 <= decay <= 1):
+    def __init__(
+        self, model: Any, decay: float | Callable[[jax.Array], Any] = 0.999, *, wrt: FilterLike = Param
+    ) -> None:
+        given: Any = decay
+        if not callable(given) and not (isinstance(given, int | float) and 0 <= given <= 1):
             raise ArgumentError(
                 f"an average cannot decay by {show_value(decay)}",
                 path="decay",
@@ -278,7 +281,8 @@ class EMA(Module):
         return {
             path: cell
             for path, cell in cells.items()
-            if not cell.deferred and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(cell.get()))
+            if not cell.deferred
+            and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(cell.get()))
         }
 
     def _shadows(self) -> dict[Path, Variable]:

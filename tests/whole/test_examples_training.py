@@ -94,7 +94,9 @@ def test_gan(tmp_path: Path) -> None:
     images = jnp.asarray(np.random.default_rng(0).random((20, 784)) * 2 - 1, jnp.float32)
     losses = gan.train(game, images, 2, batch_size=10)
     assert losses.shape == (2, 2) and np.isfinite(losses).all()
-    changed = {path for path, value in mu.state(game, mu.Param).flat().items() if not np.array_equal(value, before[path])}
+    changed = {
+        path for path, value in mu.state(game, mu.Param).flat().items() if not np.array_equal(value, before[path])
+    }
     assert changed == set(mu.variables(game, mu.Param)), "both nets learn"
     assert int(game.optimizers[0].step) == int(game.optimizers[1].step) == int(game.ema.step) == 4
     averaged = mu.view(game.generator, states=game.ema, training=False)

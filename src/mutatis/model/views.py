@@ -28,8 +28,9 @@ def view(module: M, /, *, states: Any = None, **statics: Any) -> M:
 
     Args:
       module: the module.
-      states: other values for some of its states, by path: a `State`, a dictionary, or what holds states of the same paths: another
-        model, a `mu.optim.EMA`. These are not copied: the view sees what is written to them. Values are in states of the view's own.
+      states: other values for some of its states, by path: a `State`, a dictionary, or what holds states of the same paths:
+        another model, a `mu.optim.EMA`. These are not copied: the view sees what is written to them. Values are in states of the
+        view's own.
       **statics: other values of static attributes.
 
     Raises:

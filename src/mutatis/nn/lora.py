@@ -122,7 +122,8 @@ class LoRA(Module):
                 got=show_class(base_module),
                 cure="`nn.LoRA(3, 2, 4, base_module=nn.Linear(3, 4, rngs=rngs), rngs=rngs)`",
             )
-        if not (isinstance(lora_rank, int) and lora_rank > 0):
+        rank: Any = lora_rank
+        if not (isinstance(rank, int) and rank > 0):
             raise ArgumentError(
                 f"`nn.LoRA` cannot be of rank {show_value(lora_rank)}",
                 path="lora_rank",
@@ -254,12 +255,12 @@ class LoRA(Module):
           The model, or what stands in its place.
 
         Raises:
-          StructureError: an adapter belongs to no `Linear` or `LinearGeneral`, or a kernel serves others, too. Nothing has changed
-            then.
+          StructureError: an adapter belongs to no `Linear` or `LinearGeneral`, or a kernel serves others, too. Nothing has
+            changed then.
           FilterError: there are no adapters.
         """
         every = modules(model)
-        layers = [module for module in every.values() if isinstance(module, LoRALinear | LoRALinearGeneral)]
+        layers: list[Any] = [module for module in every.values() if isinstance(module, LoRALinear | LoRALinearGeneral)]
         inside = [layer.lora for layer in layers]
         for path, module in every.items():
             if isinstance(module, LoRA) and not any(module is lora for lora in inside):

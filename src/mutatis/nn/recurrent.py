@@ -37,8 +37,8 @@ def orthogonal_kernel_init(key: Any, shape: Any, dtype: Any = jnp.float32) -> ja
 class RNNCellBase(Module):
     """Base class of recurrent cells.
 
-    A cell of your own defines ``__call__(carry, inputs) -> (carry, outputs)`` and `initialize_carry`. For `RNN(stateful=True)` it
-    has a `Hidden` state `carry`, too.
+    A cell of your own defines ``__call__(carry, inputs) -> (carry, outputs)`` and `initialize_carry`. For `RNN(stateful=True)`
+    it has a `Hidden` state `carry`, too.
 
     Attributes:
       carry: Hidden; the carry of the calls that do not hand one in.
@@ -178,7 +178,7 @@ class _Cell(RNNCellBase):
 
     def _own_carry(self, states: int | None = None) -> Hidden[Any]:
         """The state for a carry: an array, or a tuple of several."""
-        start = _start(self.carry_init or zeros, self.hidden_features, self.param_dtype, states)
+        start = _start(self.carry_init or zeros, self.hidden_features, jnp.dtype(self.param_dtype), states)
         return Hidden(start(), init=start)
 
 
@@ -221,7 +221,8 @@ class SimpleCell(_Cell):
       promote_dtype: as in `Linear`.
       keep_rngs: whether the cell keeps a random stream for `initialize_carry`, forked from `carry`.
       rngs: random streams, of which `params` is drawn from.
-      kernel_metadata, recurrent_kernel_metadata, bias_metadata: metadata of the parameters, such as ``{"sharding": ("embed", "mlp")}``.
+      kernel_metadata, recurrent_kernel_metadata, bias_metadata: metadata of the parameters, such as
+        ``{"sharding": ("embed", "mlp")}``.
 
     Attributes:
       dense_h: Linear from `hidden_features` to `hidden_features`, without a bias.
@@ -394,7 +395,7 @@ class LSTMCell(_Cell):
         h = o * out
         return (c, h), h
 
-    def initialize_carry(  # type: ignore[override]  # two arrays
+    def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Rngs | RngState | None = None, carry_init: Initializer | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """A carry to start from: ``(c, h)``, arrays of shape (*batch, hidden_features).

@@ -19,7 +19,7 @@ from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.model.walks import variables
 from mutatis.nn.layers import first_said
-from mutatis.nn.recurrent import Carry, RNNCellBase, carry_for, stream_for_carries
+from mutatis.nn.recurrent import Carry, carry_for, stream_for_carries
 from mutatis.random import Rngs, as_key
 from mutatis.transforms.loops import scan
 
@@ -203,8 +203,8 @@ def _checked_lengths(lengths: ArrayLike, batch: tuple[int, ...], time: int) -> j
         where=naming.where(),
         expected=f"integers from 0 to {time}, of shape {batch}",
         got=show_value(lengths if np.size(array) <= 8 and is_concrete(array) else array),
-        cure="One length for each sequence: `rnn(x, seq_lengths=jnp.array([7, 4]))`; batch axes come before time, or after it with "
-        "`time_major=True`.",
+        cure="One length for each sequence: `rnn(x, seq_lengths=jnp.array([7, 4]))`; batch axes come before time, or after it "
+        "with `time_major=True`.",
     )
 
 

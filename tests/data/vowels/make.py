@@ -1,6 +1,6 @@
 """Makes `few.ts`: the first two sequences of each speaker in the training set of JapaneseVowels, from the package `aeon`.
 
-    pip install --no-deps aeon; python tests/data/vowels/make.py
+pip install --no-deps aeon; python tests/data/vowels/make.py
 """
 
 import importlib.util
