@@ -59,7 +59,8 @@ def collect(
 
     Auxiliary losses are collected like this: a layer says ``mu.sow(self, "aux", loss)``, and the training step adds the total to
     its loss. Values of a `mu.scan` or `mu.vmap` inside the call all count; gradients flow through them; the layers are left
-    without states. Around the call, `mu.vmap` gives a total for each lane. Branches and `mu.while_loop` refuse what is sown in them.
+    without states. Around the call, `mu.vmap` gives a total for each lane. Branches and `mu.while_loop` refuse what is sown in
+    them.
 
     Args:
       f: a function or callable Module.

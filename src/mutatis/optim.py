@@ -217,8 +217,8 @@ class EMA(Module):
     """An exponential moving average of the states of a model, kept as states beside it.
 
     At each update ``average = decay * average + (1 - decay) * state``. It refers to the model, and `mu.view` evaluates the model
-    with the averages, which are not copied: ``mu.view(model, states=ema, training=False)``, made once, sees each update. They have
-    the dtypes of the states, and a narrow one cannot hold small steps: keep parameters in float32, whatever is computed in.
+    with the averages, which are not copied: ``mu.view(model, states=ema, training=False)``, made once, sees each update. They
+    have the dtypes of the states, and a narrow one cannot hold small steps: keep parameters in float32, whatever is computed in.
 
     Args:
       model: a Module, a Variable, or a list, tuple or dict of them.
