@@ -132,7 +132,10 @@ def test_layers_that_are_alike_are_folded() -> None:
     table = tabulate(mu.eval_shape(lambda: Deep(9)), jax.ShapeDtypeStruct((2, 4), jnp.float32))
     assert len(table.calls) == 1 + 3 * 10
     shown = [row.split()[0] for row in str(table).splitlines()[1:]]
-    assert shown == [".", *(f"blocks[{which}]{rest}" for which in ("0..8", "9") for rest in ("", ".layers[0]", ".layers[1]"))]
+    assert shown == [
+        ".",
+        *(f"blocks[{which}]{rest}" for which in ("0..8", "9") for rest in ("", ".layers[0]", ".layers[1]")),
+    ]
     few = tabulate(mu.eval_shape(lambda: Deep(3)), jax.ShapeDtypeStruct((2, 4), jnp.float32))
     assert len(str(few).splitlines()) == 2 + 3 * 4
 

@@ -120,7 +120,8 @@ def _split(row: Sequence[str]) -> tuple[tuple[str, int | None], Sequence[str]]:
 def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: Any) -> Tabulation:
     """A table of the layers of a model, for a call with these inputs. Nothing is computed, allocated or written.
 
-    A layer counts with all that is inside it, and has a row for each of its calls. Printed, layers of a list that are alike are one.
+    A layer counts with all that is inside it, and has a row for each of its calls. Printed, layers of a list that are alike are
+    one.
 
     Args:
       net: the model; one of shapes, ``mu.eval_shape(lambda: Net(...))``, will do.

@@ -35,6 +35,7 @@ from jax.nn import tanh as tanh
 from mutatis import _equivalents, _homes
 from mutatis.nn import initializers as initializers
 from mutatis.nn.activations import PReLU as PReLU
+from mutatis.nn.carries import RNNCellBase as RNNCellBase
 from mutatis.nn.containers import Sequential as Sequential
 from mutatis.nn.convolution import Conv as Conv
 from mutatis.nn.convolution import ConvTranspose as ConvTranspose
@@ -63,7 +64,6 @@ from mutatis.nn.pooling import pool as pool
 from mutatis.nn.recurrent import GRUCell as GRUCell
 from mutatis.nn.recurrent import LSTMCell as LSTMCell
 from mutatis.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
-from mutatis.nn.recurrent import RNNCellBase as RNNCellBase
 from mutatis.nn.recurrent import SimpleCell as SimpleCell
 from mutatis.nn.sequences import RNN as RNN
 from mutatis.nn.sequences import Bidirectional as Bidirectional

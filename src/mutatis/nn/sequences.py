@@ -18,8 +18,8 @@ from mutatis.model.filters import All, FilterLike
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.model.walks import variables
+from mutatis.nn.carries import Carry, carry_for, stream_for_carries
 from mutatis.nn.layers import first_said
-from mutatis.nn.recurrent import Carry, carry_for, stream_for_carries
 from mutatis.random import Rngs, as_key
 from mutatis.transforms.loops import scan
 
