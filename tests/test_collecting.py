@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mutatis as mu
-from mutatis.errors import ArgumentError
+from mutatis.errors import ArgumentError, StructureError
 
 XS = jnp.arange(1.0, 4.0)
 
@@ -122,6 +122,27 @@ def test_an_error_in_the_middle() -> None:
         mu.jit(mu.collect(fail, "aux"))(1.0)
     net(1.0)
     assert len(mu.pop(net, mu.Intermediate)["aux"]) == 1 and int(net.calls) == 1
+
+
+def test_as_a_pure_function_and_in_a_transaction() -> None:
+    net = Layer()
+    collected = mu.collect(net, "aux")
+    pure, state = mu.functionalize(collected, of=net)
+    (out, total), new = jax.jit(pure)(state, 3.0)
+    assert (float(out), float(total), int(new["calls"])) == (6, 18, 1) and new.keys() == state.keys()
+    with mu.transaction(net):
+        assert float(collected(3.0)[1]) == 18
+    assert int(net.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "inside", [lambda f, x: mu.cond(x > 0, f, lambda x: x, x), lambda f, x: mu.switch(0, [f, f], x)]
+)
+def test_branches_refuse(inside: Any) -> None:
+    net = Layer()
+    with pytest.raises(StructureError, match="a value was kept in a branch"):
+        mu.collect(lambda x: inside(net, x), "aux")(1.0)
+    assert int(net.calls) == 0
 
 
 def test_no_name() -> None:

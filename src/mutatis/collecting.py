@@ -18,6 +18,7 @@ from mutatis.errors import ArgumentError
 from mutatis.model.contexts import Context
 from mutatis.model.kinds import Intermediate
 from mutatis.model.modules import Module
+from mutatis.model.operations import pop
 from mutatis.tracing.transformed import Transformed
 
 P = ParamSpec("P")
@@ -96,8 +97,7 @@ def collect(
         store = Module()
         with _innermost.set(Collector(name, store, _innermost.get())):
             out = function(*args, **kwargs)
-        values = [leaf for cell in vars(store).values() for leaf in jax.tree.leaves(cell.get())]
-        return out, reduce(_joined(values))
+        return out, reduce(_joined(jax.tree.leaves(pop(store, Intermediate))))
 
     return Transformed(f, functools.partial(collect, name=name, reduce=reduce), call)
 

@@ -233,3 +233,5 @@ def test_inputs_that_do_not_fit() -> None:
         rnn(waves(3))
     with pytest.raises(ArgumentError, match=r"(?s)cell.dense_i.kernel.*with 3 features"):
         rnn(waves(2, 6, 5))
+    with pytest.raises(ArgumentError, match=r"(?s)runs a recurrent cell.*nn.GRUCell"):
+        nn.RNN(nn.Linear(3, 4, rngs=mu.Rngs(0)))

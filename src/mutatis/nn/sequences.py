@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from mutatis.core import naming
 from mutatis.core.avals import is_concrete
-from mutatis.core.showing import show_value
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.filters import All, FilterLike
 from mutatis.model.kinds import RngState, stream_value
@@ -42,6 +42,9 @@ class RNN(Module):
       stateful: whether a call goes on from `cell.carry`, where the one before ended, and writes it; ``mu.reset(model, mu.Hidden,
         batch_shape=...)`` starts anew.
 
+    Raises:
+      ArgumentError: `cell` is no recurrent cell.
+
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> rnn = mu.nn.RNN(mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0)))
@@ -67,6 +70,14 @@ class RNN(Module):
         rngs: Rngs | RngState | bool = True,
         stateful: bool = False,
     ) -> None:
+        if not callable(getattr(cell, "initialize_carry", None)):
+            raise ArgumentError(
+                "`nn.RNN` runs a recurrent cell",
+                path="cell",
+                expected="a module with `initialize_carry`, such as `nn.GRUCell`",
+                got=show_class(cell),
+                cure="`nn.RNN(nn.GRUCell(in_features, hidden_features, rngs=rngs))`",
+            )
         self.cell = cell
         self.time_major = time_major
         self.return_carry = return_carry
