@@ -177,7 +177,7 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
     pairs = zip(targets, access.peek_many(targets), strict=True)
     for path, value in writes.items():
         if path not in cells:
-            problems.append(f"unexpected: {show_path(path)}{_nearest(path, cells)}")
+            problems.append(f"unexpected: {show_path(path)}{nearest(path, cells)}")
             continue
         cell, old = next(pairs)
         try:
@@ -211,7 +211,8 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
 _STORING = {Variable.set, RngState.set}  # outside of transactions, after the checks, they only store the value
 
 
-def _nearest(path: Path, paths: Iterable[Path]) -> str:
+def nearest(path: Path, paths: Iterable[Path]) -> str:
+    """The existing path that is most like one that does not exist, for messages."""
     near = difflib.get_close_matches(show_path(path), map(show_path, paths), 1, 0.0)
     return f" (nearest: {near[0]})" if near else ""
 

@@ -38,6 +38,7 @@ from mutatis.nn.activations import PReLU as PReLU
 from mutatis.nn.attention import MultiHeadAttention as MultiHeadAttention
 from mutatis.nn.caches import KVCache as KVCache
 from mutatis.nn.caches import kv_caches as kv_caches
+from mutatis.nn.carries import RNNCellBase as RNNCellBase
 from mutatis.nn.containers import Sequential as Sequential
 from mutatis.nn.convolution import Conv as Conv
 from mutatis.nn.convolution import ConvTranspose as ConvTranspose
@@ -55,6 +56,11 @@ from mutatis.nn.linear import LinearGeneral as LinearGeneral
 from mutatis.nn.masks import combine_masks as combine_masks
 from mutatis.nn.masks import make_attention_mask as make_attention_mask
 from mutatis.nn.masks import make_causal_mask as make_causal_mask
+from mutatis.nn.lora import LoRA as LoRA
+from mutatis.nn.lora import LoRALinear as LoRALinear
+from mutatis.nn.lora import LoRALinearGeneral as LoRALinearGeneral
+from mutatis.nn.lora import LoRAParam as LoRAParam
+from mutatis.nn.lora import adapters_off as adapters_off
 from mutatis.nn.normalization import BatchNorm as BatchNorm
 from mutatis.nn.pooling import AdaptiveAvgPool as AdaptiveAvgPool
 from mutatis.nn.pooling import AdaptiveMaxPool as AdaptiveMaxPool
@@ -69,6 +75,13 @@ from mutatis.nn.positions import RoPE as RoPE
 from mutatis.nn.positions import SinusoidalPositions as SinusoidalPositions
 from mutatis.nn.slots import SlotCache as SlotCache
 from mutatis.nn.stack import Stack as Stack
+from mutatis.nn.recurrent import GRUCell as GRUCell
+from mutatis.nn.recurrent import LSTMCell as LSTMCell
+from mutatis.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
+from mutatis.nn.recurrent import SimpleCell as SimpleCell
+from mutatis.nn.sequences import RNN as RNN
+from mutatis.nn.sequences import Bidirectional as Bidirectional
+from mutatis.nn.sequences import flip_sequences as flip_sequences
 from mutatis.nn.stochastic import Dropout as Dropout
 from mutatis.nn.weight_norms import SpectralNorm as SpectralNorm
 from mutatis.nn.weight_norms import WeightNorm as WeightNorm
@@ -77,14 +90,17 @@ __all__ = [
     "AdaptiveAvgPool",
     "AdaptiveMaxPool",
     "BatchNorm",
+    "Bidirectional",
     "Conv",
     "ConvTranspose",
     "Dropout",
     "Einsum",
     "Embed",
+    "GRUCell",
     "GroupNorm",
     "InstanceNorm",
     "KVCache",
+    "LSTMCell",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
@@ -96,11 +112,23 @@ __all__ = [
     "Sequential",
     "SinusoidalPositions",
     "SlotCache",
+    "LoRA",
+    "LoRALinear",
+    "LoRALinearGeneral",
+    "LoRAParam",
+    "OptimizedLSTMCell",
+    "PReLU",
+    "RMSNorm",
+    "RNN",
+    "RNNCellBase",
+    "Sequential",
+    "SimpleCell",
     "SpectralNorm",
     "Stack",
     "WeightNorm",
     "adaptive_avg_pool",
     "adaptive_max_pool",
+    "adapters_off",
     "avg_pool",
     "combine_masks",
     "dot_product_attention",
@@ -109,6 +137,7 @@ __all__ = [
     "kv_caches",
     "make_attention_mask",
     "make_causal_mask",
+    "flip_sequences",
     "max_pool",
     "min_pool",
     "pool",

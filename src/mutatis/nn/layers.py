@@ -213,6 +213,21 @@ def convert(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     return array if array.dtype == dtype and not array.weak_type else array.astype(dtype)
 
 
+def alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays in the dtype that they promote to: what a layer remembers or adds may be wider than what it computes with."""
+    if len({array.dtype for array in arrays}) == 1:
+        return list(arrays)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*arrays)
+    return [convert(array, dtype) for array in arrays]
+
+
+def total(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The sum of two arrays of one shape, in the dtype that they promote to."""
+    one, other = alike(one, other)
+    return one + other
+
+
 def widen(dtype: DTypeLike) -> Any:
     """The dtype for sums over many elements: float32, or the given one if it is wider."""
     with jax.numpy_dtype_promotion("standard"):  # it is asked for here, so the strict mode need not refuse it
