@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 
 # Neighbours on one floor that know each other: (importer, imported).
-NEIGHBOURS = {("_packages", "errors"), ("functional", "interventions"), ("functional", "random")}
+NEIGHBOURS = {("_packages", "errors"), ("functional", "interventions"), ("functional", "random"), ("interop", "nn")}
 
 # A folder of pages, of which none knows another, but for those that are made of others.
 PAGES = "transforms"
