@@ -284,6 +284,38 @@ def test_sources_that_are_none(source: Any, words: str) -> None:
         interop.load(Net(), {}, convention="keras")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: nn.Linear(3, 4, rngs=rngs),
+        lambda rngs: nn.Conv(3, 4, (2, 2), rngs=rngs),
+        lambda rngs: nn.LinearGeneral(3, (2, 2), rngs=rngs),
+        lambda rngs: nn.ConvTranspose(3, 4, (2,), rngs=rngs),
+    ],
+)
+def test_stacked_layers_have_no_names_in_torch(make: Any) -> None:
+    stacked = mu.vmap(make)(mu.Rngs(0).split(2))
+    assert interop.export(stacked)["kernel"].shape == stacked.kernel.shape
+    for use in (
+        lambda: interop.export(stacked, convention="torch"),
+        lambda: interop.load(stacked, {}, convention="torch"),
+    ):
+        with pytest.raises(errors.StructureError, match="`kernel` holds those of several layers"):
+            use()
+
+
+def test_traced_arrays_are_no_weights() -> None:
+    model = nn.Linear(2, 2, rngs=mu.Rngs(0))
+    with pytest.raises(errors.ArgumentError, match=r"`kernel` is a value that a transform traces"):
+        mu.jit(lambda x: interop.load(model, {"kernel": x}, "params"))(jnp.ones((2, 2)))
+
+
+def test_two_states_of_one_name() -> None:
+    model = {"a": {"b": mu.Param(jnp.ones(2))}, "a.b": mu.Param(jnp.zeros(2))}
+    with pytest.raises(errors.StructureError, match=r"are both called `a\.b` in the convention 'flax'"):
+        interop.export(model)
+
+
 # -- torch -------------------------------------------------------------------------------------------------------------
 
 

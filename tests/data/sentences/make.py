@@ -33,7 +33,8 @@ def encode(model: BertModel, tokens: torch.Tensor, mask: torch.Tensor) -> np.nda
 def main() -> None:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, max_position_embeddings=16
+        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48,
+        max_position_embeddings=16,
     )  # fmt: skip
     small = BertModel(config)
     with torch.no_grad():
