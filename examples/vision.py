@@ -76,7 +76,9 @@ class BatchNorm(nn.BatchNorm):
 class ConvNorm(mu.Module):
     """A convolution without bias, and batch norm."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, rngs: mu.Rngs) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, rngs: mu.Rngs
+    ) -> None:
         size = (kernel, kernel)
         self.conv = nn.Conv(
             inputs, outputs, size, strides=stride, feature_group_count=groups, use_bias=False, rngs=rngs
@@ -164,8 +166,12 @@ def photographs() -> np.ndarray:
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
-    squares = [image[:, (image.shape[1] - image.shape[0]) // 2 :][:, : len(image)] for image in load_sample_images().images]
-    return np.stack([np.asarray(Image.fromarray(square).resize((224, 224), Image.Resampling.BICUBIC)) for square in squares])
+    squares = [
+        image[:, (image.shape[1] - image.shape[0]) // 2 :][:, : len(image)] for image in load_sample_images().images
+    ]
+    return np.stack(
+        [np.asarray(Image.fromarray(square).resize((224, 224), Image.Resampling.BICUBIC)) for square in squares]
+    )
 
 
 def scaled(images: np.ndarray) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import pickle
 import sys
@@ -258,15 +257,11 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 # -- Orbax, safetensors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax, of what it did not finish
 def test_a_damaged_checkpoint_of_orbax(tmp_path: Path) -> None:
     write_orbax(tmp_path / "net")
     assert sorted(interop.read(tmp_path / "net")) == ["layers.0.kernel", "w"]
-    for file in sorted((tmp_path / "net").rglob("*")):
-        if file.is_file() and file.parent.name == "d":
-            file.write_bytes(b"")
-    refused(tmp_path / "net", "damaged")
-    gc.collect()
+    (tmp_path / "net" / "_METADATA").write_bytes(b"{")
+    refused(tmp_path / "net", "cannot be read as an Orbax checkpoint")
 
 
 def test_ours_is_restored_otherwise(tmp_path: Path) -> None:

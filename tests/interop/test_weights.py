@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -282,6 +284,38 @@ def test_sources_that_are_none(source: Any, words: str) -> None:
         interop.load(Net(), {}, convention="keras")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: nn.Linear(3, 4, rngs=rngs),
+        lambda rngs: nn.Conv(3, 4, (2, 2), rngs=rngs),
+        lambda rngs: nn.LinearGeneral(3, (2, 2), rngs=rngs),
+        lambda rngs: nn.ConvTranspose(3, 4, (2,), rngs=rngs),
+    ],
+)
+def test_stacked_layers_have_no_names_in_torch(make: Any) -> None:
+    stacked = mu.vmap(make)(mu.Rngs(0).split(2))
+    assert interop.export(stacked)["kernel"].shape == stacked.kernel.shape
+    for use in (
+        lambda: interop.export(stacked, convention="torch"),
+        lambda: interop.load(stacked, {}, convention="torch"),
+    ):
+        with pytest.raises(errors.StructureError, match="`kernel` holds those of several layers"):
+            use()
+
+
+def test_traced_arrays_are_no_weights() -> None:
+    model = nn.Linear(2, 2, rngs=mu.Rngs(0))
+    with pytest.raises(errors.ArgumentError, match=r"`kernel` is a value that a transform traces"):
+        mu.jit(lambda x: interop.load(model, {"kernel": x}, "params"))(jnp.ones((2, 2)))
+
+
+def test_two_states_of_one_name() -> None:
+    model = {"a": {"b": mu.Param(jnp.ones(2))}, "a.b": mu.Param(jnp.zeros(2))}
+    with pytest.raises(errors.StructureError, match=r"are both called `a\.b` in the convention 'flax'"):
+        interop.export(model)
+
+
 # -- torch -------------------------------------------------------------------------------------------------------------
 
 
@@ -308,12 +342,63 @@ class Tensor:
 
 def test_a_live_module_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "__module__", "torch")
-    monkeypatch.setitem(__import__("sys").modules, "torch", types.SimpleNamespace(int16=np.int16))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(int16=np.int16))
     arrays = {"weight": np.ones((4, 3), jnp.bfloat16), "bias": np.ones(4, np.float32)}
     module = types.SimpleNamespace(state_dict=lambda: {name: Tensor(array) for name, array in arrays.items()})
     model = nn.Linear(3, 4, rngs=mu.Rngs(0))
     interop.load(model, module, convention="torch", cast=True)
     assert float(model.kernel.sum()) == 12
+
+
+class AsTorch(mu.Module):
+    """The network of tests/data/weights/make.py."""
+
+    def __init__(self, rngs: mu.Rngs) -> None:
+        self.conv = nn.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs)
+        self.norm = nn.BatchNorm(6, momentum=1 - 0.3, rngs=rngs)
+        self.up = nn.ConvTranspose(6, 5, (3, 3), strides=2, padding="VALID", rngs=rngs)
+        self.embed = nn.Embed(7, 5, rngs=rngs)
+        self.line = nn.LayerNorm(5, epsilon=1e-5, rngs=rngs)
+        self.head = nn.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array, words: jax.Array) -> jax.Array:
+        x = self.up(jax.nn.relu(self.norm(self.conv(x)))).mean((1, 2))
+        return self.head(self.line(x + self.embed(words)))
+
+
+@pytest.mark.parametrize("file", ["net.pt", "legacy.pt"])
+def test_layers_give_what_those_of_torch_give(file: str) -> None:
+    model = AsTorch(mu.Rngs(0))
+    interop.load(model, DATA / file, convention="torch")
+    expected = dict(np.load(DATA / "net.npz"))
+    x, words = jnp.asarray(expected["x"]), jnp.asarray(expected["words"].astype(np.int32))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(model.eval()(x, words), expected["evaluated"])
+    close(model.train()(x, words), expected["trained"])
+    close(model.norm.mean, expected["mean"])
+    n = 2 * 6 * 6  # PyTorch moves towards the unbiased variance
+    start = 0.7 * np.asarray(interop.read(DATA / file)["norm.running_var"])
+    close(start + (model.norm.var.value - start) * n / (n - 1), expected["var"])
+    back = interop.export(model, mu.Param, convention="torch")
+    assert all(np.array_equal(array, interop.read(DATA / file)[name]) for name, array in back.items())
+
+
+def test_attention_of_several_heads() -> None:
+    heads, width = 3, 6
+    model = nn.LinearGeneral(width, (heads, 2), rngs=mu.Rngs(0))
+    out = nn.LinearGeneral((heads, 2), width, axis=(-2, -1), rngs=mu.Rngs(0))
+    weight, bias = np.arange(36, dtype=np.float32).reshape(6, 6), np.arange(6, dtype=np.float32)
+    for layer in (model, out):
+        interop.load(layer, {"weight": weight, "bias": bias}, convention="torch")
+        back = interop.export(layer, convention="torch")
+        assert np.array_equal(back["weight"], weight) and np.array_equal(back["bias"], bias)
+    x = jnp.ones((1, width))
+    expected = np.ones((1, width)) @ weight.T + bias
+    np.testing.assert_allclose(model(x).reshape(1, 6), expected)
+    np.testing.assert_allclose(out(x.reshape(1, heads, 2)), expected)
+    prelu = nn.PReLU()
+    interop.load(prelu, {"weight": np.full(1, 0.5, np.float32)}, convention="torch")
+    assert prelu.negative_slope.value == 0.5 and interop.export(prelu, convention="torch")["weight"].shape == (1,)
 
 
 # -- Flax ----------------------------------------------------------------------------------------------------------------

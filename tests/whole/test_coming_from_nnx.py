@@ -30,7 +30,9 @@ def test_rows_are_in_order_and_say_something() -> None:
     assert [name for name, ours in ROWS.items() if "`" not in ours and not ours.startswith(("none", "a plain"))] == []
 
 
-@pytest.mark.parametrize("ours", sorted({name for row in ROWS.values() for name in re.findall(r"`((?:mu|jax)\.[\w.]+)`", row)}))
+@pytest.mark.parametrize(
+    "ours", sorted({name for row in ROWS.values() for name in re.findall(r"`((?:mu|jax)\.[\w.]+)`", row)})
+)
 def test_what_is_named_here_exists(ours: str) -> None:
     root, path = ours.split(".", 1)
     assert functools.reduce(getattr, path.split("."), {"mu": mu, "jax": jax}[root]) is not None

@@ -40,6 +40,7 @@ NEIGHBOURS = {
     ("interventions", "collecting"),
     ("functional", "interventions"),
     ("functional", "random"),
+    ("interop", "nn"),
 }
 
 # A folder of pages, of which none knows another, but for those that are made of others.

@@ -31,7 +31,7 @@ from mutatis import nn
 from mutatis.core import access
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.errors import ArgumentError
+from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.filters import Path
 from mutatis.model.kinds import RngState
 from mutatis.model.modules import Module
@@ -95,9 +95,22 @@ def check_convention(convention: str) -> None:
 
 
 def slots_of(node: Any, convention: str) -> list[Slot]:
-    """The arrays of a node, by name."""
+    """The arrays of a node, each with a name of its own.
+
+    Raises:
+      StructureError: two have one name.
+    """
     owners = modules(node)
-    return [slot for path, cell in variables(node).items() for slot in _slots(path, cell, owners, convention)]
+    slots = [slot for path, cell in variables(node).items() for slot in _slots(path, cell, owners, convention)]
+    by_name: dict[str, Slot] = {}
+    for slot in slots:
+        if (other := by_name.setdefault(slot.name, slot)) is not slot:
+            raise StructureError(
+                f"`{slot.label}` and `{other.label}` are both called `{slot.name}` in the convention {convention!r}",
+                path=slot.label,
+                cure="Give one of them another name, or take the part of the model that holds one of them.",
+            )
+    return slots
 
 
 def _slots(path: Path, cell: Variable, owners: dict[Path, Module], convention: str) -> list[Slot]:
@@ -132,6 +145,7 @@ def _torch(owner: Module | None, name: str, now: Any) -> tuple[str, Callable[[An
         return name, _as_it_is, _as_it_is
     shape = None if now is None else tuple(now.shape)
     if name == "kernel":
+        _refuse_stacked(owner, shape)
         mirrored = "ConvTranspose" in layers
         if mirrored or "Conv" in layers:
             return "weight", _Convolution(mirrored).read, _Convolution(mirrored).write
@@ -142,6 +156,28 @@ def _torch(owner: Module | None, name: str, now: Any) -> tuple[str, Callable[[An
     if name == "bias" and shape is not None and len(shape) > 1:
         return "bias", *_Matrix(shape, 0).ways
     return _TORCH.get(name, name), _as_it_is, _as_it_is
+
+
+def _refuse_stacked(owner: Any, shape: tuple[int, ...] | None) -> None:
+    """Raise if a kernel has axes in front of those of one layer.
+
+    Raises:
+      StructureError: it has.
+    """
+    if hasattr(owner, "kernel_size"):
+        rank = len(owner.kernel_size) + 2
+    elif hasattr(owner, "batch_axis"):
+        rank = len(owner.batch_axis) + len(owner.axis) + len(owner.out_features)
+    else:
+        rank = 2
+    if shape is not None and len(shape) > rank:
+        raise StructureError(
+            "`kernel` holds those of several layers, for which torch has no name",
+            path="kernel",
+            expected=f"an array of {rank} axes",
+            got=f"one of shape {shape}",
+            cure="Load layers one by one and stack them, or take them apart first: `stack.layers()`.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Match:
         selects = selection(filters)
         self._needed = {name for name, slot in self._slots.items() if selects(slot.path, slot.cell)}
         self._wanted = self._needed if filters else set(self._slots)
-        self._modules = modules(node)
+        self._first_paths = {module: path for path, module in modules(node).items()}
         self._collections: dict[str, str] = {}
         self._found: dict[str, tuple[str, Any]] = {}  # by the name of the slot: where the array is from, and the array
         self._met: set[str] = set()  # those that an array was meant for, whether it fits or not
@@ -98,20 +98,18 @@ class Match:
 
     def _slot(self, name: str) -> Slot | None:
         """What a name means: a state by its name, by another path to it, or by what Flax calls it."""
-        for candidate in (name, f"{name}.value", self._by_first_path(name)):
+        for candidate in (name, f"{name}.value"):
             if candidate in self._slots:
                 return self._slots[candidate]
-        return self._stream(name)
+        return self._slots.get(self._by_first_path(name)) or self._stream(name)
 
     def _by_first_path(self, name: str) -> str:
         """A name through a module, or to a state, that is shared, by its first path."""
-        parts, at, taken = name.split("."), self._node, 0
-        first = {id(module): path for path, module in self._modules.items()}
-        best = name
+        parts, at, taken, best = name.split("."), self._node, 0, name
         for part in parts:
             at, taken = _step(at, part), taken + 1
-            if id(at) in first and isinstance(at, Module):
-                best = ".".join([*map(str, first[id(at)]), *parts[taken:]])
+            if isinstance(at, Module) and at in self._first_paths:
+                best = ".".join([*map(str, self._first_paths[at]), *parts[taken:]])
             elif isinstance(at, Variable):
                 return next((slot.name for slot in self._slots.values() if slot.cell is at), best)
         return best

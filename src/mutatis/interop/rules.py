@@ -22,8 +22,7 @@ import numpy as np
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 
-Names: TypeAlias = "str | tuple[str, ...]"
-Arrays: TypeAlias = "list[Any]"
+Arrays: TypeAlias = list[Any]
 
 
 class Layout:
@@ -150,7 +149,7 @@ class Halves(Layout):
         return [x.reshape(self.heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape) for x in arrays]
 
 
-RulesLike: TypeAlias = "Mapping[Any, Any] | Iterable[tuple[Any, Any]]"
+RulesLike: TypeAlias = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
 
 _FORMS = (
     "`{'encoder.layer.{i}': 'blocks.{i}', 'pooler': None, 'qkv': (('query', 'key', 'value'), interop.Split(axis=0))}`: "

@@ -218,6 +218,14 @@ def _weights_of(source: Any) -> Weights:
 
 def _array(name: str, leaf: Any) -> Any:
     """A leaf as an array of NumPy or JAX."""
+    if isinstance(leaf, jax.core.Tracer):
+        raise ArgumentError(
+            f"`{name}` is a value that a transform traces, and weights are looked at",
+            path=name,
+            expected="arrays of numbers",
+            got=show_value(leaf),
+            cure="A state takes what is traced: `mu.update(model, {'kernel': x})`.",
+        )
     if isinstance(leaf, jax.Array | np.ndarray):
         return leaf
     if type(leaf).__module__.partition(".")[0] == "torch" and hasattr(leaf, "detach"):

