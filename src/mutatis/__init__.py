@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 
 from mutatis import _equivalents, _homes
 from mutatis import errors as errors
+from mutatis import optim as optim
+from mutatis.accumulation import accumulate as accumulate
+from mutatis.collecting import collect as collect
 from mutatis.core.statics import static as static
 from mutatis.errors import CapturedStateWarning as CapturedStateWarning
 from mutatis.errors import MutatisError as MutatisError
@@ -140,9 +143,11 @@ __all__ = [
     "StateSharding",
     "Variable",
     "WithTag",
+    "accumulate",
     "capture",
     "checkpoint",
     "clone",
+    "collect",
     "cond",
     "custom_jvp",
     "custom_vjp",
@@ -172,6 +177,7 @@ __all__ = [
     "modules",
     "nn",
     "on_commit",
+    "optim",
     "perturb",
     "pop",
     "remat",

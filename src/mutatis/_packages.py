@@ -11,6 +11,8 @@ from mutatis.errors import MissingPackageError
 DISTRIBUTIONS = {
     "orbax": ("orbax-checkpoint", "checkpoint"),
     "rich": ("rich", "rich"),
+    "safetensors": ("safetensors", "safetensors"),
+    "gguf": ("gguf", "gguf"),
     "flax": ("flax", "interop"),
     "equinox": ("equinox", "interop"),
     "haiku": ("dm-haiku", "interop"),

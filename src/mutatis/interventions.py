@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 
+from mutatis import collecting
 from mutatis.core import naming, transactions
 from mutatis.core.avals import show_type
 from mutatis.core.calls import takes
@@ -249,7 +250,8 @@ def sow(
     The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. In a compiled
     program those of the latest call only: one that grew with each call would compile each call anew, so a warning says it. What
     the body of a `mu.scan` sows comes back stacked; branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there
-    before, unless it is popped there again.
+    before, unless it is popped there again. In a call that collects this name, `mu.collect`, the value goes there and nowhere
+    else.
 
     Args:
       module: the module.
@@ -271,6 +273,8 @@ def sow(
     """
     kind = unsubscripted(kind)
     held = _held(module, name, kind)
+    if kind is Intermediate and collecting.take(name, value):
+        return
     if held is None:
         setattr(module, name, kind((value,)) if reduce is None else kind(value, reduced=True))
     elif not isinstance(held, kind):

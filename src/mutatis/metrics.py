@@ -7,7 +7,7 @@ A metric is a module, so it goes into `mu.jit` as an argument, is saved with the
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,10 @@ class Average(Metric):
             )
         batch = jnp.asarray(values[self.argname])
         counted = jnp.broadcast_to(True if mask is None else jnp.asarray(mask, bool), batch.shape)
+        self._take(batch, counted)
+
+    def _take(self, batch: jax.Array, counted: jax.Array) -> None:
+        """Take in an array of values, and which of them count."""
         self.total += jnp.sum(batch, where=counted, dtype=self.total.dtype)
         self.count += jnp.sum(counted, dtype=self.count.dtype)
 
@@ -192,3 +196,135 @@ class MultiMetric(Metric):
     def compute(self) -> dict[str, Any]:
         """The value of each metric by name."""
         return {name: metric.compute() for name, metric in self._metrics.items()}
+
+
+class Perplexity(Average):
+    """The perplexity of a language model: ``exp`` of the mean of the losses.
+
+    Args:
+      argname: the keyword by which `update` finds the losses, the negative logarithms of the probabilities of what came.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> perplexity = mu.metrics.Perplexity()
+      >>> perplexity.update(loss=-jnp.log(jnp.array([0.25, 0.25])))
+      >>> perplexity.compute()
+      Array(4., dtype=float32)
+    """
+
+    def __init__(self, argname: str = "loss") -> None:
+        super().__init__(argname)
+
+    def compute(self) -> jax.Array:
+        """The perplexity so far: a scalar, NaN if there were no losses."""
+        return jnp.exp(super().compute())
+
+
+class Statistics(NamedTuple):
+    """What `Welford` gives, each a scalar.
+
+    Attributes:
+      mean: the mean.
+      standard_error_of_mean: the standard deviation of the mean.
+      standard_deviation: the standard deviation, of the values themselves (not Bessel's).
+    """
+
+    mean: jax.Array
+    standard_error_of_mean: jax.Array
+    standard_deviation: jax.Array
+
+
+class Welford(Average):
+    """The mean and the standard deviation of all values, without what cancels where the mean is large.
+
+    Args:
+      argname: the keyword by which `update` finds its values.
+
+    Source:
+      Welford, Note on a Method for Calculating Corrected Sums of Squares and Products, 1962; for batches, Chan et al., 1983,
+      https://doi.org/10.1080/00031305.1983.10483115
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> spread = mu.metrics.Welford()
+      >>> spread.update(values=jnp.array([1.0, 2.0]))
+      >>> spread.update(values=jnp.array([3.0, 6.0]))
+      >>> mean, _, deviation = spread.compute()
+      >>> float(mean), round(float(deviation), 4)
+      (3.0, 1.8708)
+    """
+
+    def __init__(self, argname: str = "values") -> None:
+        self.argname = argname
+        self.count = MetricState(0, init=0)
+        self.mean = MetricState(0.0, init=0.0)
+        self.m2 = MetricState(0.0, init=0.0)  # the sum of squared differences from the mean
+
+    def _take(self, batch: jax.Array, counted: jax.Array) -> None:
+        dtype = self.mean.dtype
+        batch = batch.astype(dtype)
+        new = jnp.sum(counted, dtype=self.count.dtype)
+        weight = jnp.maximum(new, 1).astype(dtype)
+        mean = jnp.sum(batch, where=counted) / weight
+        m2 = jnp.sum(jnp.square(batch - mean), where=counted)
+        both = jnp.maximum(self.count.value + new, 1).astype(dtype)
+        delta, share = mean - self.mean.value, new.astype(dtype) / both
+        self.m2 += m2 + jnp.square(delta) * share * self.count.value.astype(dtype)
+        self.mean += delta * share
+        self.count += new
+
+    def compute(self) -> Statistics:
+        """The statistics so far; NaN if there were no values."""
+        count = self.count.value.astype(self.mean.dtype)
+        deviation = jnp.sqrt(self.m2 / count)
+        return Statistics(self.mean.value + 0 / count, deviation / jnp.sqrt(count), deviation)
+
+
+class ConfusionMatrix(Metric):
+    """How often each class was taken for each other.
+
+    Args:
+      num_classes: the number of classes.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> confusion = mu.metrics.ConfusionMatrix(2)
+      >>> confusion.update(logits=jnp.array([[0.1, 0.9], [0.8, 0.2]]), labels=jnp.array([1, 1]))
+      >>> confusion.compute().tolist()
+      [[0, 0], [1, 1]]
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        zeros = jnp.zeros((num_classes, num_classes), jnp.int32)
+        self.num_classes = num_classes
+        self.counts = MetricState(zeros, init=zeros)
+
+    @takes("metric.update(logits=logits, labels=labels)")
+    def update(self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any) -> None:  # type: ignore[override]  # names what it takes of **values
+        """Take in a batch of predictions.
+
+        Args:
+          logits: an array of shape (..., num_classes).
+          labels: the right classes: integers of shape (...). Those that are no class do not count.
+          mask: which predictions count: booleans that broadcast to shape (...); all, if it is left out.
+
+        Raises:
+          ArgumentError: the shapes do not fit.
+        """
+        logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+        if logits.shape != (*labels.shape, self.num_classes) or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ArgumentError(
+                "the logits do not fit the labels of `ConfusionMatrix`",
+                path="logits",
+                expected=f"logits of shape (..., {self.num_classes}) and integer labels of shape (...)",
+                got=f"logits of shape {logits.shape}, {labels.dtype} labels of shape {labels.shape}",
+                cure="Labels are integers without an axis for the classes: `labels=one_hot.argmax(-1)`.",
+            )
+        known = (labels >= 0) & (labels < self.num_classes)
+        counted = known if mask is None else known & jnp.broadcast_to(jnp.asarray(mask, bool), labels.shape)
+        guesses = jnp.argmax(logits, -1).astype(labels.dtype)
+        self.counts.value = self.counts.value.at[labels, guesses].add(counted.astype(jnp.int32), mode="drop")
+
+    def compute(self) -> jax.Array:
+        """The counts so far: integers of shape (num_classes, num_classes), a row for each class, a column for each guess."""
+        return self.counts.value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, overload
 
 import jax
@@ -112,6 +112,39 @@ class Optimizer(Module):
             self.state[name].set(leaf)
         self.step += 1
 
+    @property
+    def opt_state(self) -> Any:
+        """What optax keeps, as the transformation made it: for functions of optax that look into it or change it.
+
+        It may be assigned, too: ``optimizer.opt_state = optax.tree.set(optimizer.opt_state, learning_rate=0.1)``.
+
+        Raises:
+          OptimizerError: what is assigned has another structure, shape or dtype.
+
+        Example:
+          >>> import mutatis as mu, optax
+          >>> optimizer = mu.Optimizer(mu.Param(1.0), optax.adam(1e-3))
+          >>> optax.tree.get(optimizer.opt_state, "count")
+          Array(0, dtype=int32)
+        """
+        return self._present_state(self._values(self._params()))
+
+    @opt_state.setter
+    def opt_state(self, new: Any) -> None:
+        layout = self._layout(self._values(self._params()))
+        leaves, treedef = jax.tree.flatten(new)
+        types = [_struct(jnp.asarray(leaf)) for leaf in leaves] if treedef == layout.treedef else None
+        if types != list(layout.leaves):
+            raise OptimizerError(
+                "what was assigned to `opt_state` is not what the optimizer keeps",
+                path="opt_state",
+                expected=show_type(jax.tree.unflatten(layout.treedef, layout.leaves)),
+                got=show_value(new) if types is None else show_type(new),
+                cure="Change what it keeps: `optimizer.opt_state = optax.tree.set(optimizer.opt_state, count=0)`.",
+            )
+        for name, leaf in zip(layout.names, leaves, strict=True):
+            self.state[name].set(leaf)
+
     def _params(self, *, frozen: bool = False) -> dict[Path, Variable]:
         """The states to optimize, by path; with those that are frozen, which keep their moments, if asked for."""
         chosen = {}
@@ -178,6 +211,92 @@ class Optimizer(Module):
         fresh = dict(zip(layout.names, jax.tree.leaves(self.tx.init(values)), strict=True))
         kept = {name: state for name, state in self.state.items() if name in present}
         self.state = kept | {name: OptState(leaf) for name, leaf in fresh.items() if name not in kept}
+
+
+class EMA(Module):
+    """An exponential moving average of the states of a model, kept as states beside it.
+
+    At each update ``average = decay * average + (1 - decay) * state``. It refers to the model, and `mu.view` evaluates the model
+    with the averages, which are not copied: ``mu.view(model, states=ema, training=False)``, made once, sees each update. They
+    have the dtypes of the states, and a narrow one cannot hold small steps: keep parameters in float32, whatever is computed in.
+
+    Args:
+      model: a Module, a Variable, or a list, tuple or dict of them.
+      decay: the weight of the average, or a function that gives it for the number of updates so far, as an optax schedule does.
+      wrt: which states; those that are not floats are left out. States that appear later start as they are then.
+
+    Attributes:
+      step: OptState, the number of updates.
+      state: the averages, OptState by path.
+
+    Raises:
+      ArgumentError: `decay` is neither a number from 0 to 1 nor a function.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> net = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> ema = mu.optim.EMA(net, decay=0.9)
+      >>> @mu.jit
+      ... def step():
+      ...     net.kernel.value += 1.0
+      ...     ema.update()
+      >>> step()
+      >>> averaged = mu.view(net, states=ema)
+      >>> round(float((net(jnp.ones(2)) - averaged(jnp.ones(2)))[0]), 3)
+      1.8
+    """
+
+    def __init__(
+        self, model: Any, decay: float | Callable[[jax.Array], Any] = 0.999, *, wrt: FilterLike = Param
+    ) -> None:
+        given: Any = decay
+        if not callable(given) and not (isinstance(given, int | float) and 0 <= given <= 1):
+            raise ArgumentError(
+                f"an average cannot decay by {show_value(decay)}",
+                path="decay",
+                expected="a number from 0 to 1, or a function of the number of updates",
+                got=show_value(decay),
+                cure="`mu.optim.EMA(model, decay=0.999)`",
+            )
+        self.step = OptState(0)
+        self.decay = decay
+        self.wrt = as_filter(wrt)
+        self._model = Reference(check_node(model))
+        self.state = {show_path(path): OptState(cell.get()) for path, cell in self._tracked().items()}
+
+    def update(self) -> None:
+        """Move the averages towards the present values of the states."""
+        tracked = {show_path(path): cell for path, cell in self._tracked().items()}
+        decay = self.decay(self.step.value) if callable(self.decay) else self.decay
+        if tracked.keys() != self.state.keys():
+            kept = {name: cell for name, cell in self.state.items() if name in tracked}
+            self.state = kept | {name: OptState(cell.get()) for name, cell in tracked.items() if name not in kept}
+        for name, cell in tracked.items():
+            average = self.state[name]
+            average.value = jax.tree.map(lambda old, new: _mixed(decay, old, new), average.value, cell.value)
+        self.step += 1
+
+    def _tracked(self) -> dict[Path, Variable]:
+        cells = variables(self._model.value, self.wrt)
+        return {
+            path: cell
+            for path, cell in cells.items()
+            if not cell.deferred
+            and all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(cell.get()))
+        }
+
+    def _shadows(self) -> dict[Path, Variable]:
+        """The averages by the paths of the states; see `mu.view`."""
+        paths = variables(self._model.value, self.wrt)
+        return {path: self.state[name] for path in paths if (name := show_path(path)) in self.state}
+
+
+def _mixed(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+    """The next average: computed in float32, at least, as a step may be smaller than what a narrow dtype can tell apart."""
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jnp.promote_types(old.dtype, jnp.float32)
+        weight = jnp.asarray(decay, jnp.finfo(wide).dtype)
+        return (weight * old.astype(wide) + (1 - weight) * new.astype(wide)).astype(old.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,6 +172,11 @@ class _Stream:
         return repr(self.state)
 
 
+def is_stream(given: Any) -> bool:
+    """Whether something is one random stream, a state or what `rngs.params` is, and not several by name."""
+    return isinstance(given, RngState | _Stream)
+
+
 def as_key(seed: Any, name: str = "default") -> jax.Array:
     """A random key from a seed or a (typed or untyped) key.
 

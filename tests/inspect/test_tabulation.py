@@ -112,3 +112,41 @@ def test_flags_and_functions_are_what_they_are() -> None:
     x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
     assert [call.path for call in tabulate(Switch(), x, True, act=jnp.tanh).calls] == ["", "linear"]
     assert [call.path for call in tabulate(Switch(), x, False).calls] == [""]
+
+
+class Deep(mu.Module):
+    """Many blocks that are alike, and one that is not."""
+
+    def __init__(self, depth: int) -> None:
+        rngs = mu.Rngs(0)
+        sizes = [4] * depth + [8]
+        self.blocks = [nn.Sequential(nn.Linear(4, size, rngs=rngs), nn.LayerNorm(size, rngs=rngs)) for size in sizes]
+
+    def __call__(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_layers_that_are_alike_are_folded() -> None:
+    table = tabulate(mu.eval_shape(lambda: Deep(9)), jax.ShapeDtypeStruct((2, 4), jnp.float32))
+    assert len(table.calls) == 1 + 3 * 10
+    shown = [row.split()[0] for row in str(table).splitlines()[1:]]
+    assert shown == [
+        ".",
+        *(f"blocks[{which}]{rest}" for which in ("0..8", "9") for rest in ("", ".layers[0]", ".layers[1]")),
+    ]
+    few = tabulate(mu.eval_shape(lambda: Deep(3)), jax.ShapeDtypeStruct((2, 4), jnp.float32))
+    assert len(str(few).splitlines()) == 2 + 3 * 4
+
+
+def test_a_model_of_thousands_of_layers_stays_readable() -> None:
+    def make() -> Any:
+        net: Any = mu.Module()
+        net.alike = [nn.PReLU() for _ in range(3000)]
+        net.others = [mu.Param(jnp.zeros(size + 2)) for size in range(1000)]
+        return net
+
+    text = repr(mu.eval_shape(make))
+    assert len(text.splitlines()) < 70
+    assert "... 2,999 more like it," in text and "... 960 more," in text and "Param(float32[1001])" in text

@@ -306,6 +306,87 @@ def test_copies(how: str, tmp_path: Path) -> None:
     assert mu.state(other) == mu.state(net)
 
 
+# -- attributes, methods and parts of theirs, through the door ------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_methods_pass_through_with_their_writes(jit: bool) -> None:
+    native = nnx.MultiHeadAttention(num_heads=2, in_features=4, decode=True, rngs=nnx.Rngs(0))
+    net = FromNnx(native)
+    for length in (5, 7):  # anew, in another size
+        native.init_cache((2, length, 4))
+        net.init_cache((2, length, 4))
+        assert net.cached_key.shape == (2, length, 2, 2) and isinstance(net.cache_index, mu.Cache)
+        for n in range(2):
+            x = jnp.full((2, 1, 4), n + 1.0)
+            assert_equal((mu.jit(net) if jit else net)(x), native(x))
+    assert_same_values(net, native)
+
+
+def test_attributes_pass_through() -> None:
+    net = FromNnx(nnx.Embed(7, 3, rngs=nnx.Rngs(0)))
+    assert net.features == 3 and net.embedding is net.variables["embedding"]
+    assert_equal(net.attend(jnp.eye(3)), net.embedding.value.T)
+    net.embedding = jnp.zeros((7, 3))
+    assert not net.attend(jnp.eye(3)).any()
+    net.features = 4
+    assert net.features == net.module.features == 4 and "features" not in net.__dict__
+    with pytest.raises(
+        AttributeError, match=r"'FromNnx' object has no attribute 'head', and the Embed of NNX has none"
+    ):
+        _ = net.head
+    net.head = 3  # of our own
+    assert net.__dict__["head"] == 3 and not hasattr(net.module, "head")
+
+
+def test_parts_are_reached_on() -> None:
+    net = FromNnx(Net(nnx.Rngs(0)))
+    assert len(net.layers) == 2 and [part.use_bias for part in net.layers] == [True, True]
+    assert net.layers[0].kernel is net.tied.kernel is net.variables["layers"][0]["kernel"]
+    assert isinstance(net.drop.rngs, mu.RngState) and "layers[-1]" not in repr(net.layers[-1])
+    net.drop.rate = 0.0
+    assert net.module.drop.rate == net.drop.rate == mu.clone(net).drop.rate == 0.0
+    net.layers[1](batch(size=4))
+    assert float(jnp.abs(net.layers[1].mean.value).sum()) > 0
+    net.eval()
+    before = mu.state(net)
+    net.layers[1](batch(size=4))
+    assert mu.state(net) == before
+
+
+def test_properties_see_values_and_what_fails_writes_nothing() -> None:
+    class Counts(nnx.Module):
+        def __init__(self) -> None:
+            self.w = self.v = nnx.Param(jnp.ones(2))
+            self.n = 0
+
+        @property
+        def total(self) -> Any:
+            self.n += 1
+            return self.w[...].sum()
+
+        def fails(self) -> None:
+            self.w[...] = jnp.zeros(2)
+            self.n = 9
+            raise KeyError
+
+        @staticmethod
+        def twice(x: int) -> int:
+            return 2 * x
+
+    class Ours(FromNnx):
+        def __init__(self, module: Any) -> None:
+            self.early = 1
+            super().__init__(module)
+
+    net = Ours(Counts())
+    assert (float(net.total), net.n, net.twice(3), net.early) == (2.0, 1, 6, 1) and net.w is net.v
+    with pytest.raises(KeyError):
+        net.fails()
+    assert net.n == 1 and float(net.w.sum()) == 2.0
+    assert jax.tree.leaves(mu.grad(lambda net: net.total)(net))[0].tolist() == [1.0, 1.0]
+
+
 # -- ours in theirs ------------------------------------------------------------------------------------------------
 
 

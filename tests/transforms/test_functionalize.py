@@ -221,3 +221,17 @@ def test_a_state_that_is_not_in_it_is_refused() -> None:
     except errors.MutatisError:
         pass
     assert int(other.n) == 0, "what `f` writes is in `new_state` and nowhere else"
+
+
+def test_a_state_of_the_function_alone() -> None:
+    net = mu.Module()
+    net.w = mu.Param(2.0)
+
+    def run(x: Any) -> Any:
+        local = mu.Module()
+        local.v = mu.Variable(net.w * x)
+        return local.v.value + 1
+
+    pure, state = mu.functionalize(run, of=net)
+    out, new = jax.jit(pure)(state, 3.0)
+    assert float(out) == 7 and new == state

@@ -29,13 +29,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tracing",),
     ("compilation",),
     ("transforms",),
-    ("random", "optim", "metrics", "interventions", "functional", "effects"),
+    ("random", "optim", "metrics", "interventions", "collecting", "accumulation", "functional", "effects"),
     ("nn", "checkpoint", "inspect", "interop"),
     ("",),  # the package root
 )
 
 # Neighbours on one floor that know each other: (importer, imported).
-NEIGHBOURS = {("_packages", "errors"), ("functional", "interventions"), ("functional", "random")}
+NEIGHBOURS = {
+    ("_packages", "errors"),
+    ("interventions", "collecting"),
+    ("functional", "interventions"),
+    ("functional", "random"),
+    ("interop", "nn"),
+}
 
 # A folder of pages, of which none knows another, but for those that are made of others.
 PAGES = "transforms"

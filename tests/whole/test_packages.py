@@ -28,9 +28,21 @@ def lack(patch: pytest.MonkeyPatch, package: str) -> None:
         patch.delitem(sys.modules, f"mutatis.interop.{door}", raising=False)
 
 
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 NEEDS: list[tuple[Callable[[Path], Any], str, str, str]] = [
     (lambda folder: checkpoint.save(folder / "c", mu.Param(1.0)), "orbax", "orbax-checkpoint", "checkpoint"),
     (lambda _: mu.inspect.state_table(mu.Param(1.0)).to_html(), "rich", "rich", "rich"),
+    (
+        lambda folder: mu.interop.save(folder / "a.safetensors", mu.nn.BatchNorm(2)),
+        "safetensors",
+        "safetensors",
+        "safetensors",
+    ),
+    (lambda folder: mu.interop.read(written(folder / "a.gguf", b"GGUF")), "gguf", "gguf", "gguf"),
     (lambda _: mu.interop.FromLinen, "flax", "flax", "interop"),
     (lambda _: mu.interop.FromNnx, "flax", "flax", "interop"),
     (lambda _: mu.interop.ToEquinox, "equinox", "equinox", "interop"),

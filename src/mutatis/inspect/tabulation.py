@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -62,10 +64,10 @@ class Tabulation(Table):
     left = ("layer", "class", "inputs", "output", "states")
 
     def cells(self) -> list[Sequence[str]]:
-        """The text of each row."""
-        return [
+        """The text of each row; layers of a list that are alike share theirs, as ``layers[0..11]``."""
+        rows = [
             (
-                call.path or ".",
+                call.path,
                 call.layer,
                 call.inputs,
                 call.output,
@@ -76,12 +78,50 @@ class Tabulation(Table):
             )
             for call in self.calls
         ]
+        return [(path or ".", *rest) for path, *rest in _folded(rows)]
+
+
+_ALIKE = 4  # entries of a list in a row, from which on they are folded
+
+
+def _folded(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Rows, of which those that differ in the first index of their paths only, by which they follow each other, are one."""
+    folded: list[Sequence[str]] = []
+    groups = [(key, list(group)) for key, group in itertools.groupby(map(_split, rows), lambda row: row[0])]
+    start = 0
+    while start < len(groups):
+        (head, index), entries = groups[start]
+        inside = [rest for _, rest in entries]
+        if index is None:
+            folded += inside
+            start += 1
+            continue
+        end = start + 1
+        while end < len(groups) and groups[end][0] == (head, index + end - start):
+            if [rest for _, rest in groups[end][1]] != inside:
+                break
+            end += 1
+        alike = range(start, end if end - start >= _ALIKE else start + 1)
+        shown = f"{head}[{index}]" if len(alike) == 1 else f"{head}[{index}..{index + len(alike) - 1}]"
+        folded += [(f"{shown}{path}", *rest) for path, *rest in _folded(inside)]
+        start = alike.stop
+    return folded
+
+
+def _split(row: Sequence[str]) -> tuple[tuple[str, int | None], Sequence[str]]:
+    """A row as the path up to its first index, that index, and the row with the rest of the path."""
+    path, *rest = row
+    found = re.match(r"([^\[]*)\[(\d+)\]", path)
+    if found is None:
+        return (path, None), row
+    return (found[1], int(found[2])), (path[found.end() :], *rest)
 
 
 def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: Any) -> Tabulation:
     """A table of the layers of a model, for a call with these inputs. Nothing is computed, allocated or written.
 
-    A layer counts with all that is inside it, and has a row for each of its calls.
+    A layer counts with all that is inside it, and has a row for each of its calls. Printed, layers of a list that are alike are
+    one.
 
     Args:
       net: the model; one of shapes, ``mu.eval_shape(lambda: Net(...))``, will do.
@@ -123,11 +163,16 @@ def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: A
 
     made = eval_arrays(run, inputs, kwargs)
     paths = {id(module): path for path, module in modules(made).items()}
+    flops: dict[Any, float | None] = {}  # of layers that are alike, those of one
     for module, definition, given, out in calls:
         path = paths.get(id(module))
         if path is None or (depth is not None and len(path) > depth):
             continue
         values = {cell: access.load(cell) for cell in variables(module).values()}
+        alike = (definition, repr(definition.types), repr(given))
+        if alike not in flops:
+            one = merge(definition, State(dict(zip(definition.paths, definition.types, strict=True))))
+            flops[alike] = _flops(one, given)
         rows.append(
             Call(
                 path=show_path(path),
@@ -137,9 +182,7 @@ def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: A
                 kinds=dict(Counter(type(cell).__name__ for cell in values)),
                 parameters=sum(_size(value) for cell, value in values.items() if isinstance(cell, Param)),
                 bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(list(values.values()))),
-                flops=_flops(
-                    merge(definition, State(dict(zip(definition.paths, definition.types, strict=True)))), given
-                ),
+                flops=flops[alike],
             )
         )
     return Tabulation(tuple(rows))

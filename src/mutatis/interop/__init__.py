@@ -1,4 +1,7 @@
-"""Modules of other libraries in Mutatis models, and Mutatis modules in theirs: eight doors.
+"""Modules and weights of other libraries in Mutatis models, and Mutatis modules in theirs.
+
+*Weights* come in by `load`, from files (safetensors, PyTorch, GGUF, Orbax) and live models, and go out by `save` and `export`;
+rules say how names and layouts differ. *Modules* come and go by eight doors:
 
 | library | theirs as a part of ours | ours as a part of theirs |
 |---|---|---|
@@ -35,6 +38,17 @@ __all__ = [
     "ToHaiku",
     "ToLinen",
     "ToNnx",
+    "Halves",
+    "Join",
+    "Layout",
+    "Reshape",
+    "Split",
+    "Transpose",
+    "Weights",
+    "export",
+    "load",
+    "read",
+    "save",
     "equinox",
     "haiku",
     "linen",
@@ -45,9 +59,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = name.removeprefix("From").removeprefix("To").lower()
+    door = name.removeprefix("From").removeprefix("To").lower()
+    home = door if door in _DOORS else "weights"
     module = importlib.import_module(f"{__name__}.{home}")
     return module if name == home else getattr(module, name)
+
+
+_DOORS = ("equinox", "haiku", "linen", "nnx")
 
 
 def __dir__() -> list[str]:

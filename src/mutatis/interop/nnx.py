@@ -8,6 +8,8 @@ a count that give ``fold_in(key, count)``, and one stands for the other.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax
 
 from mutatis import _homes
 from mutatis._packages import require
+from mutatis.core.naming import show_path
 from mutatis.interop import bridge
 from mutatis.model.filters import Path
 from mutatis.model.kinds import BatchStat, Buffer, Cache, Intermediate, Param, Perturbation, RngState
@@ -47,6 +50,10 @@ class FromNnx(Module):
     variable that is shared stays one state. Whatever a call does to the NNX module, new variables and
     attributes too, is there at the next.
 
+    Attributes and methods of the NNX module are reached as there: ``net.init_cache(shape)`` calls, ``net.decode = True`` sets,
+    ``net.kernel`` is the state, ``net.layers[0]`` a part that is reached on in the same way. A name that `FromNnx` itself has,
+    such as `variables`, stands for its own.
+
     Args:
       module: the NNX module. It is copied; `module` gives it back.
 
@@ -59,6 +66,8 @@ class FromNnx(Module):
       >>> net = mu.interop.FromNnx(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
       >>> mu.jit(net)(jnp.ones((2, 5))).shape, net.variables["kernel"].shape
       ((2, 3), (5, 3))
+      >>> net.out_features, net.kernel is net.variables["kernel"]
+      (3, True)
     """
 
     def __init__(self, module: Any) -> None:
@@ -81,11 +90,32 @@ class FromNnx(Module):
         Returns:
           What the NNX module returns.
         """
+        return self._run(lambda module: getattr(module, method)(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "graphdef" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return _through(self, (name,))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = (
+            name.startswith("_")
+            or name in self.__dict__
+            or hasattr(type(self), name)
+            or "graphdef" not in self.__dict__
+        )
+        if own or name == "variables" or not hasattr(_look(self, ()), name):
+            super().__setattr__(name, value)
+        else:
+            _assign(self, (name,), value)
+
+    def _run(self, function: Callable[[Any], Any]) -> Any:
+        """Call a function of the NNX module, and keep what it does to it."""
 
         def pure(values: dict[Path, Any]) -> Any:
             module = self._merged(values)
             with _evaluating(module) if not self.training else contextlib.nullcontext():
-                out = getattr(module, method)(*args, **kwargs)
+                out = function(module)
             graphdef, state = nnx.split(module)
             found = _found(state)
             return (out, graphdef, found), {path: value for path, (_, value) in found.items()}
@@ -103,6 +133,101 @@ class FromNnx(Module):
             value = values[path]
             flat.update({(*path, part): value[part] for part in value} if isinstance(cell, RngState) else {path: value})
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+
+
+class NnxPart:
+    """A part of the NNX module in a `FromNnx`: its attributes, items, calls and methods are the module's own, with their writes.
+
+    It says where in the module the part is, and holds nothing.
+    """
+
+    __slots__ = ("_owner", "_path")
+
+    def __init__(self, owner: FromNnx, path: Path) -> None:
+        object.__setattr__(self, "_owner", owner)
+        object.__setattr__(self, "_path", path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return _through(self._owner, (*self._path, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _assign(self._owner, (*self._path, name), value)
+
+    def __getitem__(self, key: Any) -> Any:
+        part = _look(self._owner, self._path)
+        return _through(self._owner, (*self._path, range(len(part))[key] if isinstance(key, int) else key))
+
+    def __len__(self) -> int:
+        return len(_look(self._owner, self._path))
+
+    def __iter__(self) -> Iterator[Any]:
+        part = _look(self._owner, self._path)
+        keys = range(len(part)) if isinstance(part, nnx.List | list | tuple) else list(part)
+        return iter([self[key] for key in keys] if isinstance(keys, range) else keys)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self._owner._run(lambda module: _walk(module, self._path)(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        return f"NnxPart({show_path(self._path)}: {type(_look(self._owner, self._path)).__name__})"
+
+
+def _walk(module: Any, path: Path) -> Any:
+    """What an NNX module has at a path of attributes and items."""
+    for part in path:
+        module = getattr(module, part) if isinstance(part, str) and hasattr(module, part) else module[part]
+    return module
+
+
+def _look(owner: FromNnx, path: Path) -> Any:
+    """What the NNX module has at a path, to see what it is: the values of its states are not there."""
+    cells = bridge.flatten(owner.variables)
+    nothing = {at: {"key": 0, "count": 0} if isinstance(cell, RngState) else 0 for at, cell in cells.items()}
+    return _walk(owner._merged(nothing), path)
+
+
+def _through(owner: FromNnx, path: Path) -> Any:
+    """An attribute or item of the NNX module: a state, a method that runs with its writes, a part, or a static value."""
+    cells = bridge.flatten(owner.variables)
+    if path in cells:
+        return cells[path]
+    *inner, name = path
+    module = _look(owner, ())
+    holder = _walk(module, tuple(inner))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return owner._run(lambda module: getattr(_walk(module, tuple(inner)), name)(*args, **kwargs))
+
+    static = inspect.getattr_static(type(holder), name, None) if isinstance(name, str) else None
+    if isinstance(static, property):
+        return owner._run(lambda module: getattr(_walk(module, tuple(inner)), name))
+    try:
+        found = _walk(holder, (name,))
+    except (AttributeError, TypeError):
+        raise AttributeError(
+            f"{type(owner).__name__!r} object has no attribute {name!r}, and the {type(holder).__name__} of NNX has none"
+        ) from None
+    if static is not None and callable(found) and name not in vars(holder):
+        return functools.wraps(found)(call)
+    if isinstance(found, nnx.Variable):  # one that is shared has its state at its first path
+        return next(cell for at, cell in cells.items() if _holds(module, at, found))
+    inside = isinstance(found, nnx.Pytree) or any(at[: len(path)] == path for at in cells)
+    return NnxPart(owner, path) if inside else found
+
+
+def _holds(module: Any, path: Path, variable: Any) -> bool:
+    return _walk(module, path) is variable
+
+
+def _assign(owner: FromNnx, path: Path, value: Any) -> None:
+    """Set an attribute of the NNX module; a value for a state is written to it."""
+    cell = bridge.flatten(owner.variables).get(path)
+    if cell is not None and not isinstance(value, nnx.Variable):
+        cell.value = value
+    else:
+        owner._run(lambda module: setattr(_walk(module, path[:-1]), path[-1], value))
 
 
 @contextlib.contextmanager

@@ -74,6 +74,15 @@ class RngState(Variable[dict[str, jax.Array]]):
 
     def draw(self) -> jax.Array:
         """A fresh key; the stream advances by one."""
+        stream = self._advance()
+        return jax.random.fold_in(stream["key"], stream["count"])
+
+    def skip(self) -> None:
+        """Advance the stream by one, without making the key."""
+        self._advance()
+
+    def _advance(self) -> dict[str, jax.Array]:
+        """Count a draw; gives the stream as it was before."""
         stream = self.get()
         if stream["key"].ndim:
             raise RandomStreamError(
@@ -86,7 +95,7 @@ class RngState(Variable[dict[str, jax.Array]]):
                 cure="Draw from each in its lane: `mu.vmap(lambda rngs: rngs())(rngs)`.",
             )
         super().set({"key": stream["key"], "count": stream["count"] + np.uint32(1)})
-        return jax.random.fold_in(stream["key"], stream["count"])
+        return stream
 
     def set(self, value: Any) -> None:
         """Start the stream anew: in lanes, it is then what it was set to, for all of them."""

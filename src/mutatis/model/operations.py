@@ -159,7 +159,8 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *states: `State`s, plain nested dictionaries, or flat ones whose keys are paths; they need not cover all states.
+      *states: `State`s, plain nested dictionaries, or flat ones whose keys are paths, or what `nnx.state` of Flax gives; they
+        need not cover all states.
       cast: whether another dtype is converted.
 
     Raises:
@@ -169,14 +170,14 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
     cells = variables(node)
     writes: dict[Path, Any] = {}
     for part in states:
-        writes.update(flat_for(part, cells))
+        writes.update(_with_streams(flat_for(part, cells), cells))
     targets = [cells[path] for path in writes if path in cells]
     news = []
     problems = []
     pairs = zip(targets, access.peek_many(targets), strict=True)
     for path, value in writes.items():
         if path not in cells:
-            problems.append(f"unexpected: {show_path(path)}{_nearest(path, cells)}")
+            problems.append(f"unexpected: {show_path(path)}{nearest(path, cells)}")
             continue
         cell, old = next(pairs)
         try:
@@ -210,7 +211,8 @@ def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) ->
 _STORING = {Variable.set, RngState.set}  # outside of transactions, after the checks, they only store the value
 
 
-def _nearest(path: Path, paths: Iterable[Path]) -> str:
+def nearest(path: Path, paths: Iterable[Path]) -> str:
+    """The existing path that is most like one that does not exist, for messages."""
     near = difflib.get_close_matches(show_path(path), map(show_path, paths), 1, 0.0)
     return f" (nearest: {near[0]})" if near else ""
 
@@ -237,6 +239,23 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
             pending.extend(((*path, key), inner) for key, inner in value.items())
         else:
             flat[path] = plain_value(value)
+    return flat
+
+
+def _with_streams(flat: dict[Path, Any], cells: Mapping[Path, Variable]) -> dict[Path, Any]:
+    """Values by path, with the key and count of each stream of Flax NNX put together to the value of ours.
+
+    A layer of NNX calls its stream `rngs`, whatever ours calls it; and its `Rngs` has no level between itself and the streams.
+    """
+    apart = [path[:-1] for path in flat if path not in cells and len(path) > 1 and path[-1] == "key"]
+    streams = [path for path, cell in cells.items() if isinstance(cell, RngState)] if apart else []
+    for owner in apart:
+        key, count = (*owner, "key"), (*owner, "count")
+        same = [path for path in streams if path in (owner, (*owner[:-1], "streams", owner[-1]))]
+        same = same or [path for path in streams if path[:-1] == owner[:-1] and owner[-1] == "rngs"]
+        if len(same) == 1 and count in flat:
+            rest = {path: value for path, value in flat.items() if path not in (key, count)}
+            flat = {**rest, same[0]: {"key": flat[key], "count": flat[count]}}
     return flat
 
 

@@ -32,7 +32,9 @@ def door(value: Any) -> str | None:
 
 
 def plain_value(value: Any) -> Any:
-    """The value of a state of Flax NNX, as they are in ``nnx.state(model)``; anything else as it is."""
+    """The value of a state of Flax NNX, or of several, as they are in ``nnx.state(model)``; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: plain_value(inner) for key, inner in value.items()}
     return value.get_value() if door(value) == _STRANGERS["flax.nnx", "Variable"] else value
 
 

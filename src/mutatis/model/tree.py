@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from mutatis.core.naming import probe
@@ -37,7 +38,8 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         return "[...]" if isinstance(value, list) else "{...}"
     if isinstance(value, list | tuple) and any(is_node(item) for item in value):
         seen.add(id(value))
-        inner = "".join(f"{indent}  {_show(item, indent + '  ', seen)},\n" for item in value)
+        shown = _folded([_show(item, indent + "  ", seen) for item in value])
+        inner = "".join(f"{indent}  {text}\n" for text in shown)
         left, right = ("[", "]") if isinstance(value, list) else ("(", ")")
         return f"{left}\n{inner}{indent}{right}"
     if isinstance(value, dict) and any(is_node(item) for item in value.values()):
@@ -46,3 +48,17 @@ def _show(value: Any, indent: str, seen: set[int]) -> str:
         return f"{{\n{inner}{indent}}}"
     name = probe(value, "__name__")
     return name if isinstance(name, str) else repr(value)
+
+
+_ALIKE = 4  # items in a row, from which on they are folded
+_MOST = 40  # lines for a list
+
+
+def _folded(texts: list[str]) -> list[str]:
+    """The items of a list, a long row of equal ones as one; of very many that differ, those at both ends."""
+    lines = []
+    for text, run in itertools.groupby(texts):
+        count = len(list(run))
+        lines += [f"{text},"] * count if count < _ALIKE else [f"{text},", f"... {count - 1:,} more like it,"]
+    left_out = len(lines) - _MOST
+    return lines if left_out <= 0 else [*lines[: _MOST // 2], f"... {left_out:,} more,", *lines[-_MOST // 2 :]]

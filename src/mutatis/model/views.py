@@ -1,27 +1,53 @@
-"""Views: other modules over the same cells."""
+"""Views: other modules over the same cells, or over some others in their place."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from mutatis.core import access
+from mutatis.core.avals import same_type, show_type
+from mutatis.core.cells import UNSET, Deferred
+from mutatis.core.naming import show_path
 from mutatis.core.nodes import Reference, is_node
-from mutatis.errors import ArgumentError
+from mutatis.errors import ArgumentError, StateTypeError
+from mutatis.model.filters import Path
+from mutatis.model.graph import make_cell
 from mutatis.model.graphdef import describe_graph
-from mutatis.model.modules import M
+from mutatis.model.modules import M, Module
+from mutatis.model.operations import flat_for, nearest
 from mutatis.model.surgery import modules
+from mutatis.model.values import as_value
+from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
 
 
-def view(module: M, /, **statics: Any) -> M:
-    """Another module over the same cells with other static attributes, such as ``training=False``.
+def view(module: M, /, *, states: Any = None, **statics: Any) -> M:
+    """Another module over the same cells with other static attributes, such as ``training=False``, or with other states.
 
     Each attribute is set on every submodule that has it; `training` on all.
 
+    Args:
+      module: the module.
+      states: other values for some of its states, by path: a `State`, a dictionary, or what holds states of the same paths:
+        another model, a `mu.optim.EMA`. These are not copied: the view sees what is written to them. Values are in states of the
+        view's own.
+      **statics: other values of static attributes.
+
     Raises:
       ArgumentError: no submodule has the attribute, or it holds states: those are the original's too.
+      StateTypeError: a path does not exist, or a value has another structure, shape or dtype than the state; all are listed.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> net = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> zeros = mu.view(net, states={"kernel": jnp.zeros((2, 1))})
+      >>> zeros(jnp.ones(2)), zeros.bias is net.bias
+      (Array([0.], dtype=float32), True)
     """
     definition, cells = describe_graph(module)
-    other = definition.build(list(cells))
+    others = {} if states is None else _others(states, dict(zip(definition.paths, cells, strict=True)))
+    entries = zip(definition.paths, definition.cells, cells, strict=True)
+    other = definition.build([_holding(spec, others[path]) if path in others else cell for path, spec, cell in entries])
     parts = [*modules(other).values()]
     for part, original in zip(parts, modules(module).values(), strict=True):
         for name, value in part.__dict__.items():
@@ -47,3 +73,44 @@ def view(module: M, /, **statics: Any) -> M:
                 )
             setattr(part, name, value)
     return other
+
+
+def _others(states: Any, cells: dict[Path, Variable]) -> dict[Path, Any]:
+    """What a view has in the place of some states: Variables, and values for new ones.
+
+    Raises:
+      StateTypeError: a path does not exist, or a value has another type.
+    """
+    if isinstance(states, Module):
+        shadows = getattr(type(states), "_shadows", None)  # an average knows of which states it is one
+        given: dict[Path, Any] = dict(variables(states) if shadows is None else shadows(states))
+    else:
+        given = flat_for(states, cells)
+    problems = []
+    for path, value in given.items():
+        if path not in cells:
+            problems.append(f"unexpected: {show_path(path)}{nearest(path, cells)}")
+            continue
+        old = access.peek(cells[path])
+        new = access.peek(value) if isinstance(value, Variable) else as_value(value, cells[path])
+        if not isinstance(value, Variable):
+            given[path] = new
+        waits = any(x is UNSET or type(x) is Deferred for x in (old, new))
+        if not waits and not same_type(old, new):
+            problems.append(f"{show_path(path)}: expected {show_type(old)}, got {show_type(new)}")
+    if problems:
+        raise StateTypeError(
+            "the states for a view do not fit the module",
+            differences=problems,
+            cure="`mu.variables(model)` lists the states by path; `mu.view(model, states=mu.state(other, mu.Param))` takes some.",
+        )
+    return given
+
+
+def _holding(spec: Any, other: Any) -> Variable:
+    """A state as a view has it: that which was given, or a new one with this value."""
+    if isinstance(other, Variable):
+        return other
+    cell = make_cell(spec)
+    access.create(cell, other)
+    return cell

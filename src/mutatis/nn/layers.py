@@ -4,31 +4,41 @@
   the value at its first call, when the input shows the size. The key is a value like any other, so this works inside
   `jit` too, and draws the same numbers as if the size had been given.
 - A setting may be said three times: in the call, else where the layer is made, else by `training` of the module.
+- A setting that few layers change stands at the class (`Layer`); only what differs from it is an attribute of the layer.
 - An input that does not fit is refused before JAX sees it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer
+from jax.nn.initializers import Initializer, ones, zeros
 from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
+from mutatis.core.avals import show_type
 from mutatis.core.cells import Deferred
+from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import Param
+from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
 from mutatis.random import Rngs, show_given, stream_of
 
 Shape = tuple[int, ...]
+Arrays = TypeVar("Arrays", bound=tuple[Any, ...])
+PromoteDtype: TypeAlias = Callable[..., Any]  # (arrays, *, dtype) -> arrays, as `promote_dtype`
+Metadata: TypeAlias = Mapping[str, Any]
+
+NO_METADATA: Metadata = MappingProxyType({})
 
 
-def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
-    """A fresh key for a parameter of a layer.
+def param_key(layer: str, rngs: Rngs | None, init: Initializer | None = None) -> jax.Array | None:
+    """A fresh key for a parameter of a layer; None for an initializer that needs none. The stream advances either way.
 
     Raises:
       RandomStreamError: there is no stream to draw from.
@@ -41,7 +51,16 @@ def param_key(layer: str, rngs: Rngs | None) -> jax.Array:
             got=show_given(rngs),
             cure=_rngs_of(rngs),
         )
-    return stream_of(rngs, "params", f"`nn.{layer}`").draw()
+    stream = stream_of(rngs, "params", f"`nn.{layer}`")
+    if draws_nothing(init):
+        stream.skip()
+        return None
+    return stream.draw()
+
+
+def draws_nothing(init: Initializer | None) -> bool:
+    """Whether an initializer is known to need no random key."""
+    return init is zeros or init is ones
 
 
 def _rngs_of(given: Any) -> str:
@@ -53,15 +72,59 @@ def _rngs_of(given: Any) -> str:
     return "Make streams once, `rngs = mu.Rngs(0)`, and give them to every layer: `rngs=rngs`."
 
 
-def parameter(init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike) -> Param:
-    """A parameter; without a shape, one that waits for `materialize`."""
-    return Param(Deferred(key) if shape is None else init(key, shape, dtype))
+def parameter(
+    init: Initializer, key: jax.Array | None, shape: Shape | None, dtype: DTypeLike, metadata: Metadata = NO_METADATA
+) -> Param:
+    """A parameter; without a shape, one that waits for `materialize`.
+
+    Among the metadata, `sharding` is that of the state. Flax calls it `out_sharding`.
+    """
+    said = {"sharding" if name == "out_sharding" else name: value for name, value in metadata.items()}
+    return Param(Deferred(key) if shape is None else init(key, shape, dtype), **said)
 
 
 def materialize(cell: Variable | None, init: Initializer | None, shape: Shape, dtype: DTypeLike) -> None:
     """Create the value of a state that waits for its shape; without `init` there is none."""
     if cell is not None and init is not None and type(placeholder := access.load(cell)) is Deferred:
         cell.value = init(placeholder.key, shape, dtype)
+
+
+class Layer(Module):
+    """A module with the settings that layers share. What few layers change stands at the class, until one does."""
+
+    dtype: Any = None
+    promote_dtype: Any
+    preferred_element_type: Any = None
+    use_bias: Any = True
+    use_scale: Any = True
+    kernel_init: Any = None  # kept where the kernel waits for its size
+
+    def _settle(self, **settings: Any) -> None:
+        """Keep the settings that differ from those of the class."""
+        for name, value in settings.items():
+            if value is not getattr(type(self), name):
+                setattr(self, name, value)
+
+    def _promote(self, owner: Variable | Module, inputs: jax.Array, *parameters: jax.Array | None) -> Any:
+        """The input and the parameters in the dtype to compute in.
+
+        Raises:
+          ArgumentError: integers came where nothing says that they are numbers to compute with.
+        """
+        if self.dtype is None and self.promote_dtype is promote_dtype and not jnp.issubdtype(inputs.dtype, jnp.inexact):
+            raise misfit(
+                owner,
+                expected="floats",
+                got=f"an input of {show_type(inputs)}",
+                cure="Convert them, `x.astype(jnp.float32)`, or say so where the layer is made, `dtype=jnp.float32`. Numbers "
+                "that stand for words or classes go through `nn.Embed` first.",
+            )
+        return self.promote_dtype((inputs, *parameters), dtype=self.dtype)
+
+    def _options(self, out_sharding: Any = None) -> dict[str, Any]:
+        """The options of a product that were said: a function of the user's need not know the others."""
+        said = {"preferred_element_type": self.preferred_element_type, "out_sharding": out_sharding}
+        return {name: value for name, value in said.items() if value is not None}
 
 
 def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axis: int = -1, ndim: int = 1) -> int:
@@ -81,31 +144,88 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
     features = None if cell.deferred else cell.shape[along] * times
     if x.ndim >= ndim and -x.ndim <= axis < x.ndim and features in (None, x.shape[axis]):
         return int(x.shape[axis])
-    raise ArgumentError(
-        f"state {naming.describe(cell)} does not fit the input of its layer",
-        path=naming.path_of(cell),
-        where=naming.where(),
+    raise misfit(
+        cell,
         expected=f"{ndim} or more axes" + ("" if features is None else f", with {features} features along axis {axis}"),
         got=f"an input of shape {x.shape}",
-        made_at=cell.made_at,
         cure="Give the size of the input where the layer is made, or None to take it from the first input: "
         "`nn.Linear(None, 10, rngs=rngs)`.",
     )
 
 
+def misfit(owner: Variable | Module, *, expected: str, got: str, cure: str) -> ArgumentError:
+    """The error for an input that does not fit a layer, which is named by one of its states, or by itself if it has none."""
+    state = isinstance(owner, Variable)
+    what = f"state {naming.describe(owner)}" if state else f"layer {naming.describe(owner)}"
+    return ArgumentError(
+        f"{what} does not fit the input{' of its layer' if state else ''}",
+        path=naming.path_of(owner),
+        where=naming.where(),
+        expected=expected,
+        got=got,
+        made_at=naming.made_at(owner),
+        cure=cure,
+    )
+
+
+def promote_dtype(args: Arrays, /, *, dtype: DTypeLike | None = None, inexact: bool = True) -> Arrays:
+    """Arrays in one dtype: the one that is asked for, else what they promote to. None stays None.
+
+    Args:
+      args: a tuple of arrays, and of None for what a layer does not have.
+      dtype: the dtype to compute in.
+      inexact: whether integers become floats.
+
+    Raises:
+      ArgumentError: the dtype is one of integers.
+    """
+    given = [array for array in args if array is not None]
+    if dtype is None:
+        first = given[0]
+        alike = all(isinstance(a, jax.Array) and a.dtype == first.dtype and not a.weak_type for a in given)
+        if alike and not (inexact and not jnp.issubdtype(first.dtype, jnp.inexact)):
+            return args
+        dtype = jnp.result_type(*given)
+        if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = jnp.float32
+    elif inexact and not jnp.issubdtype(dtype, jnp.inexact):
+        raise ArgumentError(
+            "a layer computes with floats",
+            path="dtype",
+            expected="a dtype of floats",
+            got=show_value(jnp.dtype(dtype).name),
+            cure="`dtype=jnp.float32`; None takes what the input and the parameters promote to.",
+        )
+    arrays: Any = tuple(None if array is None else jnp.asarray(array, dtype) for array in args)
+    return arrays  # type: ignore[no-any-return]
+
+
 def promote(dtype: DTypeLike | None, *arrays: jax.Array | None) -> list[Any]:
     """Arrays in the dtype to compute in: the one asked for, else what they promote to. None stays None."""
-    if dtype is None:
-        given = [array for array in arrays if array is not None]
-        if all(isinstance(a, jax.Array) and a.dtype == given[0].dtype and not a.weak_type for a in given):
-            return list(arrays)
-        dtype = jnp.result_type(*(array for array in arrays if array is not None))
-    return [None if array is None else jnp.asarray(array, dtype) for array in arrays]
+    return list(promote_dtype(arrays, dtype=dtype))
+
+
+Layer.promote_dtype = staticmethod(promote_dtype)
 
 
 def convert(array: jax.Array, dtype: DTypeLike) -> jax.Array:
     """`array.astype(dtype)`, which takes its time to do nothing."""
     return array if array.dtype == dtype and not array.weak_type else array.astype(dtype)
+
+
+def alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Arrays in the dtype that they promote to: what a layer remembers or adds may be wider than what it computes with."""
+    if len({array.dtype for array in arrays}) == 1:
+        return list(arrays)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*arrays)
+    return [convert(array, dtype) for array in arrays]
+
+
+def total(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The sum of two arrays of one shape, in the dtype that they promote to."""
+    one, other = alike(one, other)
+    return one + other
 
 
 def widen(dtype: DTypeLike) -> Any:
@@ -129,12 +249,14 @@ def first_said(*choices: bool | None) -> bool:
     return next(choice for choice in choices if choice is not None)
 
 
-def as_tuple(layer: str, name: str, value: int | Sequence[int], length: int | None = None) -> Shape:
-    """A number for each spatial axis.
+def as_tuple(layer: str, name: str, value: int | Sequence[int] | None, length: int | None = None) -> Shape:
+    """A number for each spatial axis; None is 1 for all.
 
     Raises:
       ArgumentError: there are more or fewer.
     """
+    if value is None:
+        value = 1
     numbers = (value,) * (length or 1) if isinstance(value, int) else tuple(value)
     if length is not None and len(numbers) != length:
         raise ArgumentError(
@@ -145,3 +267,14 @@ def as_tuple(layer: str, name: str, value: int | Sequence[int], length: int | No
             cure=f"`{name}={(1,) * length}`",
         )
     return numbers
+
+
+def as_axes(axes: int | Iterable[int]) -> Shape:
+    """One axis, or several, as a tuple."""
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def broadcasts(shape: Shape, to: Shape) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    sizes = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(size in (1, other) for size, other in sizes)

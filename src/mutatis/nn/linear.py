@@ -1,10 +1,11 @@
-"""Linear maps: `Linear` over the last axis, `Conv` over the spatial axes."""
+"""Linear maps: `Linear` over the last axis, `LinearGeneral` over any axes, `Einsum` as an equation says."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,22 @@ from jax.nn.initializers import Initializer, lecun_normal, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.errors import ArgumentError
-from mutatis.model.modules import Module
-from mutatis.nn.layers import as_tuple, check_input, materialize, param_key, parameter, promote, stretch
+from mutatis.nn.layers import (
+    NO_METADATA,
+    Layer,
+    Metadata,
+    PromoteDtype,
+    Shape,
+    as_axes,
+    check_input,
+    materialize,
+    misfit,
+    param_key,
+    parameter,
+    promote_dtype,
+    stretch,
+)
 from mutatis.random import Rngs
-
-Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
 
 
 def default_kernel_init(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -25,7 +37,7 @@ def default_kernel_init(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.A
     return lecun_normal()(key, shape, dtype)
 
 
-class Linear(Module):
+class Linear(Layer):
     """The affine map ``x @ kernel + bias`` over the last axis.
 
     Args:
@@ -37,7 +49,12 @@ class Linear(Module):
       precision: of the product, as in `jax.lax.dot_general`.
       kernel_init: makes the kernel, an initializer of `jax.nn.initializers`.
       bias_init: makes the bias.
+      dot_general: computes the product, in place of `jax.lax.dot_general`.
+      promote_dtype: brings ``(inputs, kernel, bias)`` to one dtype; is called with that tuple and ``dtype=``.
+      preferred_element_type: the dtype of the product, as in `jax.lax.dot_general`.
       rngs: random streams, of which `params` is drawn from.
+      kernel_metadata: metadata of the kernel, such as ``{"sharding": ("embed", "mlp")}``.
+      bias_metadata: metadata of the bias.
 
     Attributes:
       kernel: Param of shape (in_features, out_features).
@@ -53,6 +70,8 @@ class Linear(Module):
       ((2, 3), (5, 3))
     """
 
+    dot_general: Any = staticmethod(lax.dot_general)
+
     def __init__(
         self,
         in_features: int | None,
@@ -64,168 +83,366 @@ class Linear(Module):
         precision: lax.PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = zeros,
+        dot_general: Callable[..., jax.Array] = lax.dot_general,
+        promote_dtype: PromoteDtype = promote_dtype,
+        preferred_element_type: DTypeLike | None = None,
         rngs: Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         shape = None if in_features is None else (in_features, out_features)
-        self.kernel = parameter(kernel_init, param_key("Linear", rngs), shape, param_dtype)
-        self.bias = parameter(bias_init, param_key("Linear", rngs), (out_features,), param_dtype) if use_bias else None
+        key = param_key("Linear", rngs, kernel_init)
+        self.kernel = parameter(kernel_init, key, shape, param_dtype, kernel_metadata)
+        self.bias = None
+        if use_bias:
+            key = param_key("Linear", rngs, bias_init)
+            self.bias = parameter(bias_init, key, (out_features,), param_dtype, bias_metadata)
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.kernel_init = kernel_init if in_features is None else None
+        self._settle(
+            use_bias=use_bias,
+            kernel_init=kernel_init if in_features is None else None,
+            dot_general=dot_general,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+        )
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
+    def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
         """Map the last axis.
 
         Args:
-          x: an array of shape (..., in_features).
+          inputs: an array of floats, of shape (..., in_features).
+          out_sharding: how the result is placed, on a mesh whose axes are explicit.
 
         Returns:
           An array of shape (..., out_features).
 
         Raises:
-          ArgumentError: the input has another number of features.
+          ArgumentError: the input has another number of features, or holds integers.
         """
-        x = jnp.asarray(x)
+        x = jnp.asarray(inputs)
         features = check_input(self.kernel, x, along=0)
         materialize(self.kernel, self.kernel_init, (features, self.out_features), self.param_dtype)
-        x, kernel, bias = promote(self.dtype, x, self.kernel.value, None if self.bias is None else self.bias.value)
-        y = jnp.matmul(x, kernel, precision=self.precision)
+        bias = None if self.bias is None else self.bias.value
+        x, kernel, bias = self._promote(self.kernel, x, self.kernel.value, bias)
+        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+        y: jax.Array = self.dot_general(x, kernel, dimensions, precision=self.precision, **self._options(out_sharding))
         return y if bias is None else y + stretch(bias, -1, y.ndim)
 
 
-class Conv(Module):
-    """A convolution (cross-correlation) over the spatial axes, channels last.
+class LinearGeneral(Layer):
+    """An affine map over some axes of the input, which become the last axes of the output.
+
+    The kernel is drawn as that of one `Linear` from all input features to all output features.
 
     Args:
-      in_features: the number of channels of the input; None takes it from the first input.
-      out_features: the number of channels of the output.
-      kernel_size: the size of the kernel along each spatial axis; their number is that of the spatial axes.
-      strides: the step along each spatial axis; one int is for all.
-      padding: ``"SAME"``, ``"VALID"``, an int for both sides of all axes, or for each axis an int or (low, high).
-      input_dilation: the spacing of the input along each spatial axis.
-      kernel_dilation: the spacing of the kernel along each spatial axis.
-      feature_group_count: into how many groups the channels are divided.
-      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs: as in `Linear`.
+      in_features: the sizes of the axes to map; one int is for one axis; None takes them from the first input.
+      out_features: the sizes of the axes that they become.
+      axis: the axes to map.
+      batch_axis: axes along which each entry has its own kernel and bias, with their sizes: ``{0: 8}``. They are the
+        leading axes of the input.
+      use_bias, dtype, param_dtype, kernel_init, bias_init, precision, promote_dtype, preferred_element_type, rngs,
+        kernel_metadata, bias_metadata: as in `Linear`.
+      dot_general: computes the product; None is `jax.lax.dot_general`.
+      dot_general_cls: is called, without arguments, for a function to compute the product; goes before `dot_general`.
 
     Attributes:
-      kernel: Param of shape (*kernel_size, in_features // feature_group_count, out_features).
-      bias: Param of shape (out_features,), or None.
+      kernel: Param of shape (*batch sizes, *in_features, *out_features).
+      bias: Param of shape (*batch sizes, *out_features), or None.
 
     Raises:
-      ArgumentError: the sizes contradict each other.
+      ArgumentError: there are more or fewer sizes than axes, or the batch axes are not the leading ones.
       RandomStreamError: there is no stream to draw the parameters from.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> layer = mu.nn.Conv(1, 8, kernel_size=(3, 3), strides=2, rngs=mu.Rngs(0))
-      >>> layer(jnp.ones((4, 28, 28, 1))).shape
-      (4, 14, 14, 8)
+      >>> heads = mu.nn.LinearGeneral(16, (4, 8), rngs=mu.Rngs(0))
+      >>> merge = mu.nn.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=mu.Rngs(0))
+      >>> heads(jnp.ones((2, 16))).shape, merge(heads(jnp.ones((2, 16)))).shape
+      ((2, 4, 8), (2, 16))
     """
+
+    dot_general: Any = None
+    dot_general_cls: Any = None
 
     def __init__(
         self,
-        in_features: int | None,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
+        in_features: int | Sequence[int] | None,
+        out_features: int | Sequence[int],
         *,
-        padding: Padding = "SAME",
-        input_dilation: int | Sequence[int] = 1,
-        kernel_dilation: int | Sequence[int] = 1,
-        feature_group_count: int = 1,
+        axis: int | Sequence[int] = -1,
+        batch_axis: Mapping[int, int] = MappingProxyType({}),
         use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = zeros,
+        precision: lax.PrecisionLike = None,
+        promote_dtype: PromoteDtype = promote_dtype,
+        dot_general: Callable[..., jax.Array] | None = None,
+        dot_general_cls: Any = None,
+        preferred_element_type: DTypeLike | None = None,
+        rngs: Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
+    ) -> None:
+        self.in_features = None if in_features is None else as_axes(in_features)
+        self.out_features = as_axes(out_features)
+        self.axis = as_axes(axis)
+        self.batch_axis = dict(batch_axis)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self._check_axes()
+        shape = None if self.in_features is None else self._kernel_shape(self.in_features)
+        key = param_key("LinearGeneral", rngs, kernel_init)
+        self.kernel = parameter(self._flat(kernel_init), key, shape, param_dtype, kernel_metadata)
+        self.bias = None
+        if use_bias:
+            key = param_key("LinearGeneral", rngs, bias_init)
+            shape = (*self.batch_axis.values(), *self.out_features)
+            self.bias = parameter(_as_vector(bias_init), key, shape, param_dtype, bias_metadata)
+        self._settle(
+            use_bias=use_bias,
+            kernel_init=kernel_init if in_features is None else None,
+            dot_general=dot_general,
+            dot_general_cls=dot_general_cls,
+            promote_dtype=promote_dtype,
+            preferred_element_type=preferred_element_type,
+        )
+
+    def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
+        """Map the axes.
+
+        Args:
+          inputs: an array of floats that has `in_features` along `axis`, and the sizes of the batch axes along these.
+          out_sharding: how the result is placed, on a mesh whose axes are explicit.
+
+        Returns:
+          An array with the batch axes, then the axes that are not mapped, then `out_features`.
+
+        Raises:
+          ArgumentError: the input has other sizes, or holds integers.
+        """
+        x = jnp.asarray(inputs)
+        axes = self._axes_in(x)
+        init = None if self.kernel_init is None else self._flat(self.kernel_init)
+        shape = self._kernel_shape(tuple(x.shape[axis] for axis in axes))
+        materialize(self.kernel, init, shape, self.param_dtype)
+        bias = None if self.bias is None else self.bias.value
+        x, kernel, bias = self._promote(self.kernel, x, self.kernel.value, bias)
+        batch = tuple(range(len(self.batch_axis)))
+        contracted = tuple(range(len(batch), len(batch) + len(axes)))
+        dot_general = self.dot_general or lax.dot_general
+        if self.dot_general_cls is not None:
+            dot_general = self.dot_general_cls()
+        y: jax.Array = dot_general(
+            x, kernel, ((axes, contracted), (batch, batch)), precision=self.precision, **self._options(out_sharding)
+        )
+        if bias is None:
+            return y
+        between = (1,) * (y.ndim - bias.ndim)
+        return y + bias.reshape(*bias.shape[: len(batch)], *between, *self.out_features)
+
+    def _check_axes(self) -> None:
+        if self.in_features is not None and len(self.in_features) != len(self.axis):
+            raise ArgumentError(
+                "`nn.LinearGeneral` needs a size for each axis that it maps",
+                path="in_features",
+                expected=f"{len(self.axis)} sizes, for axis={self.axis}",
+                got=repr(self.in_features),
+                cure="`nn.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=rngs)`",
+            )
+        if list(self.batch_axis) != list(range(len(self.batch_axis))):
+            raise ArgumentError(
+                "the batch axes of `nn.LinearGeneral` are not the leading axes, in order",
+                path="batch_axis",
+                expected="axes 0, 1, ... and their sizes",
+                got=repr(self.batch_axis),
+                cure="Move them to the front, `jnp.moveaxis(x, axis, 0)`, and give `batch_axis={0: size}`.",
+            )
+
+    def _axes_in(self, x: jax.Array) -> Shape:
+        """The axes to map, counted from the front."""
+        sizes = dict(self.batch_axis)
+        if not self.kernel.deferred:
+            sizes.update(zip(self.axis, self.kernel.shape[len(sizes) :], strict=False))
+        inside = all(-x.ndim <= axis < x.ndim for axis in (*self.axis, *self.batch_axis))
+        if not inside or any(x.shape[axis] != size for axis, size in sizes.items()):
+            raise misfit(
+                self.kernel,
+                expected=", ".join(f"{size} along axis {axis}" for axis, size in sizes.items()) or f"axes {self.axis}",
+                got=f"an input of shape {x.shape}",
+                cure="Say which axes to map where the layer is made: "
+                "`nn.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=rngs)`.",
+            )
+        return tuple(axis % x.ndim for axis in self.axis)
+
+    def _kernel_shape(self, in_features: Shape) -> Shape:
+        return (*self.batch_axis.values(), *in_features, *self.out_features)
+
+    def _flat(self, init: Initializer) -> Initializer:
+        """An initializer that draws as for a matrix: all that goes in by all that comes out."""
+        outputs = math.prod(self.out_features)
+
+        def draw(key: Any, shape: Any, dtype: Any) -> Any:
+            return init(key, (math.prod(shape[: len(shape) - len(self.out_features)]), outputs), dtype).reshape(shape)
+
+        return draw
+
+
+def _as_vector(init: Initializer) -> Initializer:
+    return lambda key, shape, dtype: init(key, (math.prod(shape),), dtype).reshape(shape)
+
+
+class Einsum(Layer):
+    """The input times a kernel, as an equation of `jax.numpy.einsum` says, plus a bias.
+
+    Args:
+      einsum_str: an equation with ``->`` of two operands: the input, and the kernel.
+      kernel_shape: the shape of the kernel.
+      bias_shape: the shape of the bias: the sizes of the axes of the kernel that are in the result, in its order. None is
+        for no bias.
+      dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type, rngs, kernel_metadata,
+        bias_metadata: as in `Linear`.
+      einsum_op: computes the product, in place of `jax.numpy.einsum`.
+
+    Attributes:
+      kernel: Param of shape `kernel_shape`.
+      bias: Param of shape `bias_shape`, or None.
+
+    Raises:
+      ArgumentError: the equation is not one of two operands with ``->``.
+      RandomStreamError: there is no stream to draw the parameters from.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> layer = mu.nn.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=mu.Rngs(0))
+      >>> layer(jnp.ones((16, 11, 2))).shape
+      (16, 11, 8, 4)
+    """
+
+    einsum_op: Any = staticmethod(jnp.einsum)
+
+    def __init__(
+        self,
+        einsum_str: str,
+        kernel_shape: Sequence[int],
+        bias_shape: Sequence[int] | None = None,
+        *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: lax.PrecisionLike = None,
         kernel_init: Initializer = default_kernel_init,
         bias_init: Initializer = zeros,
+        promote_dtype: PromoteDtype = promote_dtype,
+        einsum_op: Callable[..., jax.Array] = jnp.einsum,
+        preferred_element_type: DTypeLike | None = None,
         rngs: Rngs,
+        kernel_metadata: Metadata = NO_METADATA,
+        bias_metadata: Metadata = NO_METADATA,
     ) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-        self.kernel_size = as_tuple("Conv", "kernel_size", kernel_size)
-        rank = len(self.kernel_size)
-        self.strides = as_tuple("Conv", "strides", strides, rank)
-        self.input_dilation = as_tuple("Conv", "input_dilation", input_dilation, rank)
-        self.padding = _lax_padding(padding, self.input_dilation)
-        self.kernel_dilation = as_tuple("Conv", "kernel_dilation", kernel_dilation, rank)
-        self.feature_group_count = feature_group_count
+        self.einsum_str = einsum_str.replace(" ", "")
+        self.kernel_shape = tuple(kernel_shape)
+        self._sizes(self.einsum_str, _operands(self.einsum_str)[1])
+        self.bias_shape = None if bias_shape is None else tuple(bias_shape)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
-        self.kernel_init = kernel_init if in_features is None else None
-        shape = None if in_features is None else self._kernel_shape(in_features)
-        self.kernel = parameter(kernel_init, param_key("Conv", rngs), shape, param_dtype)
-        self.bias = parameter(bias_init, param_key("Conv", rngs), (out_features,), param_dtype) if use_bias else None
+        key = param_key("Einsum", rngs, kernel_init)
+        self.kernel = parameter(kernel_init, key, self.kernel_shape, param_dtype, kernel_metadata)
+        self.bias = None
+        if self.bias_shape is not None:
+            key = param_key("Einsum", rngs, bias_init)
+            self.bias = parameter(bias_init, key, self.bias_shape, param_dtype, bias_metadata)
+        self._settle(promote_dtype=promote_dtype, einsum_op=einsum_op, preferred_element_type=preferred_element_type)
 
-    def __call__(self, x: ArrayLike) -> jax.Array:
-        """Convolve.
+    def __call__(self, inputs: ArrayLike, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
+        """Compute the product.
 
         Args:
-          x: an array of shape (..., *spatial, in_features), with any number of batch axes.
+          inputs: an array of floats, with the axes that the equation gives it.
+          einsum_str: another equation, in place of the layer's own.
+          out_sharding: how the result is placed, on a mesh whose axes are explicit.
 
         Returns:
-          An array of shape (..., *spatial, out_features); the spatial sizes depend on the padding and strides.
+          An array with the axes that the equation gives it.
 
         Raises:
-          ArgumentError: the input has another number of channels, or too few axes.
+          ArgumentError: the input or the bias does not fit the equation, or the input holds integers.
         """
-        x = jnp.asarray(x)
-        axes = len(self.kernel_size) + 1
-        features = check_input(self.kernel, x, along=-2, times=self.feature_group_count, ndim=axes)
-        materialize(self.kernel, self.kernel_init, self._kernel_shape(features), self.param_dtype)
-        inputs, kernel, bias = promote(self.dtype, x, self.kernel.value, None if self.bias is None else self.bias.value)
-        batch = inputs.shape[:-axes]
-        y = lax.conv_general_dilated(
-            inputs.reshape(math.prod(batch), *inputs.shape[-axes:]),
-            kernel,
-            self.strides,
-            self.padding,
-            lhs_dilation=self.input_dilation,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=_channels_last(axes + 1),
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
+        x = jnp.asarray(inputs)
+        equation = self.einsum_str if einsum_str is None else einsum_str.replace(" ", "")
+        of_input, of_kernel, of_result = _operands(equation)
+        sizes = self._sizes(equation, of_kernel)
+        self._check(equation, _labels(of_input, x.ndim), sizes, x)
+        bias = None if self.bias is None else self.bias.value
+        x, kernel, bias = self._promote(self.kernel, x, self.kernel.value, bias)
+        y: jax.Array = self.einsum_op(equation, x, kernel, precision=self.precision, **self._options(out_sharding))
+        if bias is None:
+            return y
+        shape = [sizes.get(label, 1) for label in _labels(of_result, y.ndim)]
+        if math.prod(shape) != bias.size:
+            raise ArgumentError(
+                "the bias of `nn.Einsum` does not fit its equation",
+                path="bias_shape",
+                expected=f"{tuple(size for size in shape if size != 1)}, for {equation!r}",
+                got=repr(bias.shape),
+                cure="The bias has the axes of the kernel that are in the result, in its order.",
+            )
+        return y + bias.reshape(shape)
+
+    def _sizes(self, equation: str, of_kernel: str) -> dict[Any, int]:
+        """The sizes of the kernel's axes by their labels."""
+        labels = _labels(of_kernel, len(self.kernel_shape))
+        if len(labels) != len(self.kernel_shape):
+            raise ArgumentError(
+                "the kernel of `nn.Einsum` does not fit its equation",
+                path="kernel_shape",
+                expected=f"a size for each of the axes `{of_kernel}`, in {equation!r}",
+                got=repr(self.kernel_shape),
+                cure='`nn.Einsum("...i,io->...o", (3, 4), (4,), rngs=rngs)`',
+            )
+        return dict(zip(labels, self.kernel_shape, strict=True))
+
+    def _check(self, equation: str, labels: list[Any], sizes: dict[Any, int], x: jax.Array) -> None:
+        wanted = {label: sizes[label] for label in labels if isinstance(label, str) and label in sizes}
+        fits = len(labels) == x.ndim and all(
+            label not in wanted or size == wanted[label] for label, size in zip(labels, x.shape, strict=True)
         )
-        y = y if bias is None else y + stretch(bias, -1, y.ndim)
-        return y.reshape(*batch, *y.shape[1:])
-
-    def _kernel_shape(self, in_features: int) -> tuple[int, ...]:
-        groups = self.feature_group_count
-        if in_features % groups or self.out_features % groups:
-            raise ArgumentError(
-                f"`nn.Conv` cannot divide its channels into {groups} groups",
-                path="feature_group_count",
-                expected=f"numbers of channels that {groups} divides",
-                got=f"{in_features} in, {self.out_features} out",
-                cure="Choose a `feature_group_count` that divides both.",
+        if not fits:
+            expected = [
+                f"axes `{equation.partition(',')[0]}`",
+                *(f"{label} = {size}" for label, size in wanted.items()),
+            ]
+            raise misfit(
+                self.kernel,
+                expected=", ".join(expected),
+                got=f"an input of shape {x.shape}",
+                cure=f"Give the input the axes of the equation, {equation!r}; `...` stands for any number of axes.",
             )
-        return (*self.kernel_size, in_features // groups, self.out_features)
 
 
-def _channels_last(ndim: int) -> lax.ConvDimensionNumbers:
-    spatial = range(1, ndim - 1)
-    data = (0, ndim - 1, *spatial)
-    return lax.ConvDimensionNumbers(data, (ndim - 1, ndim - 2, *range(ndim - 2)), data)
+def _operands(equation: str) -> tuple[str, str, str]:
+    """The axes of the input, of the kernel and of the result."""
+    operands, arrow, result = equation.partition("->")
+    if not arrow or operands.count(",") != 1:
+        raise ArgumentError(
+            "`nn.Einsum` does not understand its equation",
+            path="einsum_str",
+            expected="an equation of two operands, the input and the kernel, with `->`",
+            got=repr(equation),
+            cure='`nn.Einsum("...i,io->...o", (3, 4), (4,), rngs=rngs)`',
+        )
+    of_input, _, of_kernel = operands.partition(",")
+    return of_input, of_kernel, result
 
 
-def _lax_padding(padding: Padding, input_dilation: tuple[int, ...]) -> Any:
-    """Padding as `jax.lax` wants it: a name, or (low, high) for each spatial axis."""
-    if isinstance(padding, str):
-        known = ("SAME", "SAME_LOWER", "VALID") if set(input_dilation) == {1} else ()
-        if padding not in known:
-            raise ArgumentError(
-                f"`nn.Conv` does not know the padding {padding!r}{'' if known else ' of a dilated input'}",
-                path="padding",
-                expected=", ".join([*map(repr, known), "an int", "(low, high) for each spatial axis"]),
-                got=repr(padding),
-                cure=f"Say how much: `padding={((0, 0),) * len(input_dilation)}`. For other values than 0, pad the input "
-                "before, `jnp.pad(x, widths, mode='wrap')`.",
-            )
-        return padding
-    widths = (padding,) * len(input_dilation) if isinstance(padding, int) else tuple(padding)
-    as_tuple("Conv", "padding", [0] * len(widths), len(input_dilation))
-    return tuple((width, width) if isinstance(width, int) else tuple(width) for width in widths)
+def _labels(subscripts: str, ndim: int) -> list[Any]:
+    """The label of each axis of an operand; axes under an ellipsis are numbered from their right, as they broadcast."""
+    before, dots, after = subscripts.partition("...")
+    under = ndim - len(before) - len(after) if dots else 0
+    return [*before, *range(-under, 0), *after]

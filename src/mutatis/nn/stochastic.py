@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mutatis.core import naming
+from mutatis.core.avals import show_type
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.kinds import RngState, stream_value
-from mutatis.model.modules import Module
-from mutatis.nn.layers import first_said
-from mutatis.random import Rngs, stream_of
+from mutatis.nn.layers import Layer, first_said, misfit
+from mutatis.random import Rngs, as_key, is_stream, stream_of
 
 
-class Dropout(Module):
+class Dropout(Layer):
     """Sets elements to zero at random and scales up the others, so that the expected value stays.
 
-    The layer owns a random stream, forked from the `dropout` stream of `rngs` when it is made. So each layer draws
+    The layer owns a random stream, forked from the stream `rng_collection` of `rngs` when it is made. So each layer draws
     numbers of its own, also when layers are stacked and scanned over, and the stream is saved with the model.
 
     Args:
@@ -28,7 +29,8 @@ class Dropout(Module):
       broadcast_dims: axes along which elements are dropped together.
       deterministic: whether to return the input as it is, unless the call says so. None goes by `training` of the module:
         elements are dropped unless `model.eval()` was called.
-      rngs: random streams; may be left out if nothing will be dropped, or if each call brings its own.
+      rng_collection: the name of the stream among `rngs`, here and in calls.
+      rngs: random streams, or one of them; may be left out if nothing will be dropped, or if each call brings its own.
 
     Attributes:
       stream: RngState, or None without `rngs`.
@@ -49,13 +51,16 @@ class Dropout(Module):
       [1.0, 1.0, 1.0]
     """
 
+    rng_collection: Any = "dropout"
+
     def __init__(
         self,
         rate: float,
         *,
         broadcast_dims: Sequence[int] = (),
         deterministic: bool | None = None,
-        rngs: Rngs | None = None,
+        rng_collection: str = "dropout",
+        rngs: Rngs | RngState | None = None,
     ) -> None:
         if not (hasattr(rate, "__float__") and 0 <= rate <= 1):
             raise ArgumentError(
@@ -68,48 +73,66 @@ class Dropout(Module):
         self.rate = rate
         self.broadcast_dims = tuple(broadcast_dims)
         self.deterministic = deterministic
+        self._settle(rng_collection=rng_collection)
         self.stream = None
         if rngs is not None:
-            key = stream_of(rngs, "dropout", "`nn.Dropout`").draw()
-            self.stream = RngState(stream_value(key), tag="dropout")
+            self.stream = RngState(stream_value(self._draw(rngs)), tag=rng_collection)
 
-    def __call__(self, x: ArrayLike, *, deterministic: bool | None = None, rngs: Rngs | None = None) -> jax.Array:
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        *,
+        deterministic: bool | None = None,
+        rngs: Rngs | RngState | jax.Array | None = None,
+    ) -> jax.Array:
         """Drop elements.
 
         Args:
-          x: an array of floats, of any shape.
+          inputs: an array of floats, of any shape.
           deterministic: whether to return the input as it is; goes before what the layer was made with.
-          rngs: random streams to draw from in place of the layer's own.
+          rngs: random streams, one of them, or a key, to draw from in place of the layer's own stream.
 
         Returns:
           An array of the same shape and dtype.
 
         Raises:
+          ArgumentError: the input holds integers.
           RandomStreamError: there is no stream to draw from.
         """
-        x = jnp.asarray(x)
+        x = jnp.asarray(inputs)
         if self.rate == 0 or first_said(deterministic, self.deterministic, not self.training):
             return x
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise misfit(
+                self if self.stream is None else self.stream,
+                expected="floats",
+                got=f"an input of {show_type(x)}",
+                cure="Convert them before, `x.astype(jnp.float32)`, or put the layer after the one that makes floats of them.",
+            )
         if self.rate == 1:  # dividing by the keep rate would give NaN, in the gradient too
             return jnp.zeros_like(x)
         keep = 1 - self.rate
         together = {axis % x.ndim for axis in self.broadcast_dims}
         shape = tuple(1 if axis in together else size for axis, size in enumerate(x.shape))
-        kept = jax.random.bernoulli(self._stream(rngs).draw(), keep, shape, out_sharding=_placement(x, together))
+        key = self._draw(self.stream if rngs is None else rngs)
+        kept = jax.random.bernoulli(key, keep, shape, out_sharding=_placement(x, together))
         return jnp.where(kept, x / keep, jnp.zeros_like(x))
 
-    def _stream(self, rngs: Rngs | None) -> RngState:
-        if rngs is not None:
-            return stream_of(rngs, "dropout", "`nn.Dropout`")
-        if self.stream is None:
+    def _draw(self, rngs: Any) -> jax.Array:
+        """A key from what was given as random streams."""
+        if rngs is None:
             raise RandomStreamError(
-                "`nn.Dropout` has no random stream `dropout` to draw from",
-                path="dropout",
+                f"`nn.Dropout` has no random stream `{self.rng_collection}` to draw from",
+                path=self.rng_collection,
                 where=naming.where(),
                 cure="Give it one where it is made, `nn.Dropout(0.5, rngs=mu.Rngs(0))`, or in the call, "
                 "`layer(x, rngs=rngs)`; to drop nothing, call `model.eval()`.",
             )
-        return self.stream
+        if isinstance(rngs, jax.Array):
+            return as_key(rngs, self.rng_collection)
+        if is_stream(rngs):
+            return rngs.draw()  # type: ignore[no-any-return]
+        return stream_of(rngs, self.rng_collection, "`nn.Dropout`").draw()
 
 
 def _placement(x: jax.Array, together: Set[int]) -> jax.sharding.NamedSharding | None:

@@ -74,10 +74,10 @@ def functionalize(
             )
         with CallSite("functionalize", f, args, kwargs, others=[("of", node)]) as site:
             end, leaves, values = site.run({cell: state[path] for path, cell in cells.items()})
-            written = dict(zip(end.cells, values, strict=True))
             site.refuse_changes("a pure function")
             site.let_go(end)
             site.refuse_leftovers(end)
+            written = dict(zip(end.cells, values, strict=True))
             known = {*cells.values(), *end.born}
             for cell in written.keys() - known:
                 raise StructureError(

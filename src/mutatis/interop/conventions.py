@@ -1,0 +1,237 @@
+"""Conventions: by which names, and in which layout, other libraries would hold the states of a model of ours.
+
+`flax` has our own names: a path with dots, ``blocks.0.norm.scale``. `torch` has those of `torch.nn` for the layers of
+`mutatis.nn`, at the same paths otherwise:
+
+| layer | ours | `torch.nn` |
+|---|---|---|
+| `Linear`, `LinearGeneral` | `kernel` (in, out) | `weight` (out, in) |
+| `Conv` | `kernel` (*size, in, out) | `weight` (out, in, *size) |
+| `ConvTranspose` | `kernel` (*size, in, out) | `weight` (in, out, *size), mirrored |
+| `Embed` | `embedding` | `weight` |
+| norms | `scale`, `mean`, `var` | `weight`, `running_mean`, `running_var` |
+| `PReLU` | `negative_slope` () | `weight` (1,) |
+
+What is no weight is not in a file and stays to be said where the layer is made: the momentum of batch norm is the weight of the
+*new* value in PyTorch, of the old one here (0.1 there is 0.9 here), and its epsilon and that of layer norm have another default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis import nn
+from mutatis.core import access
+from mutatis.core.cells import UNSET, Deferred
+from mutatis.core.naming import show_path
+from mutatis.errors import ArgumentError, StructureError
+from mutatis.model.filters import Path
+from mutatis.model.kinds import RngState
+from mutatis.model.modules import Module
+from mutatis.model.surgery import modules
+from mutatis.model.variables import Variable
+from mutatis.model.walks import variables
+from mutatis.random import Rngs
+
+
+def _as_it_is(array: Any) -> Any:
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One array of a model: the state that holds it, and the name and layout that a convention has for it.
+
+    Args:
+      cell: the state.
+      path: its path.
+      leaf: the number of the array among the leaves of its value.
+      now: the array that is there, or its shape; None if there is no value yet.
+      tree: the structure of the value.
+      name: what the convention calls it.
+      read: the array for one in the convention's layout.
+      write: the array in the convention's layout.
+    """
+
+    cell: Variable
+    path: Path
+    leaf: int
+    now: Any
+    tree: Any
+    name: str
+    read: Callable[[Any], Any] = _as_it_is
+    write: Callable[[Any], Any] = _as_it_is
+
+    @property
+    def label(self) -> str:
+        """The array as messages call it."""
+        return show_path(self.path) or "."
+
+
+CONVENTIONS = ("flax", "torch")
+
+
+def check_convention(convention: str) -> None:
+    """Raise if there is no such convention.
+
+    Raises:
+      ArgumentError: there is none.
+    """
+    if convention not in CONVENTIONS:
+        raise ArgumentError(
+            f"there is no convention {convention!r}",
+            path="convention",
+            expected=" or ".join(map(repr, CONVENTIONS)),
+            got=repr(convention),
+            cure='`"flax"` has our own names, `"torch"` those of `torch.nn`; `rules` say what else differs.',
+        )
+
+
+def slots_of(node: Any, convention: str) -> list[Slot]:
+    """The arrays of a node, each with a name of its own.
+
+    Raises:
+      StructureError: two have one name.
+    """
+    owners = modules(node)
+    slots = [slot for path, cell in variables(node).items() for slot in _slots(path, cell, owners, convention)]
+    by_name: dict[str, Slot] = {}
+    for slot in slots:
+        if (other := by_name.setdefault(slot.name, slot)) is not slot:
+            raise StructureError(
+                f"`{slot.label}` and `{other.label}` are both called `{slot.name}` in the convention {convention!r}",
+                path=slot.label,
+                cure="Give one of them another name, or take the part of the model that holds one of them.",
+            )
+    return slots
+
+
+def _slots(path: Path, cell: Variable, owners: dict[Path, Module], convention: str) -> list[Slot]:
+    value = access.load(cell)
+    owner, parts = owners.get(path[:-1]), path
+    if isinstance(cell, RngState) and len(path) > 1 and isinstance(owners.get(path[:-2]), Rngs):
+        parts = (*path[:-2], path[-1])  # what holds the streams by name is nothing of its own in Flax
+    prefix, last = ".".join(map(str, parts[:-1])), str(parts[-1]) if parts else ""
+    if value is UNSET or type(value) is Deferred:
+        leaves, tree = [((), None)], None
+    else:
+        leaves, tree = jax.tree_util.tree_flatten_with_path(value)
+    found = []
+    for number, (keys, now) in enumerate(leaves):
+        translated = convention == "torch" and not keys
+        name, read, write = _torch(owner, last, now) if translated else (last, _as_it_is, _as_it_is)
+        inner = jax.tree_util.keystr(keys, simple=True, separator=".")
+        full = ".".join(part for part in (prefix, name, inner) if part)
+        found.append(Slot(cell, path, number, now, tree, full, read, write))
+    return found
+
+
+# -- torch -----------------------------------------------------------------------------------------------------------
+
+_TORCH = {"embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def _torch(owner: Module | None, name: str, now: Any) -> tuple[str, Callable[[Any], Any], Callable[[Any], Any]]:
+    """The name, and the way there and back, for one array of a layer."""
+    layers = [base.__name__ for base in type(owner).__mro__ if base.__module__ == nn.__name__]
+    if not layers:
+        return name, _as_it_is, _as_it_is
+    shape = None if now is None else tuple(now.shape)
+    if name == "kernel":
+        _refuse_stacked(owner, shape)
+        mirrored = "ConvTranspose" in layers
+        if mirrored or "Conv" in layers:
+            return "weight", _Convolution(mirrored).read, _Convolution(mirrored).write
+        inputs = getattr(owner, "axis", None)
+        return "weight", *_Matrix(shape, len(inputs) if isinstance(inputs, tuple) else 1).ways
+    if name == "negative_slope":
+        return "weight", *_Matrix(shape, 0).ways
+    if name == "bias" and shape is not None and len(shape) > 1:
+        return "bias", *_Matrix(shape, 0).ways
+    return _TORCH.get(name, name), _as_it_is, _as_it_is
+
+
+def _refuse_stacked(owner: Any, shape: tuple[int, ...] | None) -> None:
+    """Raise if a kernel has axes in front of those of one layer.
+
+    Raises:
+      StructureError: it has.
+    """
+    if hasattr(owner, "kernel_size"):
+        rank = len(owner.kernel_size) + 2
+    elif hasattr(owner, "batch_axis"):
+        rank = len(owner.batch_axis) + len(owner.axis) + len(owner.out_features)
+    else:
+        rank = 2
+    if shape is not None and len(shape) > rank:
+        raise StructureError(
+            "`kernel` holds those of several layers, for which torch has no name",
+            path="kernel",
+            expected=f"an array of {rank} axes",
+            got=f"one of shape {shape}",
+            cure="Load layers one by one and stack them, or take them apart first: `stack.layers()`.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """A matrix (out, in) of torch, or a vector, as an array whose axes are the inputs, and then the outputs."""
+
+    shape: tuple[int, ...] | None
+    inputs: int
+
+    @property
+    def ways(self) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        return self.read, self.write
+
+    def read(self, array: Any) -> Any:
+        turned = array.T
+        fits = self.shape is not None and turned.ndim <= 2 and math.prod(self.shape) == turned.size
+        if fits and turned.ndim == 2:
+            fits = math.prod(self.shape[: self.inputs]) == turned.shape[0]  # type: ignore[index]  # there is a shape
+        return turned.reshape(self.shape) if fits else turned
+
+    def write(self, array: Any) -> Any:
+        return array.reshape(math.prod(array.shape[: self.inputs]), -1).T if self.inputs else array.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Convolution:
+    """A kernel (out, in, *size) of torch, or (in, out, *size) and mirrored, as one (*size, in, out)."""
+
+    mirrored: bool
+
+    def read(self, array: Any) -> Any:
+        if array.ndim < 3:
+            return array
+        if self.mirrored:
+            return np.flip(array, tuple(range(2, array.ndim))).transpose(*range(2, array.ndim), 0, 1)
+        return array.transpose(*range(2, array.ndim), 1, 0)
+
+    def write(self, array: Any) -> Any:
+        n = array.ndim - 2
+        if self.mirrored:
+            return np.flip(array, tuple(range(n))).transpose(n, n + 1, *range(n))
+        return array.transpose(n + 1, n, *range(n))
+
+
+def needless(owner: Any, name: str, convention: str) -> bool:
+    """Whether a convention holds an array of this name that a layer of ours has no use for."""
+    return convention == "torch" and name == "num_batches_tracked" and isinstance(owner, nn.BatchNorm)
+
+
+def numbers(array: Any) -> Any:
+    """An array as a file can hold it: of random keys, the numbers that they are made of."""
+    return jax.random.key_data(array) if is_key(array) else array
+
+
+def is_key(array: Any) -> bool:
+    """Whether an array, or a shape, is of random keys."""
+    return bool(jnp.issubdtype(array.dtype, jax.dtypes.prng_key))

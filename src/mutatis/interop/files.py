@@ -1,0 +1,270 @@
+"""Files with weights: what is in them as NumPy arrays by dotted name, whichever library wrote them; and safetensors written.
+
+`read` looks at what a file is, not at how it is called. No code of a file is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mutatis._packages import require
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError, CheckpointError, MutatisError
+from mutatis.interop.torch_files import NotPlain, is_torch_file, read_torch_file
+from mutatis.model.strangers import plain_value
+
+
+class Weights(dict[str, Any]):
+    """Arrays by dotted name.
+
+    Attributes:
+      source: the file that they were read from, for messages.
+      metadata: what the file says besides: of a GGUF file its fields, of a safetensors file its texts, of others the values
+        that are no arrays.
+    """
+
+    def __init__(
+        self, arrays: Mapping[str, Any], *, source: str = "the weights", metadata: Mapping[str, Any] | None = None
+    ):
+        super().__init__(arrays)
+        self.source = source
+        self.metadata = dict(metadata or {})
+
+
+def read(path: str | os.PathLike[str]) -> Weights:
+    """The arrays in a file, by the names that it gives them.
+
+    Reads safetensors; what ``torch.save`` wrote (a state dict, or dictionaries that hold one), for which torch is not needed;
+    GGUF, whose quantized tensors become float32; and directories that Orbax wrote, as of Flax NNX and Linen models.
+
+    Args:
+      path: the file, or directory.
+
+    Returns:
+      NumPy arrays by dotted name, ``"layers.0.kernel"``, with what else the file says as `metadata`. Random keys of an
+      Orbax checkpoint stay `jax` arrays.
+
+    Raises:
+      CheckpointError: there is none, it is damaged, of an unknown format, or holds more than plain data.
+      MissingPackageError: the package that reads the format is not installed.
+
+    Example:
+      >>> from mutatis import interop
+      >>> interop.save("net.safetensors", mu.nn.Linear(2, 3, rngs=mu.Rngs(0)))
+      >>> {name: array.shape for name, array in interop.read("net.safetensors").items()}
+      {'bias': (3,), 'kernel': (2, 3)}
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.exists(path):
+        raise CheckpointError(
+            f"there is no file at `{path}`", path=path, cure="Look for a misspelled name, or for a folder above."
+        )
+    reader, form = _reader_of(path)
+    try:
+        arrays, metadata = reader(path)
+    except MutatisError:
+        raise
+    except NotPlain as error:
+        raise CheckpointError(
+            f"the file at `{path}` is not plain data: {error}",
+            path=path,
+            expected="arrays, numbers and texts in dictionaries",
+            got="a pickle that makes other objects; no code of it was run",
+            cure="Save what the model holds, `torch.save(model.state_dict(), path)`, or better as safetensors.",
+        ) from error
+    except Exception as error:  # readers raise what they like about damaged files
+        raise CheckpointError(
+            f"the file at `{path}` cannot be read as {form}: it is damaged, or ends too early",
+            path=path,
+            cure="Fetch the file anew, and compare its size with what its source says.",
+        ) from error
+    return Weights(arrays, source=path, metadata=metadata)
+
+
+def _reader_of(path: str) -> tuple[Any, str]:
+    if os.path.isdir(path):
+        return _read_orbax, "an Orbax checkpoint"
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start.startswith(b"GGUF"):
+        return _read_gguf, "GGUF"
+    # A header in JSON, after its length, whose first byte may be any.
+    if path.endswith(".safetensors") or (start[8:9] == b"{" and start[4:8] == bytes(4)):
+        return _read_safetensors, "safetensors"
+    if is_torch_file(start):
+        return _read_torch, "what `torch.save` wrote"
+    raise CheckpointError(
+        f"the file at `{path}` is of an unknown format",
+        path=path,
+        expected="safetensors, GGUF, what `torch.save` wrote, or a directory of Orbax",
+        got=f"a file that starts with {start[:8]!r}",
+        cure="Arrays that other code reads are given as a dictionary: `mu.interop.load(model, {'head.kernel': x})`.",
+    )
+
+
+# -- formats ---------------------------------------------------------------------------------------------------------
+
+_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # which NumPy does not know by name
+
+
+def _read_safetensors(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    safetensors = require("safetensors", "mu.interop")
+    with safetensors.safe_open(path, "numpy") as file:
+        names = list(file.keys())
+        narrow = [name for name in names if file.get_slice(name).get_dtype() in _FLOAT8]
+        arrays = {name: file.get_tensor(name) for name in names if name not in narrow}
+        metadata = file.metadata() or {}
+    if narrow:
+        with open(path, "rb") as whole:
+            for name, info in safetensors.deserialize(whole.read()):
+                if name in narrow:
+                    flat = np.frombuffer(info["data"], jnp.dtype(_FLOAT8[info["dtype"]]))
+                    arrays[name] = flat.reshape(info["shape"])
+    return {name: arrays[name] for name in names}, metadata
+
+
+def _read_torch(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    tree = read_torch_file(path)
+    return _apart(tree if isinstance(tree, Mapping) else {"": tree})
+
+
+def _read_gguf(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    gguf = require("gguf", "mu.interop")
+    try:
+        file = gguf.GGUFReader(path)
+    except ValueError as error:
+        if "GGMLQuantizationType" not in str(error):
+            raise
+        raise _unknown_type(path, "a tensor", str(error)) from error
+    arrays = {}
+    for tensor in file.tensors:
+        if tensor.tensor_type.name in _PLAIN_GGUF:
+            arrays[tensor.name] = tensor.data
+            continue
+        try:
+            arrays[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            raise _unknown_type(path, f"tensor `{tensor.name}`", tensor.tensor_type.name) from error
+    return arrays, {name: field.contents() for name, field in file.fields.items()}
+
+
+def _unknown_type(path: str, tensor: str, got: str) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor} in `{path}` is of a type that is not known here",
+        path=path,
+        expected="a type that the package `gguf` makes numbers of",
+        got=got,
+        cure="Take a file of another quantization, or a newer release of `gguf`.",
+    )
+
+
+_PLAIN_GGUF = ("F16", "F32", "F64", "I8", "I16", "I32", "I64")  # which are arrays as they are
+
+
+def _read_orbax(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    orbax = require("orbax.checkpoint", "mu.interop")
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        item = _orbax_item(path)
+        tree = checkpointer.metadata(item).item_metadata.tree
+        plain = jax.tree.map(lambda leaf: orbax.RestoreArgs(restore_type=_restored_as(leaf)), tree)
+        return _apart(checkpointer.restore(item, restore_args=plain))
+
+
+def _restored_as(leaf: Any) -> Any:
+    return (
+        np.ndarray
+        if isinstance(getattr(leaf, "shape", None), tuple) and type(leaf).__name__ == "ArrayMetadata"
+        else None
+    )
+
+
+def _orbax_item(path: str) -> str:
+    """The directory of one tree, in that of a checkpoint with several, or of a manager with several steps."""
+    if os.path.exists(os.path.join(path, "_METADATA")):
+        return path
+    ours = os.path.exists(os.path.join(path, "mutatis.json"))
+    inner = [entry.path for entry in os.scandir(path) if entry.is_dir() and not ours]
+    items = sorted(folder for folder in inner if os.path.exists(os.path.join(folder, "_METADATA")))
+    steps = [folder for folder in inner if os.path.basename(folder).isdigit()]
+    if len(items) == 1:
+        return items[0]
+    if not items and steps:
+        return _orbax_item(max(steps, key=lambda folder: int(os.path.basename(folder))))
+    raise CheckpointError(
+        f"the directory `{path}` is " + ("a checkpoint of Mutatis" if ours else "not one checkpoint of Orbax"),
+        path=path,
+        expected="a directory with a file `_METADATA`",
+        got=f"{len(items)} such in it: {', '.join(map(os.path.basename, items))}" if items else "none",
+        cure="`mu.checkpoint.restore(path, model)`"
+        if ours
+        else f"Give the one to read: `{(items or [path + '/default'])[0]}`.",
+    )
+
+
+# -- trees -----------------------------------------------------------------------------------------------------------
+
+
+def flat_arrays(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries and lists by dotted name.
+
+    A dictionary that has a `value` and nothing else is a variable of Flax NNX, as its checkpoints hold it; lists may have become
+    dictionaries whose keys are numbers, as text.
+    """
+    if isinstance(tree, Mapping) and list(tree) == ["value"] and not isinstance(tree["value"], Mapping):
+        yield name, tree["value"]
+    elif isinstance(tree, Mapping | list | tuple):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for key, inner in items:
+            part = ".".join(map(str, key)) if isinstance(key, tuple) else str(key)
+            yield from flat_arrays(inner, f"{name}.{part}" if name else part)
+    else:
+        yield name, plain_value(tree)
+
+
+def _apart(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a tree, and what else it holds."""
+    flat = dict(flat_arrays(tree))
+    arrays = {name: leaf for name, leaf in flat.items() if isinstance(leaf, np.ndarray | jax.Array)}
+    return arrays, {name: leaf for name, leaf in flat.items() if name not in arrays}
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays by name; the file is there whole or not at all.
+
+    Raises:
+      ArgumentError: something is no array, or the name of the file is of another format.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not path.endswith(".safetensors"):
+        raise ArgumentError(
+            f"`{path}` is not a name for the format that is written",
+            path=path,
+            expected="a name that ends with .safetensors",
+            got=os.path.basename(path),
+            cure=f"`mu.interop.save({os.path.basename(path).partition('.')[0] + '.safetensors'!r}, model)`",
+        )
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray | np.generic):
+            raise ArgumentError(
+                f"`{name}` is {show_value(array)}, and no array", path=name, cure="`numpy.asarray(x)` makes one."
+            )
+    writer = require("safetensors.numpy", "mu.interop")
+    data = writer.save(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata=dict(metadata or {})
+    )
+    beside = f"{path}.{os.getpid()}.part"
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+        os.replace(beside, path)
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)

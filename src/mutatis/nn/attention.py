@@ -1,0 +1,370 @@
+"""`MultiHeadAttention`: projections to several heads, attention in each, and a cache for decoding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import Initializer, zeros
+from jax.typing import ArrayLike, DTypeLike
+
+from mutatis.core import naming
+from mutatis.errors import ArgumentError, RandomStreamError, StructureError
+from mutatis.model.kinds import Cache, RngState, stream_value
+from mutatis.model.modules import Module
+from mutatis.nn.caches import KVCache
+from mutatis.nn.dot_product import dot_product_attention, fitting, turned
+from mutatis.nn.layer_norms import LayerNorm
+from mutatis.nn.layers import NO_METADATA, Metadata, PromoteDtype, first_said, misfit, promote_dtype
+from mutatis.nn.linear import LinearGeneral, default_kernel_init
+from mutatis.nn.masks import combine_masks
+from mutatis.nn.positions import RoPE
+from mutatis.random import Rngs, stream_of
+
+
+class MultiHeadAttention(Module):
+    """Attention of several heads: each projects queries, keys and values, and a last projection brings the heads together.
+
+    Without keys it is attention of the input to itself. With ``decode=True`` the keys and values of what was read before are
+    kept in a cache, which `init_cache` makes: the input is what comes next, one token or many, and sees all that came before.
+
+    Args:
+      num_heads: the number of heads.
+      in_features: the size of the last axis of the queries' input.
+      qkv_features: the number of features of all heads together; None is `in_features`.
+      out_features: the size of the last axis of the output; None is `in_features`.
+      num_kv_heads: the number of heads of keys and values, of which each serves as many query heads; None is `num_heads`.
+      in_kv_features: the size of the last axis of the inputs of keys and values; None is `in_features`.
+      dtype: the dtype to compute in; None takes what the input and the parameters promote to.
+      param_dtype: the dtype of the parameters.
+      broadcast_dropout: whether all of a batch and all heads drop the same weights.
+      dropout_rate: the probability of a weight of attention to be set to zero, in [0, 1).
+      deterministic: whether to drop nothing, unless the call says so. None goes by `training` of the module.
+      precision: of the products, as in `jax.lax.dot_general`.
+      kernel_init: makes the kernels, an initializer of `jax.nn.initializers`.
+      out_kernel_init: makes that of the last projection; None is `kernel_init`.
+      bias_init: makes the biases.
+      out_bias_init: makes that of the last projection; None is `bias_init`.
+      use_bias: whether the projections have biases.
+      attention_fn: `dot_product_attention`, or a function with its arguments.
+      decode: whether to read on from a cache, unless the call says so; None is False.
+      normalize_qk: whether to normalize queries and keys, each head for itself.
+      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: bring arrays to one dtype, in the projections of the inputs, in the
+        last one, and in the normalizations.
+      qkv_dot_general, out_dot_general, qkv_dot_general_cls, out_dot_general_cls: as in `LinearGeneral`.
+      rngs: random streams, of which `params` is drawn from, and `dropout` if weights will be dropped.
+      keep_rngs: whether the layer has a stream of its own for dropout; else each call brings one.
+      kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata, query_ln_scale_metadata, key_ln_scale_metadata:
+        metadata of the parameters, such as ``{"sharding": (None, "heads")}``; None for the last projection is as for the others.
+      rope: turns queries and keys by their positions, before they are cached.
+
+    Attributes:
+      query, key, value: `LinearGeneral` from the inputs to (heads, features).
+      query_ln, key_ln: `LayerNorm`, or None.
+      out: `LinearGeneral` from (heads, features) to the output.
+      stream: RngState, or None.
+      cache: `KVCache`, or None before `init_cache`.
+
+    Raises:
+      ArgumentError: the features do not divide into the heads, or these not among those of the keys.
+      RandomStreamError: there is no stream to draw from.
+
+    Source:
+      Vaswani et al., Attention is all you need, 2017, https://arxiv.org/abs/1706.03762;
+      Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models, 2023, https://arxiv.org/abs/2305.13245
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> layer = mu.nn.MultiHeadAttention(num_heads=4, in_features=16, num_kv_heads=2, rngs=mu.Rngs(0))
+      >>> x = jnp.ones((1, 6, 16))
+      >>> layer(x, mask=mu.nn.make_causal_mask(x[..., 0])).shape
+      (1, 6, 16)
+      >>> layer.init_cache((1, 32, 16))
+      >>> layer(x, decode=True).shape, layer(x[:, :1], decode=True).shape, int(layer.cache.index)
+      ((1, 6, 16), (1, 1, 16), 7)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        qkv_features: int | None = None,
+        out_features: int | None = None,
+        num_kv_heads: int | None = None,
+        in_kv_features: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        broadcast_dropout: bool = True,
+        dropout_rate: float = 0.0,
+        deterministic: bool | None = None,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
+        bias_init: Initializer = zeros,
+        out_bias_init: Initializer | None = None,
+        use_bias: bool = True,
+        attention_fn: Callable[..., jax.Array] = dot_product_attention,
+        decode: bool | None = None,
+        normalize_qk: bool = False,
+        qkv_promote_dtype: PromoteDtype = promote_dtype,
+        out_promote_dtype: PromoteDtype = promote_dtype,
+        ln_promote_dtype: PromoteDtype = promote_dtype,
+        qkv_dot_general: Callable[..., jax.Array] | None = None,
+        out_dot_general: Callable[..., jax.Array] | None = None,
+        qkv_dot_general_cls: Any = None,
+        out_dot_general_cls: Any = None,
+        rngs: Rngs,
+        keep_rngs: bool = True,
+        kernel_metadata: Metadata = NO_METADATA,
+        out_kernel_metadata: Metadata | None = None,
+        bias_metadata: Metadata = NO_METADATA,
+        out_bias_metadata: Metadata | None = None,
+        query_ln_scale_metadata: Metadata = NO_METADATA,
+        key_ln_scale_metadata: Metadata = NO_METADATA,
+        rope: RoPE | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.in_features = in_features
+        self.qkv_features = in_features if qkv_features is None else qkv_features
+        self.out_features = in_features if out_features is None else out_features
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        _check_division("qkv_features", self.qkv_features, "num_heads", num_heads)
+        _check_division("num_heads", num_heads, "num_kv_heads", self.num_kv_heads)
+        self.head_dim = self.qkv_features // num_heads
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.broadcast_dropout = broadcast_dropout
+        self.dropout_rate = dropout_rate
+        self.deterministic = deterministic
+        self.precision = precision
+        self.attention_fn = attention_fn
+        self.decode = decode
+        projection = functools.partial(
+            LinearGeneral, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, precision=precision, rngs=rngs
+        )
+        inner = functools.partial(
+            projection,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            promote_dtype=qkv_promote_dtype,
+            dot_general=qkv_dot_general,
+            dot_general_cls=qkv_dot_general_cls,
+            kernel_metadata=kernel_metadata,
+            bias_metadata=bias_metadata,
+        )
+        self.query = inner(in_features, (num_heads, self.head_dim))
+        self.key = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
+        self.value = inner(self.in_kv_features, (self.num_kv_heads, self.head_dim))
+        self.query_ln = self.key_ln = None
+        if normalize_qk:
+            norm = functools.partial(
+                LayerNorm,
+                self.head_dim,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                promote_dtype=ln_promote_dtype,
+                rngs=rngs,
+            )
+            self.query_ln = norm(scale_metadata=query_ln_scale_metadata)
+            self.key_ln = norm(scale_metadata=key_ln_scale_metadata)
+        self.out = projection(
+            (num_heads, self.head_dim),
+            self.out_features,
+            axis=(-2, -1),
+            kernel_init=kernel_init if out_kernel_init is None else out_kernel_init,
+            bias_init=bias_init if out_bias_init is None else out_bias_init,
+            promote_dtype=out_promote_dtype,
+            dot_general=out_dot_general,
+            dot_general_cls=out_dot_general_cls,
+            kernel_metadata=out_kernel_metadata or kernel_metadata,
+            bias_metadata=out_bias_metadata or bias_metadata,
+        )
+        self.stream = None
+        if keep_rngs and dropout_rate > 0:
+            key = stream_of(rngs, "dropout", "`nn.MultiHeadAttention`").draw()
+            self.stream = RngState(stream_value(key), tag="dropout")
+        self.rope = rope
+        self.cache: KVCache | None = None
+
+    def __call__(
+        self,
+        inputs_q: ArrayLike,
+        inputs_k: ArrayLike | None = None,
+        inputs_v: ArrayLike | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        deterministic: bool | None = None,
+        rngs: Rngs | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+        input_positions: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Attend.
+
+        Args:
+          inputs_q: an array of floats of shape (*batch, queries, in_features).
+          inputs_k: one of shape (*batch, keys, in_kv_features); None is `inputs_q`.
+          inputs_v: one of shape (*batch, keys, in_kv_features); None is `inputs_k`.
+          mask: which keys a query sees; broadcasts to (*batch, heads, queries, keys). When it reads from a cache the keys are the
+            cache's places.
+          deterministic: whether to drop nothing; goes before what the layer was made with.
+          rngs: random streams to draw from in place of the layer's own.
+          sow_weights: whether to keep the weights, as the Intermediate `attention_weights` of the layer.
+          decode: whether to read on from the cache; goes before what the layer was made with.
+          is_causal: whether a query sees only keys up to its own place. From a cache it never sees others.
+          out_sharding, qkv_sharding: how the output, and the projections of the inputs, are placed, on a mesh whose axes are
+            explicit.
+          input_positions: an array of shape (*batch, length), for `rope` or `attention_fn`; None counts from 0, or goes on
+            counting where the cache ends.
+          lengths: with a ragged cache, how many of the tokens count in each row; an array of shape batch.
+
+        Returns:
+          An array of shape (*batch, queries, out_features).
+
+        Raises:
+          ArgumentError: an input or the mask has another shape; the cache is full; there are values without keys.
+          RandomStreamError: there is no stream to draw from.
+          StructureError: it is to decode, and there is no cache.
+        """
+        query, key, value = self._project(inputs_q, inputs_k, inputs_v, qkv_sharding)
+        cache = self._cache() if first_said(decode, self.decode, False) else None
+        options = {} if input_positions is None or self.rope is not None else {"input_positions": input_positions}
+        if self.rope is not None:
+            if cache is not None and input_positions is None:
+                input_positions = cache.next_positions(query.shape[-3])
+            query, key = (turned(self.rope, x, input_positions) for x in (query, key))
+        if cache is not None:
+            key, value, written = cache.update(key, value, lengths)
+            shape = (*written.shape[:-3], self.num_heads, *written.shape[-2:])
+            mask = written if mask is None else combine_masks(fitting("mask", mask, shape), written, dtype=bool)
+        dropout_key = self._dropout_key(deterministic, rngs)
+        x = self.attention_fn(
+            query,
+            key,
+            value,
+            mask=mask,
+            dropout_rng=dropout_key,
+            dropout_rate=0.0 if dropout_key is None else self.dropout_rate,
+            broadcast_dropout=self.broadcast_dropout,
+            deterministic=dropout_key is None,
+            dtype=self.dtype,
+            precision=self.precision,
+            module=self if sow_weights else None,
+            is_causal=is_causal and cache is None,
+            **options,
+        )
+        return self.out(x, out_sharding=out_sharding)
+
+    def init_cache(
+        self,
+        input_shape: Sequence[int],
+        dtype: DTypeLike = jnp.float32,
+        *,
+        window: int | None = None,
+        ragged: bool = False,
+    ) -> None:
+        """Make an empty cache.
+
+        Args:
+          input_shape: the shape of all input that it will hold, (*batch, max_length, in_features).
+          dtype: the dtype in which keys and values are kept.
+          window: how many tokens a query sees, itself included; None is for all. The cache is then a ring, without an end.
+          ragged: whether each row of the batch has its own length.
+
+        Raises:
+          ArgumentError: there is no place for what a query sees.
+        """
+        *batch, length, _ = input_shape
+        self.cache = KVCache(batch, length, self.num_kv_heads, self.head_dim, dtype=dtype, window=window, ragged=ragged)
+
+    @property
+    def cached_key(self) -> Cache[jax.Array] | None:
+        """The state of the keys in the cache; None without one."""
+        return None if self.cache is None else self.cache.key
+
+    @property
+    def cached_value(self) -> Cache[jax.Array] | None:
+        """The state of the values in the cache; None without one."""
+        return None if self.cache is None else self.cache.value
+
+    @property
+    def cache_index(self) -> Cache[jax.Array] | None:
+        """The state of the number of tokens in the cache; None without one."""
+        return None if self.cache is None else self.cache.index
+
+    def _project(self, inputs_q: Any, inputs_k: Any, inputs_v: Any, sharding: Any) -> tuple[jax.Array, ...]:
+        if inputs_k is None and inputs_v is not None:
+            raise ArgumentError(
+                "attention was given values and no keys to find them by",
+                path="inputs_k",
+                where=naming.where(),
+                expected="an array of keys",
+                got="None",
+                cure="`layer(queries, inputs)` takes keys and values from the same inputs.",
+            )
+        inputs_q = jnp.asarray(inputs_q)
+        if inputs_q.ndim < 2:
+            raise misfit(
+                self.query.kernel,
+                expected=f"an array of shape (*batch, length, {self.in_features})",
+                got=f"an input of shape {inputs_q.shape}",
+                cure="One vector is a sequence of length 1: `x[None]`.",
+            )
+        inputs_k = inputs_q if inputs_k is None else inputs_k
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        query = self.query(inputs_q, out_sharding=sharding)
+        key = self.key(inputs_k, out_sharding=sharding)
+        value = self.value(inputs_v, out_sharding=sharding)
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        return query, key, value
+
+    def _cache(self) -> KVCache:
+        if self.cache is None:
+            raise StructureError(
+                f"layer {naming.describe(self)} has no cache to decode with",
+                path=naming.path_of(self),
+                where=naming.where(),
+                expected="a cache, made before",
+                got="None",
+                cure="`layer.init_cache((batch, max_length, features))` makes one.",
+            )
+        return self.cache
+
+    def _dropout_key(self, deterministic: bool | None, rngs: Rngs | None) -> jax.Array | None:
+        """The key to drop weights with; None if none are dropped."""
+        if self.dropout_rate == 0 or first_said(deterministic, self.deterministic, not self.training):
+            return None
+        if rngs is not None:
+            return stream_of(rngs, "dropout", "`nn.MultiHeadAttention`").draw()
+        if self.stream is None:
+            raise RandomStreamError(
+                "`nn.MultiHeadAttention` has no random stream `dropout` to draw from",
+                path="dropout",
+                where=naming.where(),
+                cure="Give it one in the call, `layer(x, rngs=rngs)`, or make the layer with `keep_rngs=True`; to drop nothing, "
+                "call `model.eval()`.",
+            )
+        return self.stream.draw()
+
+
+def _check_division(name: str, number: int, by: str, divisor: int) -> None:
+    if divisor <= 0 or number % divisor:
+        raise ArgumentError(
+            f"`{name}` of `nn.MultiHeadAttention` does not divide by `{by}`",
+            path=name,
+            expected=f"a multiple of {by}={divisor}" if divisor > 0 else f"{by} from 1",
+            got=repr(number),
+            cure="`nn.MultiHeadAttention(num_heads=8, in_features=512, num_kv_heads=2, rngs=rngs)`",
+        )

@@ -1,0 +1,341 @@
+"""`KVCache`: the keys and values of the tokens so far, so that attention reads each token once.
+
+The arrays are made once, as large as they will ever be, and written in place, so one compiled step serves every length. A
+query sees what was written before it, by a mask. How many tokens are there is a state, one number for all rows of a batch, or
+(`ragged`) one for each row. With a `window` the array is a ring: a token takes the place of the oldest one, and its position is
+kept beside it.
+
+Axes are counted from the end, so what is said of a cache holds for those of a stack of layers as well.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from mutatis.core import naming
+from mutatis.errors import ArgumentError
+from mutatis.model.kinds import Cache
+from mutatis.model.modules import Module
+from mutatis.model.surgery import modules
+from mutatis.nn.layers import as_axes, convert
+
+
+class KVCache(Module):
+    """Keys and values of the tokens so far, for one layer of attention.
+
+    `mu.reset(model, mu.Cache)` empties the caches of a model; `nn.kv_caches(model)` gives them.
+
+    A cache that is full is an error where it can be known: when more tokens come at once than there are places, and outside of
+    compiled programs. Inside of one, further tokens take the last places (in a ragged cache they are lost), and `index` goes on
+    counting: compare it with `max_length` where it matters.
+
+    Args:
+      batch_shape: the batch axes; one int is for one axis.
+      max_length: for how many tokens there is place; with a `window`, at least its size, which is the default. What is above
+        it is by how much the cache may be rolled back.
+      num_heads: the number of heads of keys and values.
+      head_dim: the number of features of each.
+      dtype: the dtype in which they are kept.
+      window: how many tokens a query sees, itself included; None is for all. With a window there is always place.
+      ragged: whether each row of the batch has its own length.
+
+    Attributes:
+      key: Cache of shape (*batch_shape, max_length, num_heads, head_dim).
+      value: Cache of the same shape.
+      index: Cache, the number of tokens so far; of shape batch_shape if `ragged`, else ().
+      positions: Cache of shape (*index.shape, max_length), the position of the token in each place, -1 for none; None without
+        a window.
+
+    Raises:
+      ArgumentError: there is no length, or one that is shorter than the window.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> cache = mu.nn.KVCache(2, max_length=8, num_heads=1, head_dim=4)
+      >>> prompt = jnp.ones((2, 3, 1, 4))
+      >>> keys, values, mask = cache.update(prompt, prompt)
+      >>> keys.shape, mask[0, 0].astype(int).tolist()
+      ((2, 8, 1, 4), [[1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]])
+      >>> cache.truncate(2)
+      >>> int(cache.index)
+      2
+    """
+
+    def __init__(
+        self,
+        batch_shape: int | Sequence[int],
+        max_length: int | None = None,
+        num_heads: int = 1,
+        head_dim: int = 1,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        window: int | None = None,
+        ragged: bool = False,
+    ) -> None:
+        length = window if max_length is None else max_length
+        if length is None or length < max(window or 0, 1):
+            raise ArgumentError(
+                "`nn.KVCache` has no place for the tokens that a query sees",
+                path="max_length",
+                expected="an int, from 1" if window is None else f"None, or an int from {window}, the window",
+                got=repr(max_length),
+                cure="`nn.KVCache(batch, max_length=1024, num_heads=8, head_dim=64)`",
+            )
+        batch = as_axes(batch_shape)
+        self.batch_shape = batch
+        self.max_length = length
+        self.window = window
+        self.ragged = ragged
+        counted = batch if ragged else ()
+        self.key = _state((*batch, length, num_heads, head_dim), dtype)
+        self.value = _state((*batch, length, num_heads, head_dim), dtype)
+        self.index = _state(counted, jnp.int32)
+        self.positions = None if window is None else _state((*counted, length), jnp.int32, -1)
+
+    def next_positions(self, count: int) -> jax.Array:
+        """The positions of the next tokens.
+
+        Args:
+          count: how many.
+
+        Returns:
+          An array of shape (*index.shape, count).
+        """
+        start = self.index.value
+        return start[..., None] + jnp.arange(count, dtype=jnp.int32).reshape((1,) * start.ndim + (count,))
+
+    def update(
+        self, key: jax.Array, value: jax.Array, lengths: ArrayLike | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Add tokens, one or many.
+
+        Args:
+          key, value: arrays of shape (*batch_shape, count, num_heads, head_dim).
+          lengths: how many of them count in each row, from the first, of shape batch_shape; None is for all. The others fill up
+            rows of different lengths. Only a ragged cache takes it.
+
+        Returns:
+          keys, values: what there is to attend to, of shape (*batch_shape, places, num_heads, head_dim) and the dtype of the
+            input. With a window and several tokens there are `count` more places than the cache has: what the first of them
+            see may be gone once the last of them are there.
+          mask: booleans of shape (*batch_shape or ones, 1, count, places): whether a query sees a place.
+
+        Raises:
+          ArgumentError: the arrays have another shape, there are lengths for a cache that is not ragged, or it is full.
+        """
+        count = self._check(key, value, lengths)
+        positions = self.next_positions(count)
+        counts = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        old = self.key.value, self.value.value
+        stored = None if self.positions is None else self.positions.value
+        if stored is None and counts is None and not self.ragged:
+            new = [self._write_slice(array, part) for array, part in zip(old, (key, value), strict=True)]
+        else:
+            slots = self._slots(positions, counts)
+            new = [self._write(array, part, slots) for array, part in zip(old, (key, value), strict=True)]
+            if self.positions is not None:
+                self.positions.value = _put(self.positions.value, positions, slots)
+        self.key.value, self.value.value = new
+        self.index.value = self.index.value + (jnp.int32(count) if counts is None else counts)
+        if stored is None or self.positions is None:
+            places = jnp.arange(self.max_length, dtype=jnp.int32)
+            seen = places.reshape((1,) * positions.ndim + (-1,)) <= positions[..., None]
+        elif count == 1:
+            seen = self._in_window(self.positions.value, positions)
+        else:
+            new = [jnp.concatenate([a, convert(b, a.dtype)], -3) for a, b in zip(old, (key, value), strict=True)]
+            known = positions if counts is None else jnp.where(_counted(counts, count), positions, -1)
+            seen = self._in_window(jnp.concatenate([stored, known], -1), positions)
+        ones = () if self.ragged else (1,) * len(self.batch_shape)
+        mask = seen.reshape(*ones, *seen.shape[:-2], 1, *seen.shape[-2:])
+        return convert(new[0], key.dtype), convert(new[1], value.dtype), mask
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.index.value = jnp.zeros_like(self.index.value)
+        if self.positions is not None:
+            self.positions.value = jnp.full_like(self.positions.value, -1)
+
+    def truncate(self, length: ArrayLike) -> None:
+        """Roll back to a length; rows that are shorter stay as they are.
+
+        Args:
+          length: an int for all rows, or for a ragged cache an array of shape batch_shape.
+
+        Raises:
+          ArgumentError: the length is negative or of another shape, or tokens that the window would show are no longer kept;
+            inside compiled programs these are masked.
+        """
+        new = jnp.asarray(length, jnp.int32)
+        fits = new.shape == () or (self.ragged and new.shape == self.batch_shape)
+        if not fits or (_known(new) and new.size and int(new.min()) < 0):
+            raise self._refusal(
+                "cannot be rolled back to this length",
+                expected=f"an int from 0{f', or an array of shape {self.batch_shape}' if self.ragged else ''}",
+                got=repr(length) if new.shape == () else f"an array of shape {new.shape}",
+                cure="`cache.truncate(cache.index - 4)` takes the last four tokens away.",
+            )
+        index = jnp.minimum(self.index.value, new)
+        if self.positions is not None:
+            stored = self.positions.value
+            kept = jnp.where(stored < index[..., None], stored, -1)
+            self._check_window(kept, index)
+            self.positions.value = kept
+        self.index.value = index
+
+    def reorder(self, rows: ArrayLike) -> None:
+        """Let each row go on from a row, as beams do.
+
+        Args:
+          rows: for each row the number of the one that it goes on from; an array of shape batch_shape.
+
+        Raises:
+          ArgumentError: the batch has not one axis, or there are more or fewer numbers.
+        """
+        rows = jnp.asarray(rows)
+        if rows.shape != self.batch_shape or rows.ndim != 1:
+            raise self._refusal(
+                "cannot be reordered by these numbers",
+                expected="one number for each row of a batch of one axis"
+                if len(self.batch_shape) != 1
+                else f"an array of shape {self.batch_shape}",
+                got=f"an array of shape {rows.shape}",
+                cure="`cache.reorder(jnp.array([0, 0, 1]))`",
+            )
+        for cell, after in self._rows():
+            cell.value = jnp.take(cell.value, rows, axis=-1 - after)
+
+    def _rows(self) -> list[tuple[Cache[jax.Array], int]]:
+        """The states that have the batch axes, and how many axes come after these."""
+        counted = [(self.index, 0), (self.positions, 1)] if self.ragged else []
+        return [(cell, after) for cell, after in [(self.key, 3), (self.value, 3), *counted] if cell is not None]
+
+    def _slots(self, positions: jax.Array, counts: jax.Array | None) -> jax.Array:
+        """The places of new tokens; behind the last place for those that do not count, or that have no place in a ring."""
+        total = positions.shape[-1]
+        counted = jnp.ones((1,) * positions.ndim, bool) if counts is None else _counted(counts, total)
+        if self.window is None:
+            return jnp.where(counted, positions, self.max_length)
+        end = positions[..., :1] + (total if counts is None else counts[..., None])
+        lasts = counted & (positions >= end - self.max_length)
+        return jnp.where(lasts, positions % self.max_length, self.max_length)
+
+    def _write_slice(self, array: jax.Array, part: jax.Array) -> jax.Array:
+        start = (0,) * len(self.batch_shape) + (self.index.value, 0, 0)
+        return lax.dynamic_update_slice(array, convert(part, array.dtype), start)
+
+    def _write(self, array: jax.Array, part: jax.Array, slots: jax.Array) -> jax.Array:
+        part = convert(part, array.dtype)
+        return _put(array, part, slots) if self.ragged else array.at[..., slots, :, :].set(part, mode="drop")
+
+    def _in_window(self, stored: jax.Array, positions: jax.Array) -> jax.Array:
+        """Whether a query sees a place, of shape (..., queries, places)."""
+        places, queries = stored[..., None, :], positions[..., :, None]
+        return (places >= 0) & (places <= queries) & (places > queries - (self.window or 0))
+
+    def _check(self, key: jax.Array, value: jax.Array, lengths: ArrayLike | None) -> int:
+        """The number of new tokens, which have to fit."""
+        before = len(self.batch_shape)
+        count = key.shape[before] if key.ndim == before + 3 else 1
+        shape = (*self.batch_shape, count, *self.key.shape[-2:])
+        if key.shape != shape or value.shape != shape:
+            raise self._refusal(
+                "does not fit the keys and values of its layer",
+                expected=f"arrays of shape {shape}",
+                got=f"keys of shape {key.shape}, values of shape {value.shape}",
+                cure="Make a cache for inputs of this shape: `layer.init_cache((batch, max_length, features))`.",
+            )
+        if lengths is not None and (not self.ragged or jnp.shape(lengths) != self.batch_shape):
+            raise self._refusal(
+                "has one length for all rows" if not self.ragged else "has a length for each row",
+                expected="lengths=None" if not self.ragged else f"lengths of shape {self.batch_shape}",
+                got=f"lengths of shape {jnp.shape(lengths)}",
+                cure="`layer.init_cache(shape, ragged=True)` makes a cache whose rows have lengths of their own.",
+            )
+        if self.window is None:
+            self._check_room(count, lengths)
+        return count
+
+    def _check_room(self, count: int, lengths: ArrayLike | None) -> None:
+        start, more = self.index.value, jnp.asarray(count if lengths is None else lengths, jnp.int32)
+        known = _known(start) and _known(more) and start.size > 0
+        needed = int((start + more).max()) if known else count if lengths is None else 0
+        if needed > self.max_length:
+            raise self._refusal(
+                "is full",
+                expected=f"at most {self.max_length} tokens",
+                got=f"{needed}, with those that come" if known else f"{count} at once",
+                cure="Make it longer, `layer.init_cache((batch, max_length, features))`; or empty it, "
+                "`mu.reset(model, mu.Cache)`; or roll it back, `cache.truncate(length)`.",
+            )
+
+    def _check_window(self, kept: jax.Array, index: jax.Array) -> None:
+        window = self.window or 0
+        if not (_known(kept) and _known(index)):
+            return
+        wanted = jnp.minimum(index, window - 1)
+        there = jnp.sum(kept > (index - window)[..., None], -1)
+        if bool(jnp.any(there < wanted)):
+            raise self._refusal(
+                "cannot be rolled back so far: tokens that its window would show are no longer kept",
+                expected=f"at most {self.max_length - window + 1} tokens back",
+                got=f"back to {index.tolist()}",
+                cure="Keep more tokens than the window shows: "
+                f"`nn.KVCache(..., max_length={self.max_length + 8}, window={window})`.",
+            )
+
+    def _refusal(self, problem: str, *, expected: str, got: str, cure: str) -> ArgumentError:
+        return ArgumentError(
+            f"cache {naming.describe(self.key)} {problem}",
+            path=naming.path_of(self.key),
+            where=naming.where(),
+            expected=expected,
+            got=got,
+            made_at=self.key.made_at,
+            cure=cure,
+        )
+
+
+def kv_caches(node: Any) -> list[KVCache]:
+    """The caches of a model, in the order of its layers.
+
+    Args:
+      node: a Module, or a list, tuple or dict of them.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = mu.nn.MultiHeadAttention(2, 8, decode=True, rngs=mu.Rngs(0))
+      >>> model.init_cache((1, 16, 8))
+      >>> for cache in mu.nn.kv_caches(model):
+      ...     cache.truncate(0)
+    """
+    return list(modules(node, KVCache).values())
+
+
+def _state(shape: tuple[int, ...], dtype: DTypeLike, fill: int = 0) -> Cache[jax.Array]:
+    start = functools.partial(jnp.full, shape, fill, dtype)
+    return Cache(start(), init=start)
+
+
+def _put(array: jax.Array, part: jax.Array, slots: jax.Array) -> jax.Array:
+    """Write parts into places, which each row has for itself."""
+    if slots.ndim > 1:
+        return jax.vmap(_put)(array, part, slots)
+    return array.at[slots].set(part, mode="drop")
+
+
+def _counted(counts: jax.Array, total: int) -> jax.Array:
+    """Whether a token counts, of shape (*batch, total)."""
+    return jnp.arange(total).reshape((1,) * counts.ndim + (total,)) < counts[..., None]
+
+
+def _known(array: jax.Array) -> bool:
+    """Whether the numbers are there, and not only their shape."""
+    return not isinstance(array, jax.core.Tracer)

@@ -1,0 +1,302 @@
+"""Pooling over the spatial axes, channels last: over windows, or adaptively to a size that is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from mutatis.core.avals import show_type
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError
+from mutatis.model.modules import Module
+
+Padding: TypeAlias = str | Sequence[tuple[int, int]]
+Reduction: TypeAlias = Callable[..., jax.Array]
+
+
+def pool(
+    inputs: ArrayLike,
+    init: Any,
+    reduce_fn: Callable[..., Any],
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None,
+    padding: Padding,
+) -> jax.Array:
+    """Reduce windows of an array.
+
+    Args:
+      inputs: an array of shape (..., *spatial, features), with any number of batch axes.
+      init: what a window starts with: the number that `reduce_fn` leaves others alone with.
+      reduce_fn: a function of two scalars, such as `jax.lax.add`.
+      window_shape: the size of the window along each spatial axis; their number is that of the spatial axes.
+      strides: the step along each spatial axis; None is 1 for all.
+      padding: ``"SAME"``, ``"VALID"``, or (low, high) for each spatial axis.
+
+    Returns:
+      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+
+    Raises:
+      ArgumentError: the input has too few axes, or the window, strides and padding are for different numbers of axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.pool(jnp.ones((1, 4, 1)), 0.0, jax.lax.add, (2,), (2,), "VALID").tolist()
+      [[[2.0], [2.0]]]
+    """
+    x = jnp.asarray(inputs)
+    window = _sizes("window_shape", window_shape)
+    steps = (1,) * len(window) if strides is None else _sizes("strides", strides, len(window))
+    around: Any = padding
+    batch = x.ndim - len(window) - 1
+    if batch < 0:
+        raise ArgumentError(
+            f"an input has too few axes to pool {len(window)} of them",
+            path="inputs",
+            expected=f"{len(window)} spatial axes and one of features, or more axes in front",
+            got=f"an input of shape {x.shape}",
+            cure="Features come last, `x[..., None]`; the window is for the spatial axes only, as `(2, 2)`.",
+        )
+    if not isinstance(padding, str):
+        widths = [_sizes("padding", width, 2) for width in padding]
+        _sizes("padding", [0] * len(widths), len(window))
+        around = [(0, 0)] * batch + widths + [(0, 0)]
+    in_front = (1,) * batch
+    return lax.reduce_window(x, init, reduce_fn, (*in_front, *window, 1), (*in_front, *steps, 1), around)
+
+
+def avg_pool(
+    inputs: ArrayLike,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: Padding = "VALID",
+    count_include_pad: bool = True,
+) -> jax.Array:
+    """The average over each window.
+
+    Args:
+      inputs: an array of floats, of shape (..., *spatial, features).
+      window_shape, strides, padding: as in `pool`. The step is 1 if none is said.
+      count_include_pad: whether padding counts, as zeros.
+
+    Returns:
+      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+
+    Raises:
+      ArgumentError: as in `pool`, or the input holds integers.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.avg_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).tolist()
+      [[[0.5], [2.5]]]
+    """
+    x = _floats("avg_pool", inputs)
+    total = pool(x, 0.0, lax.add, window_shape, strides, padding)
+    if count_include_pad:
+        return total / math.prod(window_shape)
+    spatial = x.shape[x.ndim - len(window_shape) - 1 : -1]
+    ones = jnp.ones((*(1,) * (x.ndim - len(spatial) - 1), *spatial, 1), total.dtype)
+    return total / pool(ones, 0.0, lax.add, window_shape, strides, padding)
+
+
+def max_pool(
+    inputs: ArrayLike, window_shape: Sequence[int], strides: Sequence[int] | None = None, padding: Padding = "VALID"
+) -> jax.Array:
+    """The maximum of each window.
+
+    Args:
+      inputs: an array of shape (..., *spatial, features).
+      window_shape, strides, padding: as in `pool`. The step is 1 if none is said.
+
+    Returns:
+      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+
+    Raises:
+      ArgumentError: as in `pool`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.max_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).tolist()
+      [[[1.0], [3.0]]]
+    """
+    x = jnp.asarray(inputs)
+    return pool(x, -np.inf if _has_infinity(x) else jnp.iinfo(x.dtype).min, lax.max, window_shape, strides, padding)
+
+
+def min_pool(
+    inputs: ArrayLike, window_shape: Sequence[int], strides: Sequence[int] | None = None, padding: Padding = "VALID"
+) -> jax.Array:
+    """The minimum of each window.
+
+    Args:
+      inputs: an array of shape (..., *spatial, features).
+      window_shape, strides, padding: as in `pool`. The step is 1 if none is said.
+
+    Returns:
+      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+
+    Raises:
+      ArgumentError: as in `pool`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.min_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).tolist()
+      [[[0.0], [2.0]]]
+    """
+    x = jnp.asarray(inputs)
+    return pool(x, np.inf if _has_infinity(x) else jnp.iinfo(x.dtype).max, lax.min, window_shape, strides, padding)
+
+
+def adaptive_avg_pool(inputs: ArrayLike, target_shape: Sequence[int | None]) -> jax.Array:
+    """The average over windows that are chosen so that the spatial axes get the sizes that are asked for.
+
+    Window ``i`` of ``m`` over an axis of size ``n`` goes from ``floor(i * n / m)`` to ``ceil((i + 1) * n / m)``.
+
+    Args:
+      inputs: an array of floats, of shape (..., *spatial, features).
+      target_shape: the size to get along each spatial axis; None leaves it.
+
+    Returns:
+      An array of shape (..., *target_shape, features).
+
+    Raises:
+      ArgumentError: the input has too few axes, or an axis of size 0, or holds integers.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.adaptive_avg_pool(jnp.arange(5.0).reshape(1, 5, 1), (2,)).tolist()
+      [[[1.0], [3.0]]]
+    """
+    return _adaptive(_floats("adaptive_avg_pool", inputs), target_shape, jnp.mean)
+
+
+def adaptive_max_pool(inputs: ArrayLike, target_shape: Sequence[int | None]) -> jax.Array:
+    """The maximum over windows that are chosen as in `adaptive_avg_pool`.
+
+    Args:
+      inputs: an array of shape (..., *spatial, features).
+      target_shape: the size to get along each spatial axis; None leaves it.
+
+    Returns:
+      An array of shape (..., *target_shape, features).
+
+    Raises:
+      ArgumentError: the input has too few axes, or an axis of size 0.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.adaptive_max_pool(jnp.arange(5.0).reshape(1, 5, 1), (2,)).tolist()
+      [[[2.0], [4.0]]]
+    """
+    return _adaptive(jnp.asarray(inputs), target_shape, jnp.max)
+
+
+class AdaptiveAvgPool(Module):
+    """`adaptive_avg_pool` as a layer, to be put between others.
+
+    Args:
+      target_shape: the size to get along each spatial axis; None leaves it.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.AdaptiveAvgPool((1, 1))(jnp.ones((2, 7, 5, 3))).shape
+      (2, 1, 1, 3)
+    """
+
+    def __init__(self, target_shape: Sequence[int | None]) -> None:
+        self.target_shape = _sizes("target_shape", target_shape)
+
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
+        """Pool an array of shape (..., *spatial, features)."""
+        return adaptive_avg_pool(inputs, self.target_shape)
+
+
+class AdaptiveMaxPool(Module):
+    """`adaptive_max_pool` as a layer, to be put between others.
+
+    Args:
+      target_shape: the size to get along each spatial axis; None leaves it.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.AdaptiveMaxPool((1, 1))(jnp.ones((2, 7, 5, 3))).shape
+      (2, 1, 1, 3)
+    """
+
+    def __init__(self, target_shape: Sequence[int | None]) -> None:
+        self.target_shape = _sizes("target_shape", target_shape)
+
+    def __call__(self, inputs: ArrayLike) -> jax.Array:
+        """Pool an array of shape (..., *spatial, features)."""
+        return adaptive_max_pool(inputs, self.target_shape)
+
+
+def _adaptive(x: jax.Array, target_shape: Sequence[int | None], reduce: Reduction) -> jax.Array:
+    """Reduce one spatial axis after the other, which comes to the same for averages of windows and for maxima."""
+    target = _sizes("target_shape", target_shape)
+    first = x.ndim - len(target) - 1
+    if first < 0 or 0 in x.shape[first:-1]:
+        raise ArgumentError(
+            f"an input cannot be pooled to {target}",
+            path="inputs",
+            expected=f"{len(target)} spatial axes that are not empty, and one of features, or more axes in front",
+            got=f"an input of shape {x.shape}",
+            cure="Features come last, `x[..., None]`; the target is for the spatial axes only, as `(1, 1)`.",
+        )
+    for axis, size in enumerate(target, first):
+        if size is not None and size != x.shape[axis]:
+            x = _to_size(x, axis, size, reduce)
+    return x
+
+
+def _to_size(x: jax.Array, axis: int, size: int, reduce: Reduction) -> jax.Array:
+    length = x.shape[axis]
+    if length % size == 0:
+        return reduce(x.reshape(*x.shape[:axis], size, length // size, *x.shape[axis + 1 :]), axis + 1)
+    windows = [(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
+    return jnp.concatenate(
+        [reduce(lax.slice_in_dim(x, low, high, axis=axis), axis, keepdims=True) for low, high in windows], axis
+    )
+
+
+def _sizes(name: str, value: Any, length: int | None = None) -> tuple[Any, ...]:
+    """Numbers for each spatial axis. One number alone would not say how many such axes there are."""
+    sizes = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
+    if sizes is None or (length is not None and len(sizes) != length):
+        raise ArgumentError(
+            f"`{name}` of pooling does not say what to do along each spatial axis",
+            path=name,
+            expected="a tuple" if length is None else f"a tuple of {length}",
+            got=show_value(value),
+            cure=f"For images, `{name}=(2, 2)`; for sequences, `{name}=(2,)`."
+            if name != "padding"
+            else "(low, high) for each spatial axis, `padding=((1, 1), (1, 1))`, or `'SAME'`.",
+        )
+    if name in ("window_shape", "strides", "target_shape") and not all(size is None or size > 0 for size in sizes):
+        raise ArgumentError(
+            f"`{name}` of pooling has to be positive", path=name, got=show_value(value), cure=f"`{name}=(2, 2)`"
+        )
+    return sizes
+
+
+def _floats(what: str, inputs: ArrayLike) -> jax.Array:
+    x = jnp.asarray(inputs)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise ArgumentError(
+            f"`nn.{what}` averages floats",
+            path="inputs",
+            expected="an array of floats",
+            got=show_type(x),
+            cure="`x.astype(jnp.float32)`",
+        )
+    return x
+
+
+def _has_infinity(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)

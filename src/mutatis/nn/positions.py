@@ -1,0 +1,277 @@
+"""Positions of tokens: added to their vectors (`SinusoidalPositions`, `LearnedPositions`), or as an angle (`RoPE`).
+
+All are called with vectors and, if the first of them is not at position 0, the positions.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer, normal
+from jax.typing import ArrayLike, DTypeLike
+
+from mutatis.core import naming
+from mutatis.errors import ArgumentError
+from mutatis.model.kinds import Buffer
+from mutatis.model.modules import Module
+from mutatis.nn.layers import broadcasts, check_input, convert, misfit, param_key, parameter
+from mutatis.random import Rngs
+
+
+class RoPE(Module):
+    """Rotary positions: each pair of features is turned by an angle that grows with the position.
+
+    The inner product of two vectors that were turned depends on how far they are apart. The pairs are feature ``i`` of the first
+    half with feature ``i`` of the second. The angles are computed in float32; the result has the dtype of the input.
+
+    Args:
+      theta: the base of the wavelengths.
+      embedding_size: the number of features, to compute a table ahead; goes with `max_seq_len`.
+      max_seq_len: for how many positions.
+
+    Attributes:
+      cached_sin: Buffer of shape (max_seq_len, embedding_size // 2), or None.
+      cached_cos: Buffer of shape (max_seq_len, embedding_size // 2), or None.
+
+    Raises:
+      ArgumentError: only one of the sizes is given, or the number of features is odd.
+
+    Source:
+      Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021, https://arxiv.org/abs/2104.09864
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, mutatis as mu
+      >>> rope = mu.nn.RoPE()
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+      >>> print(np.asarray(rope(x), float).round(2))
+      [[1.   0.  ]
+       [0.54 0.84]]
+      >>> print(np.asarray(rope(x, jnp.array([1, 0])), float).round(2))
+      [[0.54 0.84]
+       [1.   0.  ]]
+    """
+
+    def __init__(
+        self, theta: float = 10000.0, embedding_size: int | None = None, max_seq_len: int | None = None
+    ) -> None:
+        if (embedding_size is None) != (max_seq_len is None):
+            raise ArgumentError(
+                "`nn.RoPE` needs both sizes for a table, or neither",
+                path="max_seq_len" if max_seq_len is None else "embedding_size",
+                expected="an int",
+                got="None",
+                cure="`nn.RoPE(embedding_size=64, max_seq_len=2048)`, or `nn.RoPE()`",
+            )
+        self.theta = theta
+        self.cached_sin = self.cached_cos = None
+        if embedding_size is not None and max_seq_len is not None:
+            sin, cos = _angles(jnp.arange(max_seq_len), embedding_size, theta)
+            self.cached_sin, self.cached_cos = Buffer(sin), Buffer(cos)
+
+    def __call__(self, x: ArrayLike, input_positions: ArrayLike | None = None) -> jax.Array:
+        """Turn vectors.
+
+        Args:
+          x: an array of floats of shape (..., length, features).
+          input_positions: an array of shape (..., length), whose leading axes broadcast to those of `x`; None counts from 0.
+
+        Returns:
+          An array of the same shape and dtype.
+
+        Raises:
+          ArgumentError: the number of features is odd, or the positions do not fit.
+        """
+        x = jnp.asarray(x)
+        self._check(x, input_positions)
+        tables = [table.value[: x.shape[-2]] for table in (self.cached_sin, self.cached_cos) if table is not None]
+        if input_positions is None and tables and len(tables[0]) == x.shape[-2]:
+            sin, cos = tables
+        else:
+            sin, cos = self.angles(jnp.arange(x.shape[-2]) if input_positions is None else input_positions, x.shape[-1])
+        return rotate(x, sin, cos)
+
+    def angles(self, positions: ArrayLike, features: int) -> tuple[jax.Array, jax.Array]:
+        """The sine and cosine of the angles at some positions.
+
+        Args:
+          positions: an array of any shape.
+          features: the number of features.
+
+        Returns:
+          Two arrays of shape (*positions.shape, features // 2).
+        """
+        return _angles(jnp.asarray(positions), features, self.theta)
+
+    def _check(self, x: jax.Array, positions: ArrayLike | None) -> None:
+        if x.ndim < 2 or x.shape[-1] % 2 or not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise misfit(
+                self,
+                expected="floats of shape (..., length, features), with an even number of features",
+                got=f"an input of {x.dtype}{list(x.shape)}",
+                cure="With heads, put them before the length: `jnp.moveaxis(x, -2, -3)`.",
+            )
+        shape = x.shape[:-1] if positions is None else jnp.shape(positions)
+        if not broadcasts(shape, x.shape[:-1]) or shape[-1:] != x.shape[-2:-1]:
+            raise misfit(
+                self,
+                expected=f"a position for each vector of an input of shape {x.shape}",
+                got=f"positions of shape {shape}",
+                cure=f"`rope(x, jnp.arange({x.shape[-2]}) + start)`",
+            )
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Turn feature ``i`` of the first half against feature ``i`` of the second.
+
+    Args:
+      x: an array of shape (..., features).
+      sin, cos: arrays of shape (..., features // 2), whose leading axes broadcast to those of `x`.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+    """
+    first, second = (convert(half, sin.dtype) for half in jnp.split(x, 2, axis=-1))
+    between = (1,) * (x.ndim - sin.ndim)
+    sin, cos = (table.reshape(between + table.shape) for table in (sin, cos))
+    return convert(jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1), x.dtype)
+
+
+class SinusoidalPositions(Module):
+    """Adds sines and cosines of each position, of wavelengths from 2π to 2π * theta: those of the first Transformer.
+
+    Sines and cosines take turns along the features. Nothing is learned, and there is no greatest position.
+
+    Args:
+      theta: the base of the wavelengths.
+
+    Source:
+      Vaswani et al., Attention is all you need, 2017, https://arxiv.org/abs/1706.03762
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np, mutatis as mu
+      >>> print(np.asarray(mu.nn.SinusoidalPositions()(jnp.zeros((2, 4))), float).round(2))
+      [[0.   1.   0.   1.  ]
+       [0.84 0.54 0.01 1.  ]]
+    """
+
+    def __init__(self, theta: float = 10000.0) -> None:
+        self.theta = theta
+
+    def __call__(self, x: ArrayLike, input_positions: ArrayLike | None = None) -> jax.Array:
+        """Add positions.
+
+        Args:
+          x: an array of floats of shape (..., length, features).
+          input_positions: an array of shape (..., length), whose leading axes broadcast to those of `x`; None counts from 0.
+
+        Returns:
+          An array of the same shape and dtype.
+
+        Raises:
+          ArgumentError: the positions do not fit.
+        """
+        x = jnp.asarray(x)
+        positions = _positions(self, x, input_positions)
+        sin, cos = _angles(positions, x.shape[-1] + x.shape[-1] % 2, self.theta)
+        table = jnp.stack([sin, cos], axis=-1).reshape(*positions.shape, -1)[..., : x.shape[-1]]
+        return x + convert(_in_front(table, x.ndim), x.dtype)
+
+
+class LearnedPositions(Module):
+    """Adds a learned vector for each position.
+
+    Args:
+      max_length: the number of positions. A later one gives NaN, since nothing can be raised inside a compiled program.
+      features: the number of features.
+      param_dtype: the dtype of the vectors.
+      embedding_init: makes them, an initializer of `jax.nn.initializers`.
+      rngs: random streams, of which `params` is drawn from.
+
+    Attributes:
+      embedding: Param of shape (max_length, features).
+
+    Raises:
+      RandomStreamError: there is no stream to draw from.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> positions = mu.nn.LearnedPositions(16, 8, rngs=mu.Rngs(0))
+      >>> positions(jnp.zeros((2, 5, 8))).shape
+      (2, 5, 8)
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        features: int,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        embedding_init: Initializer | None = None,
+        rngs: Rngs,
+    ) -> None:
+        init = normal(0.02) if embedding_init is None else embedding_init
+        key = param_key("LearnedPositions", rngs, init)
+        self.embedding = parameter(init, key, (max_length, features), param_dtype)
+        self.max_length = max_length
+        self.features = features
+
+    def __call__(self, x: ArrayLike, input_positions: ArrayLike | None = None) -> jax.Array:
+        """Add positions.
+
+        Args:
+          x: an array of floats of shape (..., length, features).
+          input_positions: an array of shape (..., length), whose leading axes broadcast to those of `x`; None counts from 0.
+
+        Returns:
+          An array of the same shape and dtype.
+
+        Raises:
+          ArgumentError: the input has another number of features, or is longer than there are positions; or the positions do
+            not fit.
+        """
+        x = jnp.asarray(x)
+        check_input(self.embedding, x, along=1, ndim=2)
+        if input_positions is None and x.shape[-2] > self.max_length:
+            raise ArgumentError(
+                f"state {naming.describe(self.embedding)} has no positions for an input of this length",
+                path=naming.path_of(self.embedding),
+                where=naming.where(),
+                expected=f"at most {self.max_length} along axis -2",
+                got=f"an input of shape {x.shape}",
+                made_at=self.embedding.made_at,
+                cure="Shorten the input, or make more positions, `nn.LearnedPositions(max_length, features, rngs=rngs)`.",
+            )
+        positions = _positions(self, x, input_positions)
+        vectors = jnp.take(self.embedding.value, positions, axis=0)
+        return x + convert(_in_front(vectors, x.ndim), x.dtype)
+
+
+def _angles(positions: jax.Array, features: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    if features <= 0 or features % 2:
+        raise ArgumentError(
+            "features are turned in pairs",
+            path="embedding_size",
+            expected="a positive, even number",
+            got=repr(features),
+            cure="`nn.RoPE(embedding_size=64, max_seq_len=2048)`",
+        )
+    frequencies = theta ** (-jnp.arange(0, features, 2, dtype=jnp.float32) / features)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.reshape((1,) * positions.ndim + (-1,))
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def _positions(layer: Module, x: jax.Array, given: ArrayLike | None) -> jax.Array:
+    """The positions of the vectors of an input."""
+    positions = jnp.arange(x.shape[-2]) if given is None and x.ndim > 1 else jnp.asarray(0 if given is None else given)
+    if x.ndim < 2 or not broadcasts(positions.shape, x.shape[:-1]) or positions.shape[-1:] != x.shape[-2:-1]:
+        raise misfit(
+            layer,
+            expected="an input of shape (..., length, features), and a position for each vector",
+            got=f"an input of shape {x.shape}, positions of shape {positions.shape}",
+            cure="`positions(x, jnp.arange(x.shape[-2]) + start)`",
+        )
+    return positions
+
+
+def _in_front(table: jax.Array, ndim: int) -> jax.Array:
+    return table.reshape((1,) * (ndim - table.ndim) + table.shape)

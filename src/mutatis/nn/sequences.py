@@ -1,0 +1,328 @@
+"""Recurrent nets over whole sequences: `RNN` runs a cell by `mu.scan`, `Bidirectional` runs two of them both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from mutatis.core import naming
+from mutatis.core.avals import is_concrete
+from mutatis.core.showing import show_class, show_value
+from mutatis.errors import ArgumentError
+from mutatis.model.filters import All, FilterLike
+from mutatis.model.kinds import RngState, stream_value
+from mutatis.model.modules import Module
+from mutatis.model.walks import variables
+from mutatis.nn.carries import Carry, carry_for, stream_for_carries
+from mutatis.nn.layers import first_said
+from mutatis.random import Rngs, as_key
+from mutatis.transforms.loops import scan
+
+
+class RNN(Module):
+    """Runs a recurrent cell over sequences.
+
+    Args:
+      cell: the cell; any module with ``cell(carry, x) -> (carry, y)``, `initialize_carry` and `num_feature_axes`.
+      time_major: whether time is the first axis, before those of the batch; it is the one after them otherwise.
+      return_carry: whether calls return ``(carry, outputs)``.
+      reverse: whether the cell goes from the end of each sequence to its start.
+      keep_order: whether the outputs of a reversed run are in the order of the input; else they come in the order in which the
+        cell made them.
+      unroll: how many steps are one iteration of the loop, as in `mu.scan`.
+      state_axes: what the loop does with the cell's states, as `states=` of `mu.scan`; None carries those that are written.
+      broadcast_rngs: which random streams of the cell give the same numbers in all steps of a call: ``"dropout"`` drops the same
+        elements.
+      rngs: random streams, of which `carry` is forked for carries to start from; True starts a stream if the cell needs one.
+      stateful: whether a call goes on from `cell.carry`, where the one before ended, and writes it; ``mu.reset(model, mu.Hidden,
+        batch_shape=...)`` starts anew.
+
+    Raises:
+      ArgumentError: `cell` is no recurrent cell.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> rnn = mu.nn.RNN(mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0)))
+      >>> x = jnp.ones((4, 6, 2))  # 4 sequences, 6 steps
+      >>> rnn(x).shape
+      (4, 6, 3)
+      >>> carry, y = rnn(x, seq_lengths=jnp.array([6, 2, 1, 4]), return_carry=True)
+      >>> bool((carry[1] == y[1, 1]).all())
+      True
+    """
+
+    def __init__(
+        self,
+        cell: Any,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        unroll: int = 1,
+        state_axes: Any = None,
+        broadcast_rngs: FilterLike = None,
+        rngs: Rngs | RngState | bool = True,
+        stateful: bool = False,
+    ) -> None:
+        if not callable(getattr(cell, "initialize_carry", None)):
+            raise ArgumentError(
+                "`nn.RNN` runs a recurrent cell",
+                path="cell",
+                expected="a module with `initialize_carry`, such as `nn.GRUCell`",
+                got=show_class(cell),
+                cure="`nn.RNN(nn.GRUCell(in_features, hidden_features, rngs=rngs))`",
+            )
+        self.cell = cell
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.reverse = reverse
+        self.keep_order = keep_order
+        self.unroll = unroll
+        self.state_axes = state_axes
+        self.broadcast_rngs = broadcast_rngs
+        self.rngs = _own_stream(rngs, cell)
+        self.stateful = stateful
+
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        *,
+        initial_carry: Carry | None = None,
+        seq_lengths: ArrayLike | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        rngs: Rngs | RngState | None = None,
+        stateful: bool | None = None,
+    ) -> Any:
+        """Run the cell over sequences.
+
+        Args:
+          inputs: an array of shape (*batch, time, features), or (time, *batch, features) with `time_major`.
+          initial_carry: what to start from; else it is `cell.carry` where the net is stateful, or what `initialize_carry` gives.
+          seq_lengths: how long each sequence is, integers of shape (*batch); what follows is padding. The outputs there are of no
+            meaning; the carry is the one after the last step of each sequence.
+          return_carry, time_major, reverse, keep_order, stateful: go before what the net was made with.
+          rngs: random streams for the carry to start from.
+
+        Returns:
+          The outputs, of shape (*batch, time, hidden_features) or (time, *batch, hidden_features), or ``(carry, outputs)``.
+
+        Raises:
+          ArgumentError: the lengths do not fit the input, or the input does not fit the cell.
+        """
+        x = jnp.asarray(inputs)
+        features = self.cell.num_feature_axes
+        time_axis = 0 if first_said(time_major, self.time_major) else x.ndim - features - 1
+        if x.ndim <= features:
+            raise ArgumentError(
+                "`nn.RNN` was given an input without an axis for time",
+                path="inputs",
+                where=naming.where(),
+                expected=f"{features + 1} or more axes",
+                got=f"an input of shape {x.shape}",
+                cure="`rnn(x[None])` runs one step in front; a single step is the cell's: `rnn.cell(x)`.",
+            )
+        x = jnp.moveaxis(x, time_axis, 0)
+        lengths = None if seq_lengths is None else _checked_lengths(seq_lengths, x.shape[1 : x.ndim - features], len(x))
+        backwards = first_said(reverse, self.reverse)
+        stays = first_said(stateful, self.stateful)
+        wants_carry = first_said(return_carry, self.return_carry)
+        if initial_carry is None:
+            batch = x.shape[1 : x.ndim - features]
+            initial_carry = carry_for(self.cell, batch) if stays else self._initial_carry(x.shape[1:], rngs)
+
+        shared = variables(self.cell, All(RngState, self.broadcast_rngs))
+        start = [stream.value for stream in shared.values()]
+        if lengths is not None and backwards:
+            x = flip_sequences(x, lengths, lengths.ndim, True)
+        options: dict[str, Any] = {
+            "unroll": self.unroll,
+            "reverse": backwards and lengths is None,
+            "states": self.state_axes,
+        }
+        if lengths is not None and (wants_carry or stays):
+            first = (initial_carry, initial_carry, lengths, start)
+            (_, carry, _, _), outputs = scan(self._step_within, first, x, **options)
+        else:
+            (carry, _), outputs = scan(self._step, (initial_carry, start), x, **options)
+        if stays:
+            self.cell.carry.value = carry
+
+        in_order = first_said(keep_order, self.keep_order)
+        if backwards and lengths is None and not in_order:
+            outputs = jax.tree.map(lambda y: jnp.flip(y, 0), outputs)
+        if backwards and lengths is not None and in_order:
+            outputs = jax.tree.map(lambda y: flip_sequences(y, lengths, lengths.ndim, True), outputs)
+        outputs = jax.tree.map(lambda y: jnp.moveaxis(y, 0, time_axis), outputs)
+        return (carry, outputs) if wants_carry else outputs
+
+    def _initial_carry(self, input_shape: tuple[int, ...], rngs: Rngs | RngState | None) -> Carry:
+        stream = self.rngs if rngs is None else stream_for_carries(rngs) if isinstance(rngs, Rngs) else rngs
+        return self.cell.initialize_carry(input_shape, stream)
+
+    def _step(self, state: Any, x: jax.Array) -> Any:
+        carry, start = state
+        for stream, value in zip(variables(self.cell, All(RngState, self.broadcast_rngs)).values(), start, strict=True):
+            stream.value = value
+        carry, y = self.cell(carry, x)
+        return (carry, start), y
+
+    def _step_within(self, state: Any, x: jax.Array) -> Any:
+        """A step that also keeps the carry of each sequence from when it ended."""
+        carry, kept, left, start = state
+        (carry, _), y = self._step((carry, start), x)
+
+        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(left.reshape(*left.shape, *[1] * (new.ndim - left.ndim)) > 0, new, old)
+
+        return (carry, jax.tree.map(choose, carry, kept), left - 1, start), y
+
+
+def _own_stream(rngs: Rngs | RngState | bool, *cells: Any) -> RngState | None:
+    """The stream of a net for carries to start from; none where carries are zeros."""
+    if isinstance(rngs, Rngs):
+        return stream_for_carries(rngs)
+    if isinstance(rngs, RngState):
+        return rngs
+    needed = any(getattr(cell, "carry_init", cell) is not None for cell in cells)
+    return RngState(stream_value(as_key(0)), tag="carry") if rngs and needed else None
+
+
+def _checked_lengths(lengths: ArrayLike, batch: tuple[int, ...], time: int) -> jax.Array:
+    """The lengths of sequences as an array.
+
+    Raises:
+      ArgumentError: they are no integers, not one for each sequence, or longer than the input where that can be known.
+    """
+    array = jnp.asarray(lengths)
+    fits = jnp.issubdtype(array.dtype, jnp.integer) and array.shape == batch
+    if fits and is_concrete(array):
+        fits = bool(np.all((np.asarray(array) >= 0) & (np.asarray(array) <= time)))
+    if fits:
+        return array.astype(jnp.int32)
+    raise ArgumentError(
+        "the lengths of sequences do not fit the input of `nn.RNN`",
+        path="seq_lengths",
+        where=naming.where(),
+        expected=f"integers from 0 to {time}, of shape {batch}",
+        got=show_value(lengths if np.size(array) <= 8 and is_concrete(array) else array),
+        cure="One length for each sequence: `rnn(x, seq_lengths=jnp.array([7, 4]))`; batch axes come before time, or after it "
+        "with `time_major=True`.",
+    )
+
+
+def flip_sequences(
+    inputs: ArrayLike, seq_lengths: ArrayLike | None, num_batch_dims: int, time_major: bool
+) -> jax.Array:
+    """Sequences from their ends to their starts; padding stays behind them.
+
+    Args:
+      inputs: an array of shape (*batch, time, ...), or (time, *batch, ...) with `time_major`.
+      seq_lengths: the length of each sequence, integers of shape (*batch); None flips the whole axis.
+      num_batch_dims: the number of batch axes.
+      time_major: whether time is the first axis.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> x = jnp.array([[1, 0, 0], [2, 3, 0], [4, 5, 6]])
+      >>> mu.nn.flip_sequences(x, jnp.array([1, 2, 3]), 1, False).tolist()
+      [[1, 0, 0], [3, 2, 0], [6, 5, 4]]
+    """
+    x = jnp.asarray(inputs)
+    axis = 0 if time_major else num_batch_dims
+    if seq_lengths is None:
+        return jnp.flip(x, axis)
+    time = x.shape[axis]
+    steps = jnp.arange(time).reshape([time if place == axis else 1 for place in range(num_batch_dims + 1)])
+    lengths = jnp.expand_dims(jnp.asarray(seq_lengths, steps.dtype), axis)
+    from_end = (lengths - 1 - steps) % time  # past the end it counts on from the end of the padding
+    index = from_end.reshape(*from_end.shape, *[1] * (x.ndim - from_end.ndim))
+    return jnp.take_along_axis(x, index, axis)
+
+
+def _concatenate(one: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.concatenate([one, other], axis=-1)
+
+
+class Bidirectional(Module):
+    """Runs one recurrent net from start to end and another from end to start, and puts their outputs side by side.
+
+    Args:
+      forward_rnn: the net that goes forward.
+      backward_rnn: the net that goes backward. If it is the same object, the two share their parameters.
+      merge_fn: brings an output of each together; concatenates them, by default.
+      time_major, return_carry: as in `RNN`.
+      rngs: random streams for the carries to start from, as in `RNN`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> forward, backward = (mu.nn.RNN(mu.nn.GRUCell(2, 3, rngs=mu.Rngs(seed))) for seed in (0, 1))
+      >>> mu.nn.Bidirectional(forward, backward)(jnp.ones((4, 6, 2))).shape
+      (4, 6, 6)
+    """
+
+    def __init__(
+        self,
+        forward_rnn: Any,
+        backward_rnn: Any,
+        *,
+        merge_fn: Callable[[jax.Array, jax.Array], jax.Array] = _concatenate,
+        time_major: bool = False,
+        return_carry: bool = False,
+        rngs: Rngs | RngState | bool = True,
+    ) -> None:
+        self.forward_rnn = forward_rnn
+        self.backward_rnn = backward_rnn
+        self.merge_fn = merge_fn
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.rngs = _own_stream(rngs, *(getattr(rnn, "cell", rnn) for rnn in (forward_rnn, backward_rnn)))
+
+    def __call__(
+        self,
+        inputs: ArrayLike,
+        *,
+        initial_carry: tuple[Carry, Carry] | None = None,
+        rngs: Rngs | RngState | None = None,
+        seq_lengths: ArrayLike | None = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Run both nets over sequences.
+
+        Args:
+          inputs: an array of shape (*batch, time, features), or (time, *batch, features) with `time_major`.
+          initial_carry: what the two start from.
+          seq_lengths: how long each sequence is, as in `RNN`.
+          return_carry, time_major: go before what the net was made with.
+          rngs: random streams for the carries to start from.
+          reverse, keep_order: have no meaning here; a net that calls others of its kind may give them.
+
+        Returns:
+          The outputs in the order of the input, of shape (*batch, time, features) or (time, *batch, features), or
+          ``((forward_carry, backward_carry), outputs)``.
+        """
+        forward, backward = (None, None) if initial_carry is None else initial_carry
+        stream = self.rngs if rngs is None else rngs
+        if isinstance(stream, Rngs):
+            stream = stream.stream("carry")
+        shared: dict[str, Any] = {
+            "rngs": stream,
+            "seq_lengths": seq_lengths,
+            "return_carry": True,
+            "time_major": first_said(time_major, self.time_major),
+        }
+        forward, ahead = self.forward_rnn(inputs, initial_carry=forward, reverse=False, **shared)
+        backward, back = self.backward_rnn(inputs, initial_carry=backward, reverse=True, keep_order=True, **shared)
+        outputs = jax.tree.map(self.merge_fn, ahead, back)
+        return ((forward, backward), outputs) if first_said(return_carry, self.return_carry) else outputs
