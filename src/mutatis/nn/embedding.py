@@ -109,7 +109,7 @@ class Embed(Layer):
         if out_sharding is None:
             return jnp.take(table, numbers, axis=0)
         looked_up = jax.sharding.auto_axes(lambda table, numbers: jnp.take(table, numbers, axis=0))
-        return looked_up(table, numbers, out_sharding=out_sharding)  # type: ignore[no-any-return]
+        return looked_up(table, numbers, out_sharding=out_sharding)
 
     def attend(self, query: ArrayLike, out_sharding: Any = None) -> jax.Array:
         """The inner product with every vector: logits over the table, from the weights of the embedding.

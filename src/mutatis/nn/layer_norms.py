@@ -109,9 +109,9 @@ class LayerNorm(Normalization):
         """
         x = jnp.asarray(x)
         axes = self._fit(x, self.feature_axes)
-        x, scale, bias = self._take(x)
-        mean, var = self._moments(x, axes_of(self.reduction_axes, x.ndim), mask)
-        return self._normalized(x, mean, var, scale, bias, axes)
+        values, scale, bias = self._take(x)
+        mean, var = self._moments(values, axes_of(self.reduction_axes, values.ndim), mask)
+        return self._normalized(values, mean, var, scale, bias, axes)
 
 
 class RMSNorm(Normalization):
@@ -188,9 +188,9 @@ class RMSNorm(Normalization):
         """
         x = jnp.asarray(x)
         axes = self._fit(x, self.feature_axes)
-        x, scale, _ = self._take(x)
-        zero, square = self._moments(x, axes_of(self.reduction_axes, x.ndim), mask, use_mean=False)
-        return self._normalized(x, zero, square, scale, None, axes)
+        values, scale, _ = self._take(x)
+        zero, square = self._moments(values, axes_of(self.reduction_axes, values.ndim), mask, use_mean=False)
+        return self._normalized(values, zero, square, scale, None, axes)
 
 
 class GroupNorm(Normalization):
@@ -300,12 +300,12 @@ class GroupNorm(Normalization):
             "axes with the last one among them, which has the features",
             "`reduction_axes=(1, 2, -1)`",
         )
-        x, scale, bias = self._take(x)
+        values, scale, bias = self._take(x)
         if mask is not None:
-            mask = self._shown(mask, x).reshape(grouped)
-        x = x.reshape(grouped)
-        mean, var = self._moments(x, (*others, last + 1), mask)
-        y = self._normalized(x, mean, var, scale, bias, (last, last + 1))
+            mask = self._shown(mask, values).reshape(grouped)
+        values = values.reshape(grouped)
+        mean, var = self._moments(values, (*others, last + 1), mask)
+        y = self._normalized(values, mean, var, scale, bias, (last, last + 1))
         return y.reshape(*grouped[:-2], -1)
 
     def _groups(self, features: int) -> tuple[int, int]:
@@ -410,6 +410,6 @@ class InstanceNorm(Normalization):
             "axes after the first, which is that of the examples",
             "For one example without a batch, `norm(x[None])[0]`.",
         )
-        x, scale, bias = self._take(x)
-        mean, var = self._moments(x, [axis for axis in range(1, x.ndim) if axis not in axes], mask)
-        return self._normalized(x, mean, var, scale, bias, axes)
+        values, scale, bias = self._take(x)
+        mean, var = self._moments(values, [axis for axis in range(1, values.ndim) if axis not in axes], mask)
+        return self._normalized(values, mean, var, scale, bias, axes)

@@ -131,7 +131,7 @@ class Dropout(Layer):
         if isinstance(rngs, jax.Array):
             return as_key(rngs, self.rng_collection)
         if is_stream(rngs):
-            return rngs.draw()  # type: ignore[no-any-return]
+            return rngs.draw()
         return stream_of(rngs, self.rng_collection, "`nn.Dropout`").draw()
 
 
