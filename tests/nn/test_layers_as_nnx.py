@@ -49,7 +49,7 @@ def layer(name: str, *args: Any, **kwargs: Any) -> Make:
 
 
 def around(name: str, inner: Make, **kwargs: Any) -> Make:
-    return lambda lib, rngs, **options: getattr(lib, name)(inner(lib, rngs), rngs=rngs, **kwargs, **options)
+    return lambda lib, rngs, **options: getattr(lib, name)(inner(lib, rngs, **options), rngs=rngs, **kwargs, **options)
 
 
 def sequence(lib: Any, rngs: Any, **options: Any) -> Any:
@@ -96,7 +96,7 @@ CASES = {
     "layer-norm-two-passes": Case(layer("LayerNorm", 4, use_fast_variance=False, use_scale=False), ROWS),
     "rms-norm": Case(layer("RMSNorm", 4, scale_init=NORMAL), ROWS),
     "rms-norm-mask": Case(
-        layer("RMSNorm", 4, use_scale=False, epsilon=1e-2), ROWS, call={"mask": MASK | (MASK.sum(-1) == 0)[..., None]}
+        layer("RMSNorm", 4, epsilon=1e-2), ROWS, call={"mask": MASK | (MASK.sum(-1) == 0)[..., None]}
     ),
     "group-norm": Case(layer("GroupNorm", 4, num_groups=2), IMAGES),
     "group-norm-size": Case(layer("GroupNorm", 4, None, 4, use_fast_variance=False), ROWS),

@@ -19,13 +19,13 @@ from mutatis.nn.layers import (
     Metadata,
     PromoteDtype,
     Shape,
+    add_bias,
     as_tuple,
     check_input,
     materialize,
     param_key,
     parameter,
     promote_dtype,
-    stretch,
 )
 from mutatis.nn.linear import default_kernel_init
 from mutatis.random import Rngs
@@ -160,7 +160,7 @@ class Conv(Layer):
             precision=self.precision,
             **self._options(out_sharding),
         )
-        y = y if bias is None else y + stretch(bias, -1, y.ndim)
+        y = add_bias(y, bias)
         return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
     def _pad(self, x: jax.Array) -> tuple[jax.Array, Any]:
@@ -302,7 +302,7 @@ class ConvTranspose(Layer):
         if self.padding == "CIRCULAR":
             for axis, stride in enumerate(self.strides, 1):
                 y = self._wrapped(y, axis, stride * x.shape[axis])
-        y = y if bias is None else y + stretch(bias, -1, y.ndim)
+        y = add_bias(y, bias)
         return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
     def _wrapped(self, y: jax.Array, axis: int, period: int) -> jax.Array:

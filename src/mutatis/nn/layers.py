@@ -229,6 +229,11 @@ def stretch(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
     return jnp.expand_dims(vector, [other for other in range(ndim) if other != axis % ndim])
 
 
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """A result plus a bias along its last axis, in the dtype of the result."""
+    return y if bias is None else y + stretch(convert(bias, y.dtype), -1, y.ndim)
+
+
 def first_said(*choices: bool | None) -> bool:
     """The first choice that is not None."""
     return next(choice for choice in choices if choice is not None)

@@ -20,14 +20,15 @@ from mutatis.nn.layers import (
     Metadata,
     PromoteDtype,
     Shape,
+    add_bias,
     as_axes,
     check_input,
+    convert,
     materialize,
     misfit,
     param_key,
     parameter,
     promote_dtype,
-    stretch,
 )
 from mutatis.random import Rngs
 
@@ -130,7 +131,7 @@ class Linear(Layer):
         x, kernel, bias = self._promote(self.kernel, x, self.kernel.value, bias)
         dimensions = (((x.ndim - 1,), (0,)), ((), ()))
         y: jax.Array = self.dot_general(x, kernel, dimensions, precision=self.precision, **self._options(out_sharding))
-        return y if bias is None else y + stretch(bias, -1, y.ndim)
+        return add_bias(y, bias)
 
 
 class LinearGeneral(Layer):
@@ -245,7 +246,7 @@ class LinearGeneral(Layer):
         if bias is None:
             return y
         between = (1,) * (y.ndim - bias.ndim)
-        return y + bias.reshape(*bias.shape[: len(batch)], *between, *self.out_features)
+        return y + convert(bias, y.dtype).reshape(*bias.shape[: len(batch)], *between, *self.out_features)
 
     def _check_axes(self) -> None:
         if self.in_features is not None and len(self.in_features) != len(self.axis):
@@ -393,7 +394,7 @@ class Einsum(Layer):
                 got=repr(bias.shape),
                 cure="The bias has the axes of the kernel that are in the result, in its order.",
             )
-        return y + bias.reshape(shape)
+        return y + convert(bias, y.dtype).reshape(shape)
 
     def _sizes(self, equation: str, of_kernel: str) -> dict[Any, int]:
         """The sizes of the kernel's axes by their labels."""
