@@ -111,6 +111,7 @@ class Conv(Layer):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
+        self.kernel_init = kernel_init if in_features is None else None
         shape = None if in_features is None else self._kernel_shape(in_features)
         self.mask = None if mask is None else _mask_for("Conv", mask, shape)
         key = param_key("Conv", rngs, kernel_init)
@@ -121,7 +122,6 @@ class Conv(Layer):
             self.bias = parameter(bias_init, key, (out_features,), param_dtype, bias_metadata)
         self._settle(
             use_bias=use_bias,
-            kernel_init=kernel_init if in_features is None else None,
             conv_general_dilated=conv_general_dilated,
             promote_dtype=promote_dtype,
             preferred_element_type=preferred_element_type,

@@ -103,9 +103,9 @@ class Linear(Layer):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
+        self.kernel_init = kernel_init if in_features is None else None
         self._settle(
             use_bias=use_bias,
-            kernel_init=kernel_init if in_features is None else None,
             dot_general=dot_general,
             promote_dtype=promote_dtype,
             preferred_element_type=preferred_element_type,
