@@ -134,9 +134,9 @@ class RMSNorm(Normalization):
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> norm = mu.nn.RMSNorm(2)
-      >>> norm(jnp.array([[1.0, 7.0], [10.0, 70.0]])).round(3).tolist()
-      [[0.20000000298023224, 1.399999976158142], [0.20000000298023224, 1.399999976158142]]
+      >>> norm = mu.nn.RMSNorm(4)
+      >>> norm(jnp.array([[0.0, 0.0, 0.0, 4.0]])).round(3).tolist()
+      [[0.0, 0.0, 0.0, 2.0]]
     """
 
     def __init__(

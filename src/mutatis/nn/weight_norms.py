@@ -172,9 +172,9 @@ class WeightNorm(Layer):
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> layer = mu.nn.WeightNorm(mu.nn.Linear(2, 1, rngs=mu.Rngs(0)))
-      >>> layer.layer_instance.kernel.value = jnp.array([[30.0], [40.0]])
-      >>> layer(jnp.array([[1.0, 1.0]])).round(3).tolist()
-      [[1.399999976158142]]
+      >>> layer.layer_instance.kernel.value = jnp.array([[0.0], [40.0]])
+      >>> layer(jnp.array([[5.0, 7.0]])).tolist()
+      [[7.0]]
     """
 
     def __init__(
