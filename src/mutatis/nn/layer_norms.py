@@ -108,7 +108,7 @@ class LayerNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, self.feature_axes)
+        axes = self._fit(x, self.feature_axes, mask)
         values, scale, bias = self._take(x)
         mean, var = self._moments(values, axes_of(self.reduction_axes, values.ndim), mask)
         return self._normalized(values, mean, var, scale, bias, axes)
@@ -187,7 +187,7 @@ class RMSNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, self.feature_axes)
+        axes = self._fit(x, self.feature_axes, mask)
         values, scale, _ = self._take(x)
         zero, square = self._moments(values, axes_of(self.reduction_axes, values.ndim), mask, use_mean=False)
         return self._normalized(values, zero, square, scale, None, axes)
@@ -288,7 +288,7 @@ class GroupNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        (last,) = self._fit(x, (-1,))
+        (last,) = self._fit(x, (-1,), mask)
         grouped = (*x.shape[:-1], *self._groups(x.shape[-1]))
         reduced = range(1, x.ndim) if self.reduction_axes is None else axes_of(self.reduction_axes, x.ndim)
         others = [axis for axis in reduced if axis != last]
@@ -401,7 +401,7 @@ class InstanceNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, self.feature_axes)
+        axes = self._fit(x, self.feature_axes, mask)
         check_setting(
             "InstanceNorm",
             "feature_axes",

@@ -126,6 +126,7 @@ class Linear(Layer):
         """
         x = jnp.asarray(inputs)
         features = check_input(self.kernel, x, along=0)
+        self._accept(self.kernel, x)
         materialize(self.kernel, self.kernel_init, (features, self.out_features), self.param_dtype)
         bias = None if self.bias is None else self.bias.value
         x, kernel, bias = self._promote(self.kernel, x, self.kernel.value, bias)
@@ -230,6 +231,7 @@ class LinearGeneral(Layer):
         """
         x = jnp.asarray(inputs)
         axes = self._axes_in(x)
+        self._accept(self.kernel, x)
         init = None if self.kernel_init is None else self._flat(self.kernel_init)
         shape = self._kernel_shape(tuple(x.shape[axis] for axis in axes))
         materialize(self.kernel, init, shape, self.param_dtype)
@@ -253,7 +255,7 @@ class LinearGeneral(Layer):
             raise ArgumentError(
                 "`nn.LinearGeneral` needs a size for each axis that it maps",
                 path="in_features",
-                expected=f"{len(self.axis)} sizes, for axis={self.axis}",
+                expected=f"as many sizes as there are in axis={self.axis}",
                 got=repr(self.in_features),
                 cure="`nn.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=rngs)`",
             )

@@ -80,6 +80,8 @@ class BatchNorm(Normalization):
       [[1.0]]
     """
 
+    _otherwise = "; to use the running statistics, `model.eval()`."
+
     def __init__(
         self,
         num_features: int | None,
@@ -142,7 +144,7 @@ class BatchNorm(Normalization):
           FrozenStateError: the running statistics would be updated, and are frozen.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, (self.axis,))
+        axes = self._fit(x, (self.axis,), mask)
         shape = (x.shape[self.axis],)
         materialize(self.mean, zeros, shape, widen(self.param_dtype))
         materialize(self.var, ones, shape, widen(self.param_dtype))
