@@ -246,10 +246,10 @@ def test_gradients(name: str, dtype: str, jitted: bool) -> None:
     gradient = mu.grad(lambda m: loss(m(x, **CASES[name].call)))
     got = (mu.jit(gradient) if jitted else gradient)(ours).flat()
     want = reference_gradients(name, dtype)
-    assert set(got) == set(want)
-    for path, value in got.items():
-        scale = max(1.0, float(jnp.max(jnp.abs(want[path]))))
-        close(value / scale, want[path] / scale, dtype)
+    assert set(got) == set(mu.variables(ours, mu.Param)) >= set(want)  # scales of weights were no Param in Flax 0.12.8
+    for path, value in want.items():
+        scale = max(1.0, float(jnp.max(jnp.abs(value))))
+        close(got[path] / scale, value / scale, dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
