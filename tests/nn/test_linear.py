@@ -1,4 +1,4 @@
-"""`Linear` and `Conv` beside plain NumPy and JAX, the numbers of Flax, sizes that are left out, and bad input."""
+"""`Linear`, `LinearGeneral`, `Einsum` and `Conv` beside plain NumPy and JAX; sizes that are left out, and bad input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.nn import initializers
+from jax.sharding import NamedSharding, PartitionSpec
 
 import mutatis as mu
 from mutatis import nn
@@ -97,6 +99,71 @@ def test_dtypes() -> None:
     assert {cell.dtype for cell in mu.variables(stored).values()} == {jnp.dtype(jnp.float16)}
     assert stored(waves(5, 3).astype(jnp.float16)).dtype == jnp.float16
     assert nn.Linear(3, 2, dtype=jnp.float32, rngs=mu.Rngs(0))(jnp.arange(3)).dtype == jnp.float32
+
+
+def test_settings_of_the_product() -> None:
+    seen: list[Any] = []
+
+    def counted(*args: Any, **kwargs: Any) -> jax.Array:
+        seen.append(kwargs)
+        return lax.dot_general(*args, **kwargs)
+
+    x = waves(2, 3)
+    plain = nn.Linear(3, 2, rngs=mu.Rngs(0))
+    for layer in (
+        nn.Linear(3, 2, dot_general=counted, rngs=mu.Rngs(0)),
+        nn.LinearGeneral(3, 2, dot_general=counted, rngs=mu.Rngs(0)),
+        nn.LinearGeneral(3, 2, dot_general_cls=lambda: counted, rngs=mu.Rngs(0)),
+        nn.Einsum("...a,ab->...b", (3, 2), (2,), einsum_op=lambda s, *a, **k: counted(
+            *a, (((1,), (0,)), ((), ())), **k), rngs=mu.Rngs(0)),
+    ):  # fmt: skip
+        np.testing.assert_allclose(layer(x), plain(x), rtol=1e-6)
+        assert seen.pop() == {"precision": None}  # what was not said, a function need not know
+    wide = nn.Linear(3, 2, dtype=jnp.bfloat16, preferred_element_type=jnp.float32, rngs=mu.Rngs(0))
+    assert wide(x).dtype == jnp.float32
+
+
+def test_metadata() -> None:
+    layer = nn.LinearGeneral(
+        4, 2, kernel_metadata={"sharding": ("in", "out"), "tag": "k"}, bias_metadata={"out_sharding": ("out",)},
+        rngs=mu.Rngs(0),
+    )  # fmt: skip
+    assert (layer.kernel.sharding, layer.kernel.tag, layer.bias.sharding) == (("in", "out"), "k", ("out",))
+
+
+def test_placement_of_the_result() -> None:
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    spec = PartitionSpec("x", None, "y")
+    with jax.set_mesh(mesh):
+        x = jax.device_put(waves(2, 3, 4), NamedSharding(mesh, PartitionSpec("x")))
+        for layer in (
+            nn.Linear(4, 2, rngs=mu.Rngs(0)),
+            nn.LinearGeneral(4, 2, rngs=mu.Rngs(0)),
+            nn.Einsum("...a,ab->...b", (4, 2), (2,), rngs=mu.Rngs(0)),
+        ):
+            assert jax.typeof(layer(x)).sharding.spec == PartitionSpec("x", None, None)
+            placed = mu.jit(lambda m, x: m(x, out_sharding=spec))(layer, x)
+            assert jax.typeof(placed).sharding.spec == spec
+            np.testing.assert_allclose(placed, layer(x), rtol=1e-6)
+
+
+def test_a_bias_of_zeros_needs_no_key() -> None:
+    """And the stream goes on as if it had been drawn."""
+    jaxpr = mu.make_jaxpr(lambda key: nn.Linear(2, 3, rngs=mu.Rngs(key)).kernel.value)(jax.random.key(0))
+    assert str(jaxpr).count("random_fold_in") == 1
+    rngs, drawn = mu.Rngs(0), mu.Rngs(0)
+    nn.Linear(2, 3, rngs=rngs)
+    nn.Linear(2, 3, bias_init=initializers.normal(), rngs=drawn)
+    np.testing.assert_array_equal(jax.random.key_data(rngs()), jax.random.key_data(drawn()))
+
+
+def test_general_sizes_from_the_first_input() -> None:
+    waiting, given = (nn.LinearGeneral(size, (2, 3), axis=(1, -1), rngs=mu.Rngs(0)) for size in (None, (4, 5)))
+    x = waves(2, 4, 3, 5)
+    np.testing.assert_allclose(mu.jit(waiting)(x), mu.jit(given)(x), rtol=1e-4, atol=1e-6)
+    assert mu.state(waiting) == mu.state(given)
+    with pytest.raises(ArgumentError, match=r"(?s)4 along axis 1, 5 along axis -1.*\(2, 5, 3, 5\)"):
+        waiting(waves(2, 5, 3, 5))
 
 
 # Flax 0.12.8 on JAX 0.10.2: nnx.Linear and nnx.Conv of the same arguments, in this order, from nnx.Rngs(0).
@@ -227,6 +294,52 @@ def test_wrong_number_of_features() -> None:
 def test_inputs_that_do_not_fit(make: Callable[[], Any], shape: tuple[int, ...], text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         make()(waves(*shape))
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (lambda: nn.Linear(None, 3, rngs=mu.Rngs(0)), r"Linear.kernel.*floats.*int32\[2,4\].*`nn.Embed`"),
+        (lambda: nn.LinearGeneral(None, 3, rngs=mu.Rngs(0)), r"LinearGeneral.kernel.*floats.*int32\[2,4\]"),
+        (lambda: nn.Einsum("ab,bc->ac", (4, 3), rngs=mu.Rngs(0)), r"Einsum.kernel.*floats.*int32\[2,4\]"),
+        (lambda: nn.Linear(4, 3, dtype=jnp.int32, rngs=mu.Rngs(0)), r"computes with floats.*int32"),
+    ],
+)
+def test_integers(layer: Callable[[], Any], text: str) -> None:
+    made = layer()
+    with pytest.raises(ArgumentError, match=f"(?s){text}"):
+        made(jnp.ones((2, 4), jnp.int32))
+    assert made.kernel.deferred == (made.kernel_init is not None)  # nothing was created for them
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "text"),
+    [
+        (lambda: nn.LinearGeneral((5, 4), 3, axis=1, rngs=mu.Rngs(0)), (), r"size for each axis.*\(1,\).*\(5, 4\)"),
+        (lambda: nn.LinearGeneral(4, 3, batch_axis={1: 2}, rngs=mu.Rngs(0)), (), r"not the leading axes.*\{1: 2\}"),
+        (
+            lambda: nn.LinearGeneral(4, 3, batch_axis={0: 2}, rngs=mu.Rngs(0)),
+            (3, 4),
+            r"2 along axis 0, 4 along axis -1",
+        ),
+        (lambda: nn.LinearGeneral(4, 3, axis=2, rngs=mu.Rngs(0)), (3, 4), r"4 along axis 2.*\(3, 4\)"),
+        (lambda: nn.Einsum("ab,bc", (4, 3), rngs=mu.Rngs(0)), (), "with `->`"),
+        (lambda: nn.Einsum("ab->ab", (4, 3), rngs=mu.Rngs(0)), (), "of two operands"),
+        (lambda: nn.Einsum("ab,bc->ac", (4,), rngs=mu.Rngs(0)), (), r"axes `bc`.*\(4,\)"),
+        (lambda: nn.Einsum("ab,bc->ac", (4, 3), rngs=mu.Rngs(0)), (2, 5), r"axes `ab`, b = 4.*\(2, 5\)"),
+        (lambda: nn.Einsum("ab,bc->ac", (4, 3), rngs=mu.Rngs(0)), (2, 2, 4), r"axes `ab`, b = 4.*\(2, 2, 4\)"),
+        (lambda: nn.Einsum("ab,bc->ac", (4, 3), (4,), rngs=mu.Rngs(0)), (2, 4), r"the bias.*\(3,\).*\(4,\)"),
+    ],
+)
+def test_axes_that_do_not_fit(make: Callable[[], Any], shape: tuple[int, ...], text: str) -> None:
+    with pytest.raises(ArgumentError, match=f"(?s){text}"):
+        make()(waves(*shape))
+
+
+def test_another_equation_in_the_call() -> None:
+    layer = nn.Einsum("ab, bc -> ac", (4, 3), (3,), bias_init=initializers.normal(1.0), rngs=mu.Rngs(0))
+    x = waves(2, 5, 4)
+    np.testing.assert_allclose(layer(x, "...b,bc->...c"), jax.vmap(layer)(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -132,3 +132,56 @@ def test_no_stream() -> None:
 def test_rate_is_a_probability(rate: float) -> None:
     with pytest.raises(ArgumentError, match="expected: a probability"):
         nn.Dropout(rate, rngs=mu.Rngs(0))
+
+
+def test_collections_and_single_streams() -> None:
+    named = nn.Dropout(0.5, rng_collection="noise", rngs=mu.Rngs(0, noise=1, dropout=2))
+    plain = nn.Dropout(0.5, rngs=mu.Rngs(dropout=1))
+    x = jnp.ones(100)
+    np.testing.assert_array_equal(named(x), plain(x))
+    assert named.stream.tag == "noise"
+    mu.reseed(named, noise=3)
+    rngs = mu.Rngs(noise=1)
+    first = named(x, rngs=rngs)
+    np.testing.assert_array_equal(first, named(x, rngs=mu.Rngs(1).stream("anything")))
+    np.testing.assert_array_equal(first, named(x, rngs=mu.Rngs(1).anything))
+    np.testing.assert_array_equal(first, named(x, rngs=mu.Rngs(1)()))  # a key
+    assert int(named.stream.value["count"]) == 0 and int(rngs.noise.value["count"]) == 1
+    with pytest.raises(RandomStreamError, match="no random stream `noise`"):
+        nn.Dropout(0.5, rng_collection="noise", rngs=mu.Rngs(dropout=0))
+    with pytest.raises(RandomStreamError, match="no random stream `noise` to draw from"):
+        nn.Dropout(0.5, rng_collection="noise")(x)
+    for given in (3, jnp.ones(3)):
+        with pytest.raises(RandomStreamError):
+            plain(x, rngs=given)
+
+
+@pytest.mark.parametrize("broadcast_dims", [(), (0,), (1, -1)])
+@pytest.mark.parametrize("spec", [("x", None, "y"), (None, ("x", "y"), None), (None, None, None)])
+@pytest.mark.parametrize("kinds", ["Explicit", "Auto"])
+def test_any_placement(kinds: str, spec: Any, broadcast_dims: tuple[int, ...]) -> None:
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(getattr(jax.sharding.AxisType, kinds),) * 2)
+    x = jnp.ones((4, 8, 4))
+    wanted = nn.Dropout(0.5, broadcast_dims=broadcast_dims, rngs=mu.Rngs(0))(x)
+    with jax.set_mesh(mesh):
+        layer = nn.Dropout(0.5, broadcast_dims=broadcast_dims, rngs=mu.Rngs(0))
+        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+        y = mu.jit(layer)(placed)
+        assert tuple(y.sharding.spec) == spec or kinds == "Auto"
+    np.testing.assert_array_equal(y, wanted)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("options", "x", "text"),
+    [
+        ({}, jnp.ones(3, jnp.int32), r"(?s)drops\[0\].*floats.*int32\[3\]"),
+        ({"broadcast_dims": (2,)}, jnp.ones((3, 4)), r"(?s)drops\[0\].*broadcast_dims=\(2,\).*\(3, 4\)"),
+    ],
+)
+def test_inputs_that_do_not_fit(stream: bool, options: Any, x: jax.Array, text: str) -> None:
+    net = mu.Module()
+    net.drops = [nn.Dropout(0.5, rngs=mu.Rngs(0) if stream else None, **options)]
+    with pytest.raises(ArgumentError, match=text):
+        net.drops[0](x, rngs=jax.random.key(0))
+    assert net.drops[0](x, deterministic=True) is x

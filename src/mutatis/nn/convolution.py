@@ -13,19 +13,20 @@ from jax.nn.initializers import Initializer, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.errors import ArgumentError
+from mutatis.model.kinds import Param
 from mutatis.nn.layers import (
     NO_METADATA,
     Layer,
     Metadata,
     PromoteDtype,
     Shape,
+    add_bias,
     as_tuple,
     check_input,
     materialize,
     param_key,
     parameter,
     promote_dtype,
-    stretch,
 )
 from mutatis.nn.linear import default_kernel_init
 from mutatis.random import Rngs
@@ -36,7 +37,30 @@ Padding: TypeAlias = str | int | Sequence[int | tuple[int, int]]
 _BEFORE = {"CIRCULAR": "wrap", "REFLECT": "reflect", "CAUSAL": "constant"}
 
 
-class Conv(Layer):
+class _Convolution(Layer):
+    """The parameters of a convolution."""
+
+    kernel: Param
+    bias: Param | None
+    mask: Any
+    param_dtype: Any
+
+    def _kernel_shape(self, in_features: int) -> Shape:
+        raise NotImplementedError
+
+    def _parameters(self, x: jax.Array, in_features: int) -> tuple[jax.Array, jax.Array | None]:
+        """The kernel under its mask, and the bias, for an input; nothing is created for one that does not fit."""
+        self._accept(self.kernel, x)
+        shape = self._kernel_shape(in_features)
+        mask = None if self.mask is None else _mask_for(type(self).__name__, self.mask, shape)
+        materialize(self.kernel, self.kernel_init, shape, self.param_dtype)
+        kernel = self.kernel.value
+        return kernel if mask is None else kernel * mask.astype(
+            kernel.dtype
+        ), None if self.bias is None else self.bias.value
+
+
+class Conv(_Convolution):
     """A convolution (cross-correlation) over the spatial axes, channels last.
 
     Args:
@@ -111,6 +135,7 @@ class Conv(Layer):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
+        self.kernel_init = kernel_init if in_features is None else None
         shape = None if in_features is None else self._kernel_shape(in_features)
         self.mask = None if mask is None else _mask_for("Conv", mask, shape)
         key = param_key("Conv", rngs, kernel_init)
@@ -121,7 +146,6 @@ class Conv(Layer):
             self.bias = parameter(bias_init, key, (out_features,), param_dtype, bias_metadata)
         self._settle(
             use_bias=use_bias,
-            kernel_init=kernel_init if in_features is None else None,
             conv_general_dilated=conv_general_dilated,
             promote_dtype=promote_dtype,
             preferred_element_type=preferred_element_type,
@@ -143,9 +167,8 @@ class Conv(Layer):
         x = jnp.asarray(inputs)
         axes = len(self.kernel_size) + 1
         features = check_input(self.kernel, x, along=-2, times=self.feature_group_count, ndim=axes)
-        materialize(self.kernel, self.kernel_init, self._kernel_shape(features), self.param_dtype)
-        bias = None if self.bias is None else self.bias.value
-        x, kernel, bias = self._promote(self.kernel, x, _masked("Conv", self.kernel.value, self.mask), bias)
+        kernel, bias = self._parameters(x, features)
+        x, kernel, bias = self._promote(self.kernel, x, kernel, bias)
         batch = x.shape[:-axes]
         x, padding = self._pad(x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-axes:]))
         y: jax.Array = self.conv_general_dilated(
@@ -160,7 +183,7 @@ class Conv(Layer):
             precision=self.precision,
             **self._options(out_sharding),
         )
-        y = y if bias is None else y + stretch(bias, -1, y.ndim)
+        y = add_bias(y, bias)
         return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
     def _pad(self, x: jax.Array) -> tuple[jax.Array, Any]:
@@ -185,7 +208,7 @@ class Conv(Layer):
         return (*self.kernel_size, in_features // groups, self.out_features)
 
 
-class ConvTranspose(Layer):
+class ConvTranspose(_Convolution):
     """A transposed convolution over the spatial axes, channels last: it spreads each input over the kernel's places.
 
     Args:
@@ -283,9 +306,7 @@ class ConvTranspose(Layer):
         x = jnp.asarray(inputs)
         axes = len(self.kernel_size) + 1
         features = check_input(self.kernel, x, along=-1 if self.transpose_kernel else -2, ndim=axes)
-        materialize(self.kernel, self.kernel_init, self._kernel_shape(features), self.param_dtype)
-        bias = None if self.bias is None else self.bias.value
-        kernel = _masked("ConvTranspose", self.kernel.value, self.mask)
+        kernel, bias = self._parameters(x, features)
         x, kernel, bias = self._promote(self.kernel, x, kernel, bias)
         batch = x.shape[:-axes]
         x = x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-axes:])
@@ -302,7 +323,7 @@ class ConvTranspose(Layer):
         if self.padding == "CIRCULAR":
             for axis, stride in enumerate(self.strides, 1):
                 y = self._wrapped(y, axis, stride * x.shape[axis])
-        y = y if bias is None else y + stretch(bias, -1, y.ndim)
+        y = add_bias(y, bias)
         return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
     def _wrapped(self, y: jax.Array, axis: int, period: int) -> jax.Array:
@@ -331,10 +352,6 @@ def _mask_for(layer: str, mask: Any, shape: Shape | None) -> jax.Array:
             cure=f"`mask=jnp.ones({shape})`, with 0 where the kernel has no weight.",
         )
     return mask
-
-
-def _masked(layer: str, kernel: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return kernel if mask is None else kernel * _mask_for(layer, mask, kernel.shape).astype(kernel.dtype)
 
 
 def _channels_last(ndim: int) -> lax.ConvDimensionNumbers:

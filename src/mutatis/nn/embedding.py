@@ -15,7 +15,6 @@ from mutatis.nn.layers import (
     Layer,
     Metadata,
     PromoteDtype,
-    check_input,
     misfit,
     param_key,
     parameter,
@@ -86,7 +85,8 @@ class Embed(Layer):
 
         Args:
           inputs: an array of integers, of any shape.
-          out_sharding: how the result is placed, on a mesh whose axes are explicit.
+          out_sharding: how the result is placed, on a mesh whose axes are explicit; None is as the input, and along the
+            features as the table.
 
         Returns:
           An array of shape (*inputs.shape, features).
@@ -106,10 +106,11 @@ class Embed(Layer):
         (table,) = self.promote_dtype((self.embedding.value,), dtype=self._dtype(), inexact=False)
         if self.num_embeddings == 1:
             return jnp.broadcast_to(table.reshape(-1), (*numbers.shape, self.features))
+        out_sharding = _placement(numbers, table) if out_sharding is None else out_sharding
         if out_sharding is None:
             return jnp.take(table, numbers, axis=0)
         looked_up = jax.sharding.auto_axes(lambda table, numbers: jnp.take(table, numbers, axis=0))
-        return looked_up(table, numbers, out_sharding=out_sharding)  # type: ignore[no-any-return]
+        return looked_up(table, numbers, out_sharding=out_sharding)
 
     def attend(self, query: ArrayLike, out_sharding: Any = None) -> jax.Array:
         """The inner product with every vector: logits over the table, from the weights of the embedding.
@@ -125,9 +126,30 @@ class Embed(Layer):
           ArgumentError: the query has another number of features.
         """
         x = jnp.asarray(query)
-        check_input(self.embedding, x, along=1)
+        if x.ndim == 0 or x.shape[-1] != self.embedding.shape[1]:
+            raise misfit(
+                self.embedding,
+                expected=f"{self.embedding.shape[1]} features along axis -1",
+                got=f"a query of shape {x.shape}",
+                cure="Bring the query to the size of the embedding before, `nn.Linear(in_features, features, rngs=rngs)`.",
+            )
         x, table = self.promote_dtype((x, self.embedding.value), dtype=self._dtype())
         return jnp.dot(x, table.T, out_sharding=out_sharding)
 
     def _dtype(self) -> Any:
         return self.embedding.dtype if self.dtype is None else self.dtype
+
+
+def _placement(numbers: jax.Array, table: jax.Array) -> jax.sharding.PartitionSpec | None:
+    """How rows of a table are placed, where that is part of the arrays' types; None where it is not."""
+    rows, columns = jax.typeof(numbers).sharding, jax.typeof(table).sharding
+    spread = [axis for sharding in (rows, columns) if not sharding.mesh.empty for axis in sharding.spec]
+    if all(axis is None for axis in spread):
+        return None
+    first = () if rows.mesh.empty else rows.spec
+    taken = {name for axis in first for name in (axis if isinstance(axis, tuple) else (axis,))}
+    last = None if columns.mesh.empty else columns.spec[1]
+    names = last if isinstance(last, tuple) else (last,)
+    return jax.sharding.PartitionSpec(
+        *(first or (None,) * numbers.ndim), None if taken.intersection(names) - {None} else last
+    )

@@ -108,10 +108,10 @@ class LayerNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, self.feature_axes)
-        x, scale, bias = self._take(x)
-        mean, var = self._moments(x, axes_of(self.reduction_axes, x.ndim), mask)
-        return self._normalized(x, mean, var, scale, bias, axes)
+        axes = self._fit(x, self.feature_axes, mask)
+        values, scale, bias = self._take(x)
+        mean, var = self._moments(values, axes_of(self.reduction_axes, values.ndim), mask)
+        return self._normalized(values, mean, var, scale, bias, axes)
 
 
 class RMSNorm(Normalization):
@@ -134,9 +134,9 @@ class RMSNorm(Normalization):
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> norm = mu.nn.RMSNorm(2)
-      >>> norm(jnp.array([[1.0, 7.0], [10.0, 70.0]])).round(3).tolist()
-      [[0.20000000298023224, 1.399999976158142], [0.20000000298023224, 1.399999976158142]]
+      >>> norm = mu.nn.RMSNorm(4)
+      >>> norm(jnp.array([[0.0, 0.0, 0.0, 4.0]])).round(3).tolist()
+      [[0.0, 0.0, 0.0, 2.0]]
     """
 
     def __init__(
@@ -187,10 +187,10 @@ class RMSNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, self.feature_axes)
-        x, scale, _ = self._take(x)
-        zero, square = self._moments(x, axes_of(self.reduction_axes, x.ndim), mask, use_mean=False)
-        return self._normalized(x, zero, square, scale, None, axes)
+        axes = self._fit(x, self.feature_axes, mask)
+        values, scale, _ = self._take(x)
+        zero, square = self._moments(values, axes_of(self.reduction_axes, values.ndim), mask, use_mean=False)
+        return self._normalized(values, zero, square, scale, None, axes)
 
 
 class GroupNorm(Normalization):
@@ -288,7 +288,7 @@ class GroupNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        (last,) = self._fit(x, (-1,))
+        (last,) = self._fit(x, (-1,), mask)
         grouped = (*x.shape[:-1], *self._groups(x.shape[-1]))
         reduced = range(1, x.ndim) if self.reduction_axes is None else axes_of(self.reduction_axes, x.ndim)
         others = [axis for axis in reduced if axis != last]
@@ -300,12 +300,12 @@ class GroupNorm(Normalization):
             "axes with the last one among them, which has the features",
             "`reduction_axes=(1, 2, -1)`",
         )
-        x, scale, bias = self._take(x)
+        values, scale, bias = self._take(x)
         if mask is not None:
-            mask = self._shown(mask, x).reshape(grouped)
-        x = x.reshape(grouped)
-        mean, var = self._moments(x, (*others, last + 1), mask)
-        y = self._normalized(x, mean, var, scale, bias, (last, last + 1))
+            mask = self._shown(mask, values).reshape(grouped)
+        values = values.reshape(grouped)
+        mean, var = self._moments(values, (*others, last + 1), mask)
+        y = self._normalized(values, mean, var, scale, bias, (last, last + 1))
         return y.reshape(*grouped[:-2], -1)
 
     def _groups(self, features: int) -> tuple[int, int]:
@@ -401,7 +401,7 @@ class InstanceNorm(Normalization):
           AxisError: there is no axis `axis_name`.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, self.feature_axes)
+        axes = self._fit(x, self.feature_axes, mask)
         check_setting(
             "InstanceNorm",
             "feature_axes",
@@ -410,6 +410,6 @@ class InstanceNorm(Normalization):
             "axes after the first, which is that of the examples",
             "For one example without a batch, `norm(x[None])[0]`.",
         )
-        x, scale, bias = self._take(x)
-        mean, var = self._moments(x, [axis for axis in range(1, x.ndim) if axis not in axes], mask)
-        return self._normalized(x, mean, var, scale, bias, axes)
+        values, scale, bias = self._take(x)
+        mean, var = self._moments(values, [axis for axis in range(1, values.ndim) if axis not in axes], mask)
+        return self._normalized(values, mean, var, scale, bias, axes)

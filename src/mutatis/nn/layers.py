@@ -105,11 +105,11 @@ class Layer(Module):
             if value is not getattr(type(self), name):
                 setattr(self, name, value)
 
-    def _promote(self, owner: Variable | Module, inputs: jax.Array, *parameters: jax.Array | None) -> Any:
-        """The input and the parameters in the dtype to compute in.
+    def _accept(self, owner: Variable | Module, inputs: jax.Array) -> None:
+        """Refuse integers, unless something says that they are numbers to compute with.
 
         Raises:
-          ArgumentError: integers came where nothing says that they are numbers to compute with.
+          ArgumentError: the input holds them.
         """
         if self.dtype is None and self.promote_dtype is promote_dtype and not jnp.issubdtype(inputs.dtype, jnp.inexact):
             raise misfit(
@@ -119,6 +119,14 @@ class Layer(Module):
                 cure="Convert them, `x.astype(jnp.float32)`, or say so where the layer is made, `dtype=jnp.float32`. Numbers "
                 "that stand for words or classes go through `nn.Embed` first.",
             )
+
+    def _promote(self, owner: Variable | Module, inputs: jax.Array, *parameters: jax.Array | None) -> Any:
+        """The input and the parameters in the dtype to compute in.
+
+        Raises:
+          ArgumentError: the input holds integers.
+        """
+        self._accept(owner, inputs)
         return self.promote_dtype((inputs, *parameters), dtype=self.dtype)
 
     def _options(self, out_sharding: Any = None) -> dict[str, Any]:
@@ -242,6 +250,11 @@ def stretch(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
     if axis % ndim == ndim - 1 and jax.config.jax_numpy_rank_promotion == "allow":
         return vector
     return jnp.expand_dims(vector, [other for other in range(ndim) if other != axis % ndim])
+
+
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """A result plus a bias along its last axis, in the dtype of the result."""
+    return y if bias is None else y + stretch(convert(bias, y.dtype), -1, y.ndim)
 
 
 def first_said(*choices: bool | None) -> bool:

@@ -20,14 +20,15 @@ from mutatis.nn.layers import (
     Metadata,
     PromoteDtype,
     Shape,
+    add_bias,
     as_axes,
     check_input,
+    convert,
     materialize,
     misfit,
     param_key,
     parameter,
     promote_dtype,
-    stretch,
 )
 from mutatis.random import Rngs
 
@@ -102,9 +103,9 @@ class Linear(Layer):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
+        self.kernel_init = kernel_init if in_features is None else None
         self._settle(
             use_bias=use_bias,
-            kernel_init=kernel_init if in_features is None else None,
             dot_general=dot_general,
             promote_dtype=promote_dtype,
             preferred_element_type=preferred_element_type,
@@ -125,12 +126,13 @@ class Linear(Layer):
         """
         x = jnp.asarray(inputs)
         features = check_input(self.kernel, x, along=0)
+        self._accept(self.kernel, x)
         materialize(self.kernel, self.kernel_init, (features, self.out_features), self.param_dtype)
         bias = None if self.bias is None else self.bias.value
         x, kernel, bias = self._promote(self.kernel, x, self.kernel.value, bias)
         dimensions = (((x.ndim - 1,), (0,)), ((), ()))
         y: jax.Array = self.dot_general(x, kernel, dimensions, precision=self.precision, **self._options(out_sharding))
-        return y if bias is None else y + stretch(bias, -1, y.ndim)
+        return add_bias(y, bias)
 
 
 class LinearGeneral(Layer):
@@ -229,6 +231,7 @@ class LinearGeneral(Layer):
         """
         x = jnp.asarray(inputs)
         axes = self._axes_in(x)
+        self._accept(self.kernel, x)
         init = None if self.kernel_init is None else self._flat(self.kernel_init)
         shape = self._kernel_shape(tuple(x.shape[axis] for axis in axes))
         materialize(self.kernel, init, shape, self.param_dtype)
@@ -245,14 +248,14 @@ class LinearGeneral(Layer):
         if bias is None:
             return y
         between = (1,) * (y.ndim - bias.ndim)
-        return y + bias.reshape(*bias.shape[: len(batch)], *between, *self.out_features)
+        return y + convert(bias, y.dtype).reshape(*bias.shape[: len(batch)], *between, *self.out_features)
 
     def _check_axes(self) -> None:
         if self.in_features is not None and len(self.in_features) != len(self.axis):
             raise ArgumentError(
                 "`nn.LinearGeneral` needs a size for each axis that it maps",
                 path="in_features",
-                expected=f"{len(self.axis)} sizes, for axis={self.axis}",
+                expected=f"as many sizes as there are in axis={self.axis}",
                 got=repr(self.in_features),
                 cure="`nn.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=rngs)`",
             )
@@ -393,7 +396,7 @@ class Einsum(Layer):
                 got=repr(bias.shape),
                 cure="The bias has the axes of the kernel that are in the result, in its order.",
             )
-        return y + bias.reshape(shape)
+        return y + convert(bias, y.dtype).reshape(shape)
 
     def _sizes(self, equation: str, of_kernel: str) -> dict[Any, int]:
         """The sizes of the kernel's axes by their labels."""

@@ -42,6 +42,7 @@ class Normalization(Layer):
     bias_init: Any = None
     axis_name: Any = None
     axis_index_groups: Any = None
+    _otherwise = ""  # what else helps where there is no such axis
     use_fast_variance: Any = True
     num_features: int | None
     param_dtype: Any
@@ -56,11 +57,11 @@ class Normalization(Layer):
             self._settle(**{f"{name}_init": init})
         return parameter(init, key, shape, self.param_dtype, metadata)
 
-    def _fit(self, x: jax.Array, axes: Sequence[int]) -> Shape:
+    def _fit(self, x: jax.Array, axes: Sequence[int], mask: Any = None) -> Shape:
         """The feature axes, counted from the front, of an input that has as many features as the layer.
 
         Raises:
-          ArgumentError: it has not, or not so many axes.
+          ArgumentError: it has not, or not so many axes, or holds integers; or the mask does not fit it.
         """
         owner = self._owner()
         wanted = self.num_features
@@ -77,6 +78,9 @@ class Normalization(Layer):
                 cure=f"Give the size of the input where the layer is made, `nn.{type(self).__name__}({features or 8}, "
                 "rngs=rngs)`, or None to take it from the first input.",
             )
+        self._accept(owner, x)
+        if mask is not None:
+            self._shown(mask, x)
         materialize(self.scale, self.scale_init, (features,), self.param_dtype)
         materialize(self.bias, self.bias_init, (features,), self.param_dtype)
         return tuple(axis % x.ndim for axis in axes)
@@ -170,8 +174,7 @@ class Normalization(Layer):
                 where=naming.where(),
                 expected=f"a transform around the call with axis_name={self.axis_name!r}",
                 made_at=naming.made_at(owner),
-                cure=f"`mu.vmap(model, axis_name={self.axis_name!r})(batch)`; running statistics are used after "
-                "`model.eval()`.",
+                cure=f"`mu.vmap(model, axis_name={self.axis_name!r})(batch)`{self._otherwise}",
             ) from None
 
     def _normalized(self, x: Any, mean: Any, var: Any, scale: Any, bias: Any, axes: Shape) -> jax.Array:

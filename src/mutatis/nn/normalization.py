@@ -80,6 +80,8 @@ class BatchNorm(Normalization):
       [[1.0]]
     """
 
+    _otherwise = "; to use the running statistics, `model.eval()`."
+
     def __init__(
         self,
         num_features: int | None,
@@ -142,19 +144,19 @@ class BatchNorm(Normalization):
           FrozenStateError: the running statistics would be updated, and are frozen.
         """
         x = jnp.asarray(x)
-        axes = self._fit(x, (self.axis,))
+        axes = self._fit(x, (self.axis,), mask)
         shape = (x.shape[self.axis],)
         materialize(self.mean, zeros, shape, widen(self.param_dtype))
         materialize(self.var, ones, shape, widen(self.param_dtype))
-        x, scale, bias = self._take(x)
+        values, scale, bias = self._take(x)
         if first_said(use_running_average, self.use_running_average, not self.training):
-            place = [size if axis in axes else 1 for axis, size in enumerate(x.shape)]
+            place = [size if axis in axes else 1 for axis, size in enumerate(values.shape)]
             mean, var = self.mean.value.reshape(place), self.var.value.reshape(place)
         else:
-            mean, var = self._moments(x, [axis for axis in range(x.ndim) if axis not in axes], mask)
+            mean, var = self._moments(values, [axis for axis in range(values.ndim) if axis not in axes], mask)
             self._move(self.mean, mean)
             self._move(self.var, var)
-        return self._normalized(x, mean, var, scale, bias, axes)
+        return self._normalized(values, mean, var, scale, bias, axes)
 
     def _owner(self) -> Variable:
         return self.mean

@@ -20,6 +20,8 @@ from mutatis.model.modules import Module
 Padding: TypeAlias = str | Sequence[tuple[int, int]]
 Reduction: TypeAlias = Callable[..., jax.Array]
 
+_NAMES = ("SAME", "SAME_LOWER", "VALID")
+
 
 def pool(
     inputs: ArrayLike,
@@ -54,6 +56,8 @@ def pool(
     window = _sizes("window_shape", window_shape)
     steps = (1,) * len(window) if strides is None else _sizes("strides", strides, len(window))
     around: Any = padding
+    if (isinstance(padding, str) and padding not in _NAMES) or isinstance(padding, int):
+        raise _unknown("padding", padding, f"{', '.join(map(repr, _NAMES))}, or (low, high) for each spatial axis")
     batch = x.ndim - len(window) - 1
     if batch < 0:
         raise ArgumentError(
@@ -126,7 +130,7 @@ def max_pool(
       [[[1.0], [3.0]]]
     """
     x = jnp.asarray(inputs)
-    return pool(x, -np.inf if _has_infinity(x) else jnp.iinfo(x.dtype).min, lax.max, window_shape, strides, padding)
+    return pool(x, _extreme(x, -1), lax.max, window_shape, strides, padding)
 
 
 def min_pool(
@@ -150,7 +154,7 @@ def min_pool(
       [[[0.0], [2.0]]]
     """
     x = jnp.asarray(inputs)
-    return pool(x, np.inf if _has_infinity(x) else jnp.iinfo(x.dtype).max, lax.min, window_shape, strides, padding)
+    return pool(x, _extreme(x, 1), lax.min, window_shape, strides, padding)
 
 
 def adaptive_avg_pool(inputs: ArrayLike, target_shape: Sequence[int | None]) -> jax.Array:
@@ -266,23 +270,26 @@ def _to_size(x: jax.Array, axis: int, size: int, reduce: Reduction) -> jax.Array
 
 
 def _sizes(name: str, value: Any, length: int | None = None) -> tuple[Any, ...]:
-    """Numbers for each spatial axis. One number alone would not say how many such axes there are."""
+    """Whole numbers for each spatial axis. One number alone would not say how many such axes there are."""
     sizes = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
     if sizes is None or (length is not None and len(sizes) != length):
-        raise ArgumentError(
-            f"`{name}` of pooling does not say what to do along each spatial axis",
-            path=name,
-            expected="a tuple" if length is None else f"a tuple of {length}",
-            got=show_value(value),
-            cure=f"For images, `{name}=(2, 2)`; for sequences, `{name}=(2,)`."
-            if name != "padding"
-            else "(low, high) for each spatial axis, `padding=((1, 1), (1, 1))`, or `'SAME'`.",
-        )
-    if name in ("window_shape", "strides", "target_shape") and not all(size is None or size > 0 for size in sizes):
-        raise ArgumentError(
-            f"`{name}` of pooling has to be positive", path=name, got=show_value(value), cure=f"`{name}=(2, 2)`"
-        )
+        raise _unknown(name, value, "a number for each spatial axis" if length is None else f"a tuple of {length}")
+    least = 0 if name == "padding" else 1
+    whole = all(isinstance(size, int | np.integer) and size >= least for size in sizes if size is not None)
+    if not whole or (None in sizes and name != "target_shape"):
+        raise _unknown(name, value, "whole numbers" + (" above 0" if least else ""))
     return sizes
+
+
+def _unknown(name: str, value: Any, expected: str) -> ArgumentError:
+    example = "((1, 1), (1, 1))" if name == "padding" else "(2, 2)"
+    return ArgumentError(
+        f"`{name}` of pooling does not say what to do along each spatial axis",
+        path=name,
+        expected=expected,
+        got=show_value(value),
+        cure=f"For images, `{name}={example}`; the axes of the batch and of the features are not counted.",
+    )
 
 
 def _floats(what: str, inputs: ArrayLike) -> jax.Array:
@@ -298,5 +305,11 @@ def _floats(what: str, inputs: ArrayLike) -> jax.Array:
     return x
 
 
-def _has_infinity(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+def _extreme(x: jax.Array, sign: int) -> Any:
+    """The least number of an array's dtype, or the greatest."""
+    if x.dtype == bool:
+        return np.bool_(sign > 0)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        limits = jnp.iinfo(x.dtype)
+        return np.asarray(limits.max if sign > 0 else limits.min, x.dtype)
+    return sign * np.inf

@@ -112,6 +112,13 @@ class Dropout(Layer):
         if self.rate == 1:  # dividing by the keep rate would give NaN, in the gradient too
             return jnp.zeros_like(x)
         keep = 1 - self.rate
+        if not all(-x.ndim <= axis < x.ndim for axis in self.broadcast_dims):
+            raise misfit(
+                self if self.stream is None else self.stream,
+                expected=f"an axis for each of broadcast_dims={self.broadcast_dims}",
+                got=f"an input of shape {x.shape}",
+                cure="Axes of the input are counted from 0, or from its end: `broadcast_dims=(-1,)`.",
+            )
         together = {axis % x.ndim for axis in self.broadcast_dims}
         shape = tuple(1 if axis in together else size for axis, size in enumerate(x.shape))
         key = self._draw(self.stream if rngs is None else rngs)
@@ -131,7 +138,7 @@ class Dropout(Layer):
         if isinstance(rngs, jax.Array):
             return as_key(rngs, self.rng_collection)
         if is_stream(rngs):
-            return rngs.draw()  # type: ignore[no-any-return]
+            return rngs.draw()
         return stream_of(rngs, self.rng_collection, "`nn.Dropout`").draw()
 
 

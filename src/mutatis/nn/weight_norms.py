@@ -112,7 +112,7 @@ class SpectralNorm(Layer):
         lent = {weight: self._divided(path, weight, update) for path, weight in self._weights().items()}
         return _call_with(lent, self.layer_instance, x)
 
-    def _weights(self) -> dict[Path, Variable]:
+    def _weights(self) -> dict[Path, Param]:
         found = variables(self.layer_instance, Param)
         weights = {path: weight for path, weight in found.items() if weight.ndim > 1 and self.n_steps > 0}
         for weight in weights.values():
@@ -172,9 +172,9 @@ class WeightNorm(Layer):
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> layer = mu.nn.WeightNorm(mu.nn.Linear(2, 1, rngs=mu.Rngs(0)))
-      >>> layer.layer_instance.kernel.value = jnp.array([[30.0], [40.0]])
-      >>> layer(jnp.array([[1.0, 1.0]])).round(3).tolist()
-      [[1.399999976158142]]
+      >>> layer.layer_instance.kernel.value = jnp.array([[0.0], [40.0]])
+      >>> layer(jnp.array([[5.0, 7.0]])).tolist()
+      [[7.0]]
     """
 
     def __init__(
@@ -235,10 +235,10 @@ class WeightNorm(Layer):
         scale = _kept(self.scales, path).value
         place = [size if axis in features else 1 for axis, size in enumerate(weight.shape)]
         unit, scale = self.promote_dtype((unit, scale.reshape(place)), dtype=self.dtype)
-        return unit * scale  # type: ignore[no-any-return]
+        return unit * scale
 
 
-def _call_with(lent: Mapping[Variable, jax.Array], layer: Any, *args: Any, **kwargs: Any) -> Any:
+def _call_with(lent: Mapping[Any, jax.Array], layer: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a layer whose states have other values for the time of the call; what it writes to others stays.
 
     Nothing of a frozen state is changed, so the values are lent to it, too.
