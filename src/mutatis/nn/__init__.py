@@ -53,14 +53,14 @@ from mutatis.nn.layer_norms import RMSNorm as RMSNorm
 from mutatis.nn.linear import Einsum as Einsum
 from mutatis.nn.linear import Linear as Linear
 from mutatis.nn.linear import LinearGeneral as LinearGeneral
-from mutatis.nn.masks import combine_masks as combine_masks
-from mutatis.nn.masks import make_attention_mask as make_attention_mask
-from mutatis.nn.masks import make_causal_mask as make_causal_mask
 from mutatis.nn.lora import LoRA as LoRA
 from mutatis.nn.lora import LoRALinear as LoRALinear
 from mutatis.nn.lora import LoRALinearGeneral as LoRALinearGeneral
 from mutatis.nn.lora import LoRAParam as LoRAParam
 from mutatis.nn.lora import adapters_off as adapters_off
+from mutatis.nn.masks import combine_masks as combine_masks
+from mutatis.nn.masks import make_attention_mask as make_attention_mask
+from mutatis.nn.masks import make_causal_mask as make_causal_mask
 from mutatis.nn.normalization import BatchNorm as BatchNorm
 from mutatis.nn.pooling import AdaptiveAvgPool as AdaptiveAvgPool
 from mutatis.nn.pooling import AdaptiveMaxPool as AdaptiveMaxPool
@@ -73,8 +73,6 @@ from mutatis.nn.pooling import pool as pool
 from mutatis.nn.positions import LearnedPositions as LearnedPositions
 from mutatis.nn.positions import RoPE as RoPE
 from mutatis.nn.positions import SinusoidalPositions as SinusoidalPositions
-from mutatis.nn.slots import SlotCache as SlotCache
-from mutatis.nn.stack import Stack as Stack
 from mutatis.nn.recurrent import GRUCell as GRUCell
 from mutatis.nn.recurrent import LSTMCell as LSTMCell
 from mutatis.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell
@@ -82,6 +80,8 @@ from mutatis.nn.recurrent import SimpleCell as SimpleCell
 from mutatis.nn.sequences import RNN as RNN
 from mutatis.nn.sequences import Bidirectional as Bidirectional
 from mutatis.nn.sequences import flip_sequences as flip_sequences
+from mutatis.nn.slots import SlotCache as SlotCache
+from mutatis.nn.stack import Stack as Stack
 from mutatis.nn.stochastic import Dropout as Dropout
 from mutatis.nn.weight_norms import SpectralNorm as SpectralNorm
 from mutatis.nn.weight_norms import WeightNorm as WeightNorm
@@ -117,11 +117,8 @@ __all__ = [
     "LoRALinearGeneral",
     "LoRAParam",
     "OptimizedLSTMCell",
-    "PReLU",
-    "RMSNorm",
     "RNN",
     "RNNCellBase",
-    "Sequential",
     "SimpleCell",
     "SpectralNorm",
     "Stack",
