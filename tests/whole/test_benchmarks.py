@@ -39,7 +39,9 @@ def test_the_program_is_the_one_threaded_by_hand(model: str, programs: ModuleTyp
     ours, hand = (programs.operations(each.as_text()) for each in compiled.values())
     assert programs.differing(ours, hand) == "every kind alike", "copies too: each state comes back in its own buffer"
     ours, hand = (programs.peak(each) for each in compiled.values())
-    numbers = ours.pop("shared") - hand.pop("shared")  # a state that is one number, such as a step count, keeps its memory
+    numbers = ours.pop("shared") - hand.pop(
+        "shared"
+    )  # a state that is one number, such as a step count, keeps its memory
     assert numbers in (0, 4, 8)
     assert ours == hand
     costs = [each.cost_analysis() for each in compiled.values()]

@@ -496,7 +496,9 @@ class Compiler:
         (number,) = found.out_info
         record = program.records[number]
         record.waits = _compat.has_host_callback(found.jaxpr.jaxpr)
-        binding.plan = DispatchPlan(program, binding.cells, binding.ambient, program.variant_for(record), number, record)
+        binding.plan = DispatchPlan(
+            program, binding.cells, binding.ambient, program.variant_for(record), number, record
+        )
         if logged and binding.plan.first is not None:
             call.seconds = [time.perf_counter() - started]
             with structure_lock:  # a trace of another thread changes structure in place
@@ -571,9 +573,9 @@ class Compiler:
         binding, program = call.binding, call.program
         cells = binding.current_cells()
         values = access.load_many(cells)
-        if binding.plan is None and call.outer is _compat.EVAL_TRACE and frames.recorder() is None:
-            if all(avals.fits_program(cell._value, value) for cell, value in zip(cells, values, strict=True)):
-                self._prepare(call, flat, _types(binding.cells))  # for the next call
+        outside = call.outer is _compat.EVAL_TRACE and frames.recorder() is None
+        if binding.plan is None and outside and all(map(avals.fits_program, map(access.peek_committed, cells), values)):
+            self._prepare(call, flat, _types(binding.cells))  # for the next call
         number, made, leaves = write_inside(program, cells, values, self._run_inline(program, values, flat))
         return replay(program.records[number], cells, binding.live_objects(), binding.places, made, leaves)
 

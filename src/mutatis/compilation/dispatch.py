@@ -93,10 +93,8 @@ def _launch(
     exposed: list[int] = []
     try:
         values = plan.group.take(lease, plan, box, donating, exposed)
-        if plan.ambient:
-            _take_contexts(values, plan)
-        if exposed and donating:
-            _copy_exposed(values, plan, exposed)
+        if plan.ambient or (exposed and donating):
+            _replace(values, plan, exposed if donating else ())
         values += flat
         if first is None:
             call = starmap(jitted, (values,))
@@ -206,14 +204,11 @@ def rebuild_result(binding: Binding, program: Program, number: int, made: Sequen
     return replay(record, binding.cells, binding.live_objects(), binding.places, made, leaves)
 
 
-def _take_contexts(values: list[Any], plan: DispatchPlan) -> None:
-    now = contexts.cells()
+def _replace(values: list[Any], plan: DispatchPlan, exposed: Sequence[int]) -> None:
+    """Put the arrays of contexts, and copies of what user code may hold, in the place of what the cells hold."""
+    now = contexts.cells() if plan.ambient else ()
     for index, number in plan.ambient:
         values[index] = now[number]._value
-
-
-def _copy_exposed(values: list[Any], plan: DispatchPlan, exposed: list[int]) -> None:
-    # A function of its own, as `core.interrupts` says of loops under a lock.
     places = [p for i in exposed if (p := plan.donating_at[i]) is not None]
     if not places:
         return

@@ -86,6 +86,11 @@ def peek(cell: Cell) -> Any:
     return cell._value
 
 
+def peek_committed(cell: Cell) -> Any:
+    """The committed value of a cell, only to look at what kind of thing it is."""
+    return cell._value
+
+
 def peek_many(states: Sequence[Cell]) -> list[Any]:
     """The values of cells, only to look at what kind of thing they are."""
     return [cell._value for cell in states] if innermost() is None else list(map(peek, states))

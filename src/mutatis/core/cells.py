@@ -73,7 +73,19 @@ jax.tree_util.register_pytree_node(Deferred, lambda d: ((d.key,), None), lambda 
 class Lease:
     """A thread's right to the buffers of the cells that carry it, and the step that is being dispatched with it, if one is."""
 
-    __slots__ = ("donating", "exposed", "flight", "landing", "losses", "lost", "overwritten", "shown", "step", "taken", "values")
+    __slots__ = (
+        "donating",
+        "exposed",
+        "flight",
+        "landing",
+        "losses",
+        "lost",
+        "overwritten",
+        "shown",
+        "step",
+        "taken",
+        "values",
+    )
 
     def __init__(self) -> None:
         self.flight: list[Any] | None = None  # of the step: empty, then what it returned; it is busy if there is one
@@ -84,8 +96,8 @@ class Lease:
         self.landing: Iterator[tuple[Cell, Any]] | None = None  # what is still to be committed, once it has begun
         self.shown: set[Cell] = set()  # cells that are exposed, and need the lease until the step has ended
         self.overwritten: set[Cell] = set()  # those that somebody wrote while it was in flight
-        # The cells that it was taken off, by `id`, the last one first: `(number, (number, ...))`. A chain, because to add to it takes
-        # no call, in which a signal handler might run.
+        # The cells that it was taken off, by `id`, the last one first: `(number, (number, ...))`. A chain, because to add to it
+        # takes no call, in which a signal handler might run.
         self.lost: Any = None
         self.losses = 0  # how long that is
         self.taken = False  # whether any cell has ever carried it
@@ -172,7 +184,8 @@ def load(cell: Cell) -> Any:
 def load_many(cells: Sequence[Cell]) -> list[Any]:
     """The committed values of cells, as `load` gives them."""
     values = [cell._value for cell in cells]
-    if any([cell._lease is not None for cell in cells]) or not all(map(is_, [cell._value for cell in cells], values)):
+    leased = [cell for cell in cells if cell._lease is not None]
+    if leased or not all(map(is_, [cell._value for cell in cells], values)):  # as `load` looks again
         settle(_thread.lease)
         with _mutex:
             return _expose_values(cells)

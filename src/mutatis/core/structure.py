@@ -6,8 +6,8 @@ or None in an attribute) stands for a random number, and changing a flag from `a
 ``number(a) ^ number(b)``. So setting a flag back brings the old epoch back, and with it all that was known then; `train()` and
 `eval()` in turn cost no walk. Any change of something else begins an epoch that never was before.
 
-Most changes are of something else than what a given program is about. So modules and cells carry a number of their own, too, which
-is new after each of their changes: who finds that the epoch is another one compares those.
+Most changes are of something else than what a given program is about. So modules and cells carry a number of their own, too,
+which is new after each of their changes: who finds that the epoch is another one compares those.
 """
 
 from __future__ import annotations
