@@ -592,7 +592,7 @@ def test_in_flight_after_the_run_is_refused(action: str, in_flight: Any, tmp_pat
 
 def test_locks_can_be_taken_again_by_what_interrupts() -> None:
     """A handler runs in the middle of whatever the main thread does, also where it holds one of our locks."""
-    for lock in (cells._mutex, structure.structure_lock, structure.structure._lock):
+    for lock in (cells.mutex, structure.structure_lock, structure.structure._lock):
         with lock:
             assert lock.acquire(timeout=1)
             lock.release()

@@ -12,8 +12,8 @@ import numpy as np
 from mutatis.compilation.program import Program, Variant
 from mutatis.compilation.record import TraceRecord
 from mutatis.core import transactions
-from mutatis.core.cells import Group
 from mutatis.core.committed import observers
+from mutatis.core.groups import Group
 from mutatis.model.variables import Variable
 
 

@@ -140,12 +140,10 @@ class _Moves:
         self.waiting = 0
 
 
-_moves = _Moves()
+moves = _Moves()
 _thread = _Thread()
-_mutex = threading.RLock()  # what interrupts a thread that holds it may take it, too: see `settle`
-_released = threading.Condition(_mutex)
-_LOOKED_AT = 64  # cells that a lease has lost: beyond, a step looks at all of its cells
-_KEPT = 4096  # of those, for steps that are made seldom
+mutex = threading.RLock()  # what interrupts a thread that holds it may take it, too: see `settle`
+_released = threading.Condition(mutex)
 _MISSED = 0.05  # seconds after which who waits looks again: an interrupt may have kept a notice from being given
 
 
@@ -187,7 +185,7 @@ def load_many(cells: Sequence[Cell]) -> list[Any]:
     leased = [cell for cell in cells if cell._lease is not None]
     if leased or not all(map(is_, [cell._value for cell in cells], values)):  # as `load` looks again
         settle(_thread.lease)
-        with _mutex:
+        with mutex:
             return _expose_values(cells)
     return values
 
@@ -200,14 +198,14 @@ def _expose_values(cells: Sequence[Cell]) -> list[Any]:
 def _expose(cell: Cell) -> Any:
     mine = _thread.lease
     settle(mine)
-    with _mutex:
+    with mutex:
         return _expose_value(cell)
 
 
 def _expose_value(cell: Cell) -> Any:
     number = id(cell)
     while True:
-        _wait_while(lambda: None if (lease := _busy(cell)) is None or not lease.donating else lease)
+        wait_while(lambda: None if (lease := busy_lease(cell)) is None or not lease.donating else lease)
         lease, value = cell._lease, cell._value
         if lease is None:
             return value  # nothing has happened since the look at it
@@ -217,7 +215,7 @@ def _expose_value(cell: Cell) -> Any:
             return value  # nor here
         if not lease.donating:
             lease.shown.add(cell)
-            if _busy(cell) is lease and cell._value is value:  # else it has ended, and may not have seen that
+            if busy_lease(cell) is lease and cell._value is value:  # else it has ended, and may not have seen that
                 return value
 
 
@@ -227,7 +225,7 @@ def store(cell: Cell, value: Any) -> None:
         cell._value = value
     else:
         settle(_thread.lease)
-        with _mutex:
+        with mutex:
             _store_leased(cell, value)
 
 
@@ -252,7 +250,7 @@ def _store_leased(cell: Cell, value: Any) -> None:
             lease.shown.add(cell)
             cell._value = value
             return
-        _wait_while(lambda lease=lease: None if lease.landing is None else lease)  # type: ignore[misc]
+        wait_while(lambda lease=lease: None if lease.landing is None else lease)  # type: ignore[misc]
     if lease is not None:
         lease.lost = (number, lease.lost)
     cell._lease = None
@@ -267,7 +265,7 @@ def settle(lease: Lease) -> None:
     if lease.values is not None and not flight and step.recall(lease.values, lease.donating):
         lease.values = None
     if lease.values is None:
-        with _mutex:
+        with mutex:
             _void(lease)
     elif flight and step.lands:
         if lease.landing is None:
@@ -294,13 +292,13 @@ def commit_rest(lease: Lease) -> None:
             cell._value = value
 
 
-def _busy(cell: Cell) -> Lease | None:
+def busy_lease(cell: Cell) -> Lease | None:
     """The lease of a cell, if it is busy."""
     lease = cell._lease
     return None if lease is None or lease.flight is None else lease
 
 
-def _wait_while(busy: Callable[[], Lease | None]) -> None:
+def wait_while(busy: Callable[[], Lease | None]) -> None:
     """Wait, with the mutex, until no lease is in the way.
 
     Raises:
@@ -314,11 +312,11 @@ def _wait_while(busy: Callable[[], Lease | None]) -> None:
             expected="a finalizer (`__del__`, a callback of `weakref`) or signal handler that leaves states alone there",
             cure="Note there what is to be done, say in a `queue.SimpleQueue`, and do it after the step.",
         )
-    _moves.waiting += 1  # before the next look: who ends a step and sees nobody wait gives no notice
+    moves.waiting += 1  # before the next look: who ends a step and sees nobody wait gives no notice
     try:
         _wait(busy)
     finally:
-        _moves.waiting -= 1
+        moves.waiting -= 1
 
 
 def _wait(busy: Callable[[], Lease | None]) -> None:
@@ -335,136 +333,7 @@ def my_lease() -> Lease:
     return lease if lease.flight is None else Lease()
 
 
-class Group:
-    """The cells of a step.
-
-    Args:
-      cells: all of them, in the order of the program's arguments.
-      written: the cells that the step writes.
-      read: those that it only reads.
-    """
-
-    __slots__ = ("_lost", "_moves", "_owner", "_places", "cells", "read", "written")
-
-    def __init__(self, cells: Sequence[Cell], written: Sequence[Cell], read: Sequence[Cell]) -> None:
-        self.cells = cells
-        self.written = written
-        self.read = read
-        self._owner: Lease | None = None  # whose all of the written ones were ...
-        self._lost: Any = None  # ... when it had lost these ...
-        self._moves = 0  # ... and leases had been taken this often
-        self._places: dict[int, int] = {}  # of the written cells, by `id`
-
-    def take(self, lease: Lease, step: Step, flight: list[Any], donating: bool, exposed: list[int]) -> list[Any]:
-        """Make a thread's lease busy over the cells.
-
-        Args:
-          lease: this thread's lease.
-          step: the step.
-          flight: will hold what the step returns.
-          donating: whether the step deletes the old arrays.
-          exposed: is filled with the places in `written` whose buffers user code may hold.
-
-        Returns:
-          The values of the cells.
-        """
-        with _mutex:
-            if self._lost is not lease.lost or self._moves != _moves.count or self._owner is not lease:
-                self._wait_for_others(lease)  # before it is busy; what interrupts that may use it for its own step
-            lease.step = step
-            lease.donating = donating
-            lease.exposed = exposed
-            lease.values = lease.landing = None
-            lease.flight = flight  # from now on, who interrupts makes it void
-            if self._lost is not lease.lost or self._moves != _moves.count or self._owner is not lease:
-                self._take(lease, flight, exposed)
-            return self._values()  # now: the next step of another thread may delete what this one only reads
-
-    def _values(self) -> list[Any]:
-        # A function of its own, as `interrupts` says of loops under a lock.
-        return [cell._value for cell in self.cells]
-
-    def _wait_for_others(self, lease: Lease) -> None:
-        if (self._owner is not lease or self._moves != _moves.count) and not self._is_mine(lease):
-            _wait_while(lambda: self._busy_for(lease))
-
-    def _is_mine(self, lease: Lease) -> bool:
-        """Whether the cells carry this lease, but for exposed ones that the step only reads."""
-        owners = [cell._lease for cell in self.written]
-        others = [cell._lease for cell in self.read]
-        return owners.count(lease) == len(owners) and others.count(lease) + others.count(None) == len(others)
-
-    def _take(self, lease: Lease, flight: list[Any], exposed: list[int]) -> None:
-        lost = self._lost_since(lease)
-        if lost is not None:
-            self._take_back(lease, flight, exposed, lost)
-            return
-        if not lease.taken:
-            lease.taken = True
-            _moves.leases += 1
-        if not self._is_mine(lease) or lease.shown or lease.overwritten:
-            if self._busy_for(lease) is not None:  # another thread has begun since: nobody waits while busy
-                lease.flight = None
-                return
-            lease.overwritten.clear()
-            exposed += [i for i, cell in enumerate(self.written) if _is_exposed(cell)]
-            wanted: list[tuple[Cell, Lease | None]] = [(cell, lease) for cell in self.written]
-            wanted += [(cell, None if _is_exposed(cell) else lease) for cell in self.read]
-            _moves.count += 1
-            for cell, its in wanted:
-                if lease.flight is not flight:  # what we know of the cells may be true no more
-                    return
-                cell._lease = its
-            lease.shown.clear()
-        if lease.flight is flight:
-            self._moves = _moves.count
-            self._lost = lease.lost
-            self._owner = lease
-
-    def _lost_since(self, lease: Lease) -> list[int] | None:
-        """The places of the written cells that a lease has lost since they all carried it; None if that cannot be told."""
-        if self._owner is not lease or self._moves != _moves.count or lease.shown or lease.overwritten:
-            return None
-        if not self._places:
-            self._places = {id(cell): place for place, cell in enumerate(self.written)}
-        places, entry = set(), lease.lost
-        for _ in range(_LOOKED_AT):
-            if entry is self._lost:
-                break
-            if entry is None:
-                return None
-            number, entry = entry
-            if (place := self._places.get(number)) is not None:
-                places.add(place)
-        else:
-            return None
-        owners = {place: self.written[place]._lease for place in places}
-        if any(owner is not None and owner is not lease for owner in owners.values()):
-            return None
-        return [place for place, owner in owners.items() if owner is None]
-
-    def _take_back(self, lease: Lease, flight: list[Any], exposed: list[int], lost: list[int]) -> None:
-        exposed += lost
-        if lost and _moves.leases > 1:  # another thread's group may count on it that nobody has these
-            _moves.count += 1
-            self._moves = _moves.count
-        lease.losses += len(lost)
-        if lease.losses > _KEPT:
-            lease.losses, lease.lost = 0, (object(), None)
-        for place in lost:
-            if lease.flight is not flight:
-                return
-            self.written[place]._lease = lease
-        if lease.flight is flight:
-            self._lost = lease.lost
-
-    def _busy_for(self, mine: Lease) -> Lease | None:
-        """The lease with which another step is being dispatched over one of the cells, if one is."""
-        found = (_busy(cell) for cells in (self.written, self.read) for cell in cells)
-        return next((lease for lease in found if lease is not None and lease is not mine), None)
-
-
-def _is_exposed(cell: Cell) -> bool:
+def is_exposed(cell: Cell) -> bool:
     lease = cell._lease
     return lease is None or cell in lease.shown
 
@@ -473,10 +342,10 @@ def give_back(lease: Lease) -> None:
     """End a dispatch: whoever waits for a cell of this lease goes on."""
     lease.flight = lease.step = lease.values = lease.landing = None
     if lease.shown or lease.overwritten:
-        with _mutex:
+        with mutex:
             _forget_shown(lease)
-    if _moves.waiting:  # who begins to wait from now on sees that it is not busy
-        with _mutex, contextlib.suppress(RuntimeError):  # what interrupted us there has given notice already
+    if moves.waiting:  # who begins to wait from now on sees that it is not busy
+        with mutex, contextlib.suppress(RuntimeError):  # what interrupted us there has given notice already
             _released.notify_all()
 
 
@@ -488,7 +357,7 @@ def _forget_shown(lease: Lease) -> None:
 
 def expose(lease: Lease, cells: Sequence[Cell]) -> None:
     """Count the values of these cells as held by user code, where they still carry a lease: another step may have begun."""
-    with _mutex:
+    with mutex:
         _expose_all(lease, cells)
 
 
