@@ -213,7 +213,7 @@ class _Attributes:
 
 
 def _weakly(value: Any) -> Any:
-    if isinstance(value, Variable):
+    if isinstance(value, Variable) or type(value) in (list, dict):  # those are held in any case
         return value
     if isinstance(value, Node):
         return weakref.ref(value)

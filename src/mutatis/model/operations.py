@@ -14,18 +14,19 @@ from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
 from mutatis.core.showing import show_class, show_value
+from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, FilterError, StateTypeError, StructureError
 from mutatis.model.filters import FilterLike, Path
-from mutatis.model.graph import make_cell
+from mutatis.model.graph import Encoder, make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
 from mutatis.model.kinds import RngState
 from mutatis.model.state import State, first_filters
 from mutatis.model.strangers import plain_value
-from mutatis.model.surgery import GONE, held_fast, holders_of, rewrite, swapped
+from mutatis.model.surgery import GONE, held_fast, holders_among, rewrite, swapped
 from mutatis.model.values import as_value
 from mutatis.model.variables import Variable, spelled, started
-from mutatis.model.walks import check_tags, variables
+from mutatis.model.walks import check_node, check_tags, variables
 
 T = TypeVar("T")
 
@@ -276,7 +277,10 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     """
     if not filters:
         raise FilterError("`mu.pop` needs a filter", cure="Say what to take out: `mu.pop(model, mu.Intermediate)`.")
-    cells = variables(node)
+    with structure_lock:
+        encoder = Encoder(describe=False)
+        encoder.encode(check_node(node))
+    cells = dict(zip(encoder.paths, encoder.cells, strict=True))
     places = first_filters(cells.items(), filters, leftovers=True)
     check_tags([filter for i, filter in enumerate(filters) if i not in places.values()], cells)
     taken = [{p: cells[p] for p, at in places.items() if at == i} for i in range(len(filters))]
@@ -288,7 +292,7 @@ def pop(node: Any, *filters: FilterLike) -> Any:
 
     if swapped(node, swap, ()) is not node:
         raise held_fast((), node)
-    rewrite(holders_of(node), swap)
+    rewrite(holders_among(encoder, gone), swap)
     return states[0] if len(filters) == 1 else states
 
 

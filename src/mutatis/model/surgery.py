@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from operator import is_
 from typing import Any, TypeVar, overload
 
@@ -23,6 +23,7 @@ from mutatis.errors import ArgumentError, FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.graph import Encoder
 from mutatis.model.modules import M, Module, watch_of
+from mutatis.model.variables import Variable
 from mutatis.model.walks import check_node
 from mutatis.model.wrapped import Wrapped
 
@@ -183,6 +184,19 @@ def holders_of(node: Any) -> list[tuple[Path, Any]]:
     with structure_lock:
         encoder.encode(check_node(node))
     return list(zip(encoder.object_paths, encoder.objects, strict=True))
+
+
+def holders_among(encoder: Encoder, cells: Collection[Variable]) -> list[tuple[Path, Any]]:
+    """Those of the modules, lists and dicts that a walk has met which hold some of the cells, with their paths."""
+    wanted = set(map(id, cells))
+    return [
+        (path, obj)
+        for path, obj in zip(encoder.object_paths, encoder.objects, strict=True)
+        if any(id(item) in wanted or isinstance(item, _INDIRECT) for _, item in _entries(obj))
+    ]
+
+
+_INDIRECT = (tuple, Wrapped, types.MethodType)  # what may hold some inside
 
 
 def rewrite(holders: list[tuple[Path, Any]], swap: Callable[[Any], Any]) -> None:
