@@ -201,9 +201,9 @@ class ConvBlock(mu.Module):
 
     def __init__(self, width: int, *, rngs: mu.Rngs) -> None:
         self.conv1 = nn.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm1 = nn.BatchNorm(width, momentum=MOMENTUM, epsilon=EPSILON)
+        self.norm1 = nn.BatchNorm(width, momentum=MOMENTUM, epsilon=EPSILON, use_fast_variance=False)
         self.conv2 = nn.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm2 = nn.BatchNorm(width, momentum=MOMENTUM, epsilon=EPSILON)
+        self.norm2 = nn.BatchNorm(width, momentum=MOMENTUM, epsilon=EPSILON, use_fast_variance=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = jax.nn.relu(self.norm1(self.conv1(x)))
@@ -215,7 +215,7 @@ class ConvNet(mu.Module):
 
     def __init__(self, blocks: int, width: int, classes: int, *, rngs: mu.Rngs) -> None:
         self.stem = nn.Conv(3, width, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nn.BatchNorm(width, momentum=MOMENTUM, epsilon=EPSILON)
+        self.norm = nn.BatchNorm(width, momentum=MOMENTUM, epsilon=EPSILON, use_fast_variance=False)
         self.blocks = [ConvBlock(width, rngs=rngs) for _ in range(blocks)]
         self.head = nn.Linear(width, classes, rngs=rngs)
 
@@ -233,13 +233,14 @@ def conv(p: Any, x: jax.Array) -> jax.Array:
 
 def batch_norm(p: Any, stats: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """`nn.BatchNorm` in training by hand, and the new statistics."""
-    mean = jnp.mean(x, (0, 1, 2))
-    var = jnp.mean(jnp.square(x - mean), (0, 1, 2))
+    mean = jnp.mean(x, (0, 1, 2), keepdims=True)
+    var = jnp.mean(jnp.square(x - mean), (0, 1, 2), keepdims=True)
     new = {
-        "mean": MOMENTUM * stats["mean"] + (1 - MOMENTUM) * jax.lax.stop_gradient(mean),
-        "var": MOMENTUM * stats["var"] + (1 - MOMENTUM) * jax.lax.stop_gradient(var),
+        name: MOMENTUM * stats[name] + (1 - MOMENTUM) * jax.lax.stop_gradient(value).reshape(-1)
+        for name, value in (("mean", mean), ("var", var))
     }
-    return (x - mean) * (jax.lax.rsqrt(var + EPSILON) * p["scale"]) + p["bias"], new
+    scale, bias = (p[name].reshape(1, 1, 1, -1) for name in ("scale", "bias"))
+    return (x - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias, new
 
 
 def convnet(layers: int = 50, width: int = 16, size: int = 16, classes: int = 10, batch: int = 8) -> Task:
