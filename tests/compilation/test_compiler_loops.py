@@ -1,4 +1,4 @@
-"""What people do around a jitted step costs no walk, no trace, no compilation and no copy: counted over twenty calls of each pattern.
+"""What people do around a jitted step costs no walk, trace, compilation or copy: counted over twenty calls of each pattern.
 
 The patterns are those that `benchmarks/loops.py` measures.
 """
