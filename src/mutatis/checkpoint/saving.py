@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,9 +47,6 @@ def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:
         transform, or in one of several processes.
       DeferredStateError: states have no value yet.
 
-    Note:
-      The arrays are handed out, so the next compiled step copies these states once instead of donating them.
-
     Example:
       >>> from mutatis import checkpoint
       >>> model = {"w": mu.Param(jnp.ones(2)), "rngs": mu.Rngs(0)}
@@ -57,7 +54,13 @@ def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:
       >>> checkpoint.save("step_100", model, mu.Param)  # replaces it
     """
     path = check_call(path, "saved")
-    entries, arrays = _collect(variables(node, *filters))
+    cells = variables(node, *filters)
+    keyed = [cell for _, cell in by_key(cells).values()]
+    with access.lent(keyed) as values:
+        _save(path, *_collect(cells, values))
+
+
+def _save(path: str, entries: tuple[Entry, ...], arrays: dict[int, jax.Array]) -> None:
     number = _number_of(path) + 1
     if number == 1:
         unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
@@ -128,14 +131,13 @@ def by_key(cells: Mapping[Path, Variable]) -> dict[Key, tuple[Path, Variable]]:
     return found
 
 
-def _collect(cells: Mapping[Path, Variable]) -> tuple[tuple[Entry, ...], dict[int, jax.Array]]:
-    """The manifest's entries for these cells, and the arrays by number.
+def _collect(cells: Mapping[Path, Variable], loaded: Sequence[Any]) -> tuple[tuple[Entry, ...], dict[int, jax.Array]]:
+    """The manifest's entries for these cells with these values, and the arrays by number.
 
     Raises:
-      CheckpointError: two of them have one name.
       DeferredStateError: some have no value; all are listed.
     """
-    values = {path: access.load(cell) for path, cell in by_key(cells).values()}
+    values = dict(zip(cells, loaded, strict=True))
     if missing := [show_path(path) for path, value in values.items() if not _has_arrays(value)]:
         raise DeferredStateError(
             "states without a value cannot be saved",

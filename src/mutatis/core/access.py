@@ -6,6 +6,7 @@ The vocabulary, here and on `Transaction`:
 |---|---|---|---|
 | `read`, `write` | what the user's code does | yes | yes |
 | `load` | takes a value for a transform, which hands it to code that may then read it; `UNSET` if there is none | no | yes |
+| `lent` | takes values for a block of ours | no | until the block ends |
 | `peek` | looks at what kind of thing the value is, and lets go of it | no | no |
 | `create` | gives a cell that was made just now its first value | as made | |
 | `create_detached` | the same for a cell that JAX makes of a pytree, outside every transaction | no | |
@@ -18,7 +19,8 @@ the user, so the next compiled step copies it instead of donating it. `..._many`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mutatis import _compat
@@ -102,6 +104,19 @@ def load_many(states: Sequence[Cell]) -> list[Any]:
     if type(tx) is Transaction and _compat.current_trace() is _compat.EVAL_TRACE and tx.open_parent() is None:
         return tx.load_many(states)
     return list(map(load, states))
+
+
+@contextlib.contextmanager
+def lent(states: Sequence[Cell]) -> Iterator[list[Any]]:
+    """The values of cells, for a block of ours that lets go of them: no step has to copy them after it."""
+    if not is_outside():
+        yield load_many(states)
+        return
+    loan = cells.Loan()
+    try:
+        yield cells.lend_many(states, loan)
+    finally:
+        loan.over = True
 
 
 def holds_value(cell: Cell) -> bool:

@@ -103,6 +103,19 @@ class Lease:
         self.taken = False  # whether any cell has ever carried it
 
 
+class Loan(Lease):
+    """In the place of a lease, on cells whose values are lent to code of ours that lets go of them again, such as a save.
+
+    Until then they count as held by user code; afterwards a step may delete them.
+    """
+
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over = False
+
+
 class Step(Protocol):
     """What of a step is needed to finish it."""
 
@@ -195,6 +208,18 @@ def _expose_values(cells: Sequence[Cell]) -> list[Any]:
     return [_expose_value(cell) for cell in cells]
 
 
+def lend_many(cells: Sequence[Cell], loan: Loan) -> list[Any]:
+    """The committed values of cells, which count as held by user code until the loan is over."""
+    settle(_thread.lease)
+    with mutex:
+        return _lend_values(cells, loan)
+
+
+def _lend_values(cells: Sequence[Cell], loan: Loan) -> list[Any]:
+    # A function of its own, as `_expose_values` is.
+    return [_expose_value(cell, loan) for cell in cells]
+
+
 def _expose(cell: Cell) -> Any:
     mine = _thread.lease
     settle(mine)
@@ -202,7 +227,7 @@ def _expose(cell: Cell) -> Any:
         return _expose_value(cell)
 
 
-def _expose_value(cell: Cell) -> Any:
+def _expose_value(cell: Cell, loan: Loan | None = None) -> Any:
     number = id(cell)
     while True:
         wait_while(lambda: None if (lease := busy_lease(cell)) is None or not lease.donating else lease)
@@ -211,7 +236,7 @@ def _expose_value(cell: Cell) -> Any:
             return value  # nothing has happened since the look at it
         lease.lost = (number, lease.lost)
         if lease.flight is None:
-            cell._lease = None
+            cell._lease = None if is_lent(lease) else loan
             return value  # nor here
         if not lease.donating:
             lease.shown.add(cell)
@@ -334,8 +359,14 @@ def my_lease() -> Lease:
 
 
 def is_exposed(cell: Cell) -> bool:
+    """Whether user code may hold the value of a cell that is in no step's flight."""
     lease = cell._lease
-    return lease is None or cell in lease.shown
+    return lease is None or cell in lease.shown or is_lent(lease)
+
+
+def is_lent(lease: Lease) -> bool:
+    """Whether it is a loan that is not over."""
+    return type(lease) is Loan and not lease.over
 
 
 def give_back(lease: Lease) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mutatis.core.cells import Cell, Lease, Step, busy_lease, is_exposed, moves, mutex, wait_while
+from mutatis.core.cells import Cell, Lease, Loan, Step, busy_lease, is_exposed, moves, mutex, wait_while
 
 _LOOKED_AT = 64  # cells that a lease has lost: beyond, a step looks at all of its cells
 _KEPT = 4096  # of those, for steps that are made seldom
@@ -119,12 +119,12 @@ class Group:
         else:
             return None
         owners = {place: self.written[place]._lease for place in places}
-        if any(owner is not None and owner is not lease for owner in owners.values()):
+        if any(owner is not None and owner is not lease and type(owner) is not Loan for owner in owners.values()):
             return None
-        return [place for place, owner in owners.items() if owner is None]
+        return [place for place, owner in owners.items() if owner is not lease]
 
     def _take_back(self, lease: Lease, flight: list[Any], exposed: list[int], lost: list[int]) -> None:
-        exposed += lost
+        exposed += [place for place in lost if is_exposed(self.written[place])]
         if lost and moves.leases > 1:  # another thread's group may count on it that nobody has these
             moves.count += 1
             self._moves = moves.count
