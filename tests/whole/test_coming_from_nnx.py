@@ -34,5 +34,7 @@ def test_rows_are_in_order_and_say_something() -> None:
     "ours", sorted({name for row in ROWS.values() for name in re.findall(r"`((?:mu|jax)\.[\w.]+)`", row)})
 )
 def test_what_is_named_here_exists(ours: str) -> None:
+    if ours.startswith("mu.interop."):
+        pytest.importorskip("flax")  # doors to what is not installed are left out
     root, path = ours.split(".", 1)
     assert functools.reduce(getattr, path.split("."), {"mu": mu, "jax": jax}[root]) is not None

@@ -224,6 +224,36 @@ def test_at_each_moment_of_a_step(action: str, exposed: bool, handle: Any, tmp_p
     assert at > 20
 
 
+@pytest.mark.parametrize(
+    "action", ["steps", "writes", *(pytest.param(a, marks=pytest.mark.slow) for a in ("steps_otherwise", "saves"))]
+)
+@pytest.mark.parametrize(
+    "how", ["value", "float", *(pytest.param(a, marks=pytest.mark.slow) for a in ("state", "save"))]
+)
+def test_at_each_moment_of_a_read(how: str, action: str, handle: Any, tmp_path: Path) -> None:
+    """What is read is of one moment, and stays what it was, whatever the handler does meanwhile and afterwards."""
+    subject = Subject(tmp_path)
+    first = subject.model.states[0]
+    reads = {
+        "value": lambda: [first.value],
+        "float": lambda: [float(first[0])],
+        "state": lambda: [mu.state(first)[()]],
+        "save": lambda: (checkpoint.save(tmp_path / "mine", first), [first.value])[1],
+    }
+    handle(getattr(subject, action))
+    at, came = 0, True
+    while came and at < 150:
+        at += 1
+        subject.step(subject.model)
+        before = subject.count()
+        got: list[Any] = []
+        came = Moments(at).run(lambda got=got: got.extend(reads[how]()))
+        subject.step(subject.model)
+        assert {float(x) for x in np.ravel(np.asarray(got[0]))} <= {before, before + 1, 100.0, 200.0}, at
+        assert cells._thread.lease.flight is None
+    assert at > 5
+
+
 TWO = [(first, later) for first in ("reads", "evaluates", "steps", "writes") for later in ("reads", "steps", "writes")]
 FAST_TWO = [("evaluates", "reads"), ("steps", "steps")]
 

@@ -145,7 +145,8 @@ class Compiler:
           NeedsTraceError: it has to be traced after all, say because a setting of JAX is another. Nothing has been done.
         """
         before = tracing.run
-        tracing.run = refuse_to_trace
+        if before is not refuse_to_trace:  # this is code that interrupts a call which is being traced
+            tracing.run = refuse_to_trace
         try:
             if inside:
                 number, made, leaves = run_inside(plan, binding.current_cells(), flat)
@@ -155,7 +156,8 @@ class Compiler:
             _compat.restore_eager_trace()
             raise
         finally:
-            tracing.run = before
+            if before is not refuse_to_trace:
+                tracing.run = before
         return (
             plan.treedef.unflatten(leaves)
             if number == plan.number

@@ -9,13 +9,25 @@ import jax
 import numpy as np
 
 from mutatis import _compat
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import Node, is_node
 from mutatis.core.statics import Static
 from mutatis.tracing.arguments import FlatTree, check_hashable, static_positions, unflatten
 
 _ARRAY = _compat.ARRAY
 # In a key; a string alone is the name of a keyword argument.
 _NUMBERS: dict[Any, Hashable] = {kind: (kind.__name__,) for kind in (bool, int, float, complex)}
+
+
+_CONTAINERS = frozenset({dict, list, tuple})
+
+
+def _types_in(container: Any, kind: type) -> tuple[Hashable, ...] | None:
+    """What of a container of arrays and nothing else decides which trace it needs: most batches are such; else None."""
+    items = container.values() if kind is dict else container
+    types = [item.aval for item in items if type(item) is _ARRAY]
+    if len(types) < len(container):
+        return None
+    return (kind, *container, *types) if kind is dict else (kind, *types)
 
 
 def _type_of(leaf: Any) -> Any:
@@ -66,15 +78,22 @@ class Arguments:
         self._name = name
         self._static_argnums = static_argnums
         self._static_argnames = static_argnames
+        self._has_statics = bool(static_argnums or static_argnames)
 
     def divide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Hashable, ...]]:
         """JAX's positional arguments of a call, and the key of its objects."""
         flat: list[Any] = []
         key: list[Hashable] = []
-        statics = self._statics(args, kwargs)
+        statics = self._statics(args, kwargs) if self._has_statics else ()
         for index, value in enumerate(args):
-            if index in statics:
+            kind = type(value)
+            if statics and index in statics:
                 self._place_static(value, index, key)
+            elif kind is _ARRAY:
+                flat.append(value)
+                key.append(value.aval)
+            elif issubclass(kind, Node):
+                key.append(id(value))
             else:
                 self._place(value, flat, key)
         for name in sorted(kwargs) if kwargs else ():
@@ -87,8 +106,6 @@ class Arguments:
 
     def _statics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Collection[Any]:
         """The positions of a call's static arguments."""
-        if not (self._static_argnums or self._static_argnames):
-            return ()
         return static_positions(len(args), kwargs, self._static_argnums, self._static_argnames)
 
     def _place_static(self, value: Any, position: Any, key: list[Hashable]) -> None:
@@ -106,6 +123,9 @@ class Arguments:
         elif kind in _NUMBERS:
             flat.append(value)
             key.append(_NUMBERS[kind])
+        elif kind in _CONTAINERS and (types := _types_in(value, kind)) is not None:
+            flat.append(value)
+            key.append(types)
         else:
             packed = FlatTree(value)
             flat.append(packed.leaves if packed.nodes else value)

@@ -70,22 +70,11 @@ class DispatchPlan:
         self.donating_at = [i if i in variant.donated else None for i in variant.written]
         self.lands = bool(variant.donated) or not variant.waits
 
-    def take_apart(self, box: list[Any], values: list[Any]) -> tuple[int, Sequence[Any], Sequence[Any], Sequence[Any]]:
-        """What the program returned: the number of its record, the written values, and the arrays of the rest.
-
-        Args:
-          box: holds what it returned.
-          values: what it was called with.
-        """
-        ((number, (new, made, leaves)),) = box[0].items()
-        record = self.program.records[number]
-        if not record.new.plain:
-            new = record.new.decode(new, [values[index] for index in record.written])
-        return number, new, made, leaves
-
     def results(self, box: list[Any], values: list[Any]) -> Sequence[Any]:
-        """The written values alone."""
-        return self.take_apart(box, values)[1]
+        """The written values, of what the program returned into the box and was called with."""
+        ((number, (new, _, _)),) = box[0].items()
+        record = self.program.records[number]
+        return new if record.new.plain else record.new.decode(new, [values[index] for index in record.written])
 
     def recall(self, values: list[Any], donating: bool) -> bool:
         """Keep a launch on these values from running or from counting, if it has not run; whether that was so.

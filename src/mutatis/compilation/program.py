@@ -26,11 +26,11 @@ from mutatis.errors import MutatisError
 
 
 class NeedsTraceError(Exception):
-    """The compiled call would trace, though its shapes are known: JAX's settings changed, or its caches were cleared."""
+    """A compiled call would trace, though its shapes are known: JAX's settings changed, or its caches were cleared."""
 
 
 def refuse_to_trace(_program: Program, _flat: Sequence[Any]) -> dict[int, Any]:
-    """What `tracing.run` is for a call that must not trace.
+    """What `tracing.run` is where nothing is to be traced.
 
     Raises:
       NeedsTraceError: always.
@@ -38,19 +38,10 @@ def refuse_to_trace(_program: Program, _flat: Sequence[Any]) -> dict[int, Any]:
     raise NeedsTraceError
 
 
-def refuse_outside_calls(program: Program, _flat: Sequence[Any]) -> dict[int, Any]:
-    """What `tracing.run` is where nothing is called.
-
-    Raises:
-      MutatisError: always.
-    """
-    raise MutatisError(f"`{program.label}` was traced outside a call", cure="Call it, or use `mu.make_jaxpr`.")
-
-
 class _Tracing(threading.local):
     def __init__(self) -> None:
         # Given a program and JAX's tracers, runs the user's function on them: what the pure function returns.
-        self.run: Callable[[Program, Sequence[Any]], dict[int, Any]] = refuse_outside_calls
+        self.run: Callable[[Program, Sequence[Any]], dict[int, Any]] = refuse_to_trace
 
 
 tracing = _Tracing()

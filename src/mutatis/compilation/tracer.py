@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mutatis.compilation.pending import PendingCall
-from mutatis.compilation.program import NeedsTraceError, Program, refuse_outside_calls
+from mutatis.compilation.program import NeedsTraceError, Program
 from mutatis.compilation.record import OutputEncoding, TraceRecord
 from mutatis.compilation.shardings import constrain, of_node
 from mutatis.core.avals import same_type
@@ -88,9 +88,7 @@ def trace(call: PendingCall, program: Program, flat: Sequence[Any]) -> dict[int,
       StaleBinding: another thread changed the structure meanwhile.
       FoundStates: the function reached states that are no inputs.
     """
-    if call.program is not program:
-        refuse_outside_calls(program, flat)
-    if call.fast:
+    if call.fast or call.program is not program:
         raise NeedsTraceError
     call.traced = True
     with structure_lock:

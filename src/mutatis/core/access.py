@@ -116,7 +116,7 @@ def lent(states: Sequence[Cell]) -> Iterator[list[Any]]:
     try:
         yield cells.lend_many(states, loan)
     finally:
-        loan.over = True
+        loan.lent = False
 
 
 def holds_value(cell: Cell) -> bool:

@@ -78,6 +78,7 @@ class Lease:
         "exposed",
         "flight",
         "landing",
+        "lent",
         "losses",
         "lost",
         "overwritten",
@@ -98,8 +99,9 @@ class Lease:
         self.overwritten: set[Cell] = set()  # those that somebody wrote while it was in flight
         # The cells that it was taken off, by `id`, the last one first: `(number, (number, ...))`. A chain, because to add to it
         # takes no call, in which a signal handler might run.
-        self.lost: Any = None
+        self.lost: Any = (0, None)
         self.losses = 0  # how long that is
+        self.lent = False  # whether it is a loan that is not over
         self.taken = False  # whether any cell has ever carried it
 
 
@@ -109,11 +111,11 @@ class Loan(Lease):
     Until then they count as held by user code; afterwards a step may delete them.
     """
 
-    __slots__ = ("over",)
+    __slots__ = ()
 
     def __init__(self) -> None:
         super().__init__()
-        self.over = False
+        self.lent = True
 
 
 class Step(Protocol):
@@ -221,8 +223,10 @@ def _lend_values(cells: Sequence[Cell], loan: Loan) -> list[Any]:
 
 
 def _expose(cell: Cell) -> Any:
-    mine = _thread.lease
-    settle(mine)
+    settle(_thread.lease)
+    value = cell._value
+    if getattr(value, "ndim", None) == 0:
+        return value  # no step deletes a single number: see `TraceRecord.donatable`
     with mutex:
         return _expose_value(cell)
 
@@ -234,10 +238,10 @@ def _expose_value(cell: Cell, loan: Loan | None = None) -> Any:
         lease, value = cell._lease, cell._value
         if lease is None:
             return value  # nothing has happened since the look at it
-        lease.lost = (number, lease.lost)
+        lease.lost = (number, lease.lost)  # and no call stands from there to here, in which a signal handler would run
         if lease.flight is None:
-            cell._lease = None if is_lent(lease) else loan
-            return value  # nor here
+            cell._lease = None if lease.lent else loan
+            return value
         if not lease.donating:
             lease.shown.add(cell)
             if busy_lease(cell) is lease and cell._value is value:  # else it has ended, and may not have seen that
@@ -354,19 +358,16 @@ def _wait(busy: Callable[[], Lease | None]) -> None:
 def my_lease() -> Lease:
     """A lease of this thread that is not busy."""
     lease = _thread.lease
+    if lease.flight is None:
+        return lease
     settle(lease)
-    return lease if lease.flight is None else Lease()
+    return _thread.lease if _thread.lease.flight is None else Lease()
 
 
 def is_exposed(cell: Cell) -> bool:
     """Whether user code may hold the value of a cell that is in no step's flight."""
     lease = cell._lease
-    return lease is None or cell in lease.shown or is_lent(lease)
-
-
-def is_lent(lease: Lease) -> bool:
-    """Whether it is a loan that is not over."""
-    return type(lease) is Loan and not lease.over
+    return lease is None or lease.lent or cell in lease.shown
 
 
 def give_back(lease: Lease) -> None:
