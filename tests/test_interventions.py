@@ -783,3 +783,77 @@ def test_nothing_is_kept_across_raw_jit(keep: Any) -> None:
     with pytest.raises(errors.TraceLevelError, match="mu"):
         jax.jit(lambda x: (keep(net, "seen", x), x)[1])(ONE)
     assert not hasattr(net, "seen")
+
+
+def test_entered_again_it_is_the_same_for_compiled_programs(traces: Any) -> None:
+    # Whoever does the same is the same; another function, filter, node or surrounding interceptor is another.
+    net = Net(statistic=False)
+    walks = []
+
+    @mu.jit
+    def step(net: Any, x: Any) -> Any:
+        walks.append(1)
+        return net(x)
+
+    def double(module: Any, call: Any, x: Any) -> Any:
+        return 2 * call(x)
+
+    def negative(module: Any, call: Any, x: Any) -> Any:
+        return -call(x)
+
+    class Hook:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def hook(self, module: Any, call: Any, x: Any) -> Any:
+            return self.factor * call(x)
+
+    hooks = Hook(2.0), Hook(3.0)
+
+    def patched(where: Any, fn: Any, of: Any = None) -> tuple[float, float]:
+        with mu.intercept(where, fn, of=of):
+            return float(step(net, X)), float(net(X))
+
+    for _ in range(3):
+        for where, fn, of in [
+            (Scale, double, None),
+            (mu.OfType(Scale), double, None),
+            (Block, double, None),
+            (Scale, negative, None),
+            (mu.PathContains("last"), double, net),
+            (mu.PathContains("scale"), double, net.block),
+            (Scale, hooks[0].hook, None),
+            (Scale, hooks[1].hook, None),
+        ]:
+            compiled, eager = patched(where, fn, of)
+            assert np.isclose(compiled, eager, rtol=1e-6)
+        with mu.intercept(Scale, negative):
+            compiled, eager = patched(Block, double)
+            assert np.isclose(compiled, eager, rtol=1e-6)
+    assert len(walks) <= 9
+    hooks[0].factor = 5.0
+    compiled, eager = patched(Scale, hooks[0].hook)
+    assert np.isclose(compiled, eager, rtol=1e-6)
+
+
+def test_fresh_functions_are_not_kept() -> None:
+    net = Net(statistic=False)
+    step = mu.jit(lambda net, x: net(x))
+    alive = []
+
+    for _ in range(100):
+
+        def patch(module: Any, call: Any, x: Any) -> Any:
+            return call(x)
+
+        with mu.intercept(Scale, patch, of=net):
+            step(net, X)
+        alive.append(weakref.ref(patch))
+    del patch
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) <= 20
+    model = weakref.ref(net)
+    del net
+    gc.collect()
+    assert model() is None
+    assert sum(ref() is not None for ref in alive) <= 1  # the one that the program was made for

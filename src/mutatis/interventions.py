@@ -7,8 +7,10 @@ collects what modules return. `sow` and `perturb` are for code that keeps a valu
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import inspect
+import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,7 +36,7 @@ from mutatis.model.operations import pop
 from mutatis.model.state import State
 from mutatis.model.surgery import Places, modules
 from mutatis.model.variables import Variable, spelled, unsubscripted
-from mutatis.model.walks import variables
+from mutatis.model.walks import check_node, variables
 from mutatis.tracing.transformed import Transformed
 
 T = TypeVar("T")
@@ -42,9 +44,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _stack = Context("intercept", None)  # the innermost Interceptor
-_places: weakref.WeakKeyDictionary[Any, Places] = (
-    weakref.WeakKeyDictionary()
-)  # by Interceptor: where modules are in its `of`
+_stack.recurs = True
+# By Interceptor, where modules are in its `of`: kept outside of it, for it may live as long as a model that it holds.
+_places: contextvars.ContextVar[dict[Any, Places]] = contextvars.ContextVar("places", default={})  # noqa: B039 - never changed
+# By what they do, those that are in use, or that a model keeps for the next time: so entering one again changes nothing that
+# a compiled program goes by.
+_interceptors: weakref.WeakValueDictionary[tuple[Any, ...], Interceptor] = weakref.WeakValueDictionary()
 
 
 class Interceptor(Module):
@@ -64,12 +69,11 @@ class Interceptor(Module):
         self.of = of
         self.store = store
         self.below = below
-        _places[self] = Places([] if of is None else of)
 
     def run(self, module: Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The call of a module, handed down from the innermost interceptor to the call itself."""
         go_on = call if self.below is None else functools.partial(self._go_on, module, call)
-        found = _places[self].path_of(module)
+        found = _places.get()[self].path_of(module)
         path: Path = () if found is None else found
         if not self.selects(path, module) or (self.store is not None and found is None):
             return go_on(*args, **kwargs)
@@ -161,9 +165,32 @@ def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> I
             got=show_value(fn),
             cure="`mu.intercept(nn.Linear, lambda module, call, x: call(x))`",
         )
+    if of is not None:
+        check_node(of)
     for_each_class(_make_interceptable)  # those that were given another `__call__` since
-    with _stack.set(Interceptor(as_filter(where), fn, of, None, _stack.get())):
+    with _under(_interceptor(as_filter(where), fn, of, _stack.get())):
         yield
+
+
+@contextlib.contextmanager
+def _under(interceptor: Interceptor) -> Iterator[None]:
+    """Hand calls to an interceptor."""
+    token = _places.set({**_places.get(), interceptor: Places(interceptor.of)})
+    try:
+        with _stack.set(interceptor):
+            yield
+    finally:
+        _places.reset(token)
+
+
+def _interceptor(selects: Any, fn: Callable[..., Any], of: Any, below: Any) -> Interceptor:
+    """The one that does this, if there is one, or a new one."""
+    function = (id(fn.__func__), id(fn.__self__)) if isinstance(fn, types.MethodType) else id(fn)
+    key = (selects, function, id(of), id(below))
+    known = _interceptors.get(key)
+    if known is None:
+        known = _interceptors[key] = Interceptor(selects, fn, of, None, below)
+    return known
 
 
 def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transformed[P, tuple[R, State]]:
@@ -207,7 +234,7 @@ def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transfor
         store = Module()
         for_each_class(_make_interceptable)
         before = {cell: cell.get() for cell in variables(node, *kinds).values()} if kinds else {}
-        with _stack.set(Interceptor(selects, None, node, store, _stack.get())):
+        with _under(Interceptor(selects, None, node, store, _stack.get())):
             out = function(*args, **kwargs)
         paths = {show_path(path) or ".": path for path in modules(node)}
         kept = {paths[name]: cell.get() for name, cell in vars(store).items()}

@@ -21,6 +21,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -75,12 +76,17 @@ def docstrings(path: Path) -> Iterator[tuple[str, str, int]]:
     yield from visit(ast.parse(path.read_text(encoding="utf-8")), module_name(path))
 
 
+def once_if(costly: bool, path: Path) -> Any:
+    """A parameter; the costly ones run on one Python, as `.ci/run` does with what is marked so."""
+    return pytest.param(path, marks=[pytest.mark.once] if costly else [])
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(SOURCE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
+@pytest.mark.parametrize("path", [once_if(path.parent.name == "nn", path) for path in MODULES], ids=module_name)
 def test_docstrings(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     import jax
@@ -128,7 +134,11 @@ def run_page(path: Path) -> None:
                 exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), known)
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [once_if(path.stem not in ("README", "semantics"), path) for path in PAGES],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_pages(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):  # as readers have it: optax promotes

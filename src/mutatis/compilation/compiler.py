@@ -37,6 +37,7 @@ from mutatis.compilation.record import replay, shapes_of
 from mutatis.compilation.shardings import InShardings
 from mutatis.compilation.tracer import FoundStates, StaleBinding, StartsLate, trace
 from mutatis.core import access, avals, frames, naming, transactions
+from mutatis.core.avals import types_of
 from mutatis.core.cells import UNSET
 from mutatis.core.committed import notify
 from mutatis.core.stamps import stamped
@@ -45,7 +46,7 @@ from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, CapturedStateWarning, StructureError
 from mutatis.model import contexts
-from mutatis.model.modules import known_bindings
+from mutatis.model.modules import Module, known_bindings, watch_of
 from mutatis.model.variables import Variable
 from mutatis.tracing import traced
 from mutatis.tracing.arguments import function_name
@@ -58,16 +59,25 @@ _LATEST = 16  # bindings
 _NOTED = 64  # places
 
 
-def _abstract(array: Any) -> Any:
-    """What JAX traces for an array."""
+def _abstract(value: Any) -> Any:
+    """What JAX traces for a value. No array: another thread may donate those meanwhile."""
+    return _abstract_leaf(value) if type(value) is _ARRAY else jax.tree.map(_abstract_leaf, value)
+
+
+def _abstract_leaf(array: Any) -> Any:
     placed = isinstance(array.sharding, jax.sharding.NamedSharding)  # a mesh is part of a type
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)
 
 
 def _types(cells: Sequence[Variable]) -> list[Any]:
-    """What JAX traces for cells. Types, not arrays: another thread may donate those meanwhile."""
-    values = [cell._value for cell in cells]
-    return [_abstract(value) if type(value) is _ARRAY else jax.tree.map(_abstract, value) for value in values]
+    """What JAX traces for cells."""
+    return [_abstract(cell._value) for cell in cells]
+
+
+class _Kept(dict[Any, Any]):
+    """A dict that can be referred to weakly."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Compiler:
@@ -87,9 +97,9 @@ class Compiler:
         self.programs: dict[tuple[tuple[Hashable, ...], tuple[Hashable, ...]], Program] = {}
         # A binding for arguments lives on the first module among them, so that a cycle through it can be collected.
         self.bindings: dict[Hashable, weakref.ref[Bindings]] = {}
-        self._captured: dict[Hashable, Bindings] = {}  # those for captures only
+        self._captured: dict[Hashable, Bindings] = _Kept()  # those for captures only
         # Those with bare Variables among the arguments: a binding holds its cells, so it cannot wait for one to die.
-        self._latest: deque[Bindings] = deque(maxlen=_LATEST)
+        self._latest: deque[dict[Hashable, Bindings]] = deque(maxlen=_LATEST)
         self._traced: deque[traced.TracedPlace] = deque(maxlen=_NOTED)  # what tracing itself changes
         self.log = Log()
 
@@ -186,7 +196,7 @@ class Compiler:
         """Forget all programs, and what is known of objects."""
         with structure_lock:
             self._invalidate_all()
-            self.programs, self.bindings, self._captured = {}, {}, {}
+            self.programs, self.bindings, self._captured = {}, {}, _Kept()
             self._latest.clear()
 
     def _invalidate_all(self) -> None:
@@ -441,30 +451,37 @@ class Compiler:
         if any(map(access.is_made_here, binding.cells)):  # it would keep them beyond the trace that they belong to
             return
         me = weakref.ref(self)
+        kept: dict[Any, Any]
+        if any(isinstance(node, Variable) for _, node in nodes):
+            kept = _Kept()  # by those that are the latest
+        else:
+            kept = known_bindings(nodes[0][1]).setdefault(self, _Kept()) if nodes else self._captured
+        where_kept = weakref.ref(kept)
 
         def drop(_: Any) -> None:
             compiler = me()
             if compiler is not None and compiler.bindings.get(key) is own:  # and not one that came in its place
                 compiler.bindings.pop(key, None)
-                compiler._captured.pop(key, None)
+                if (still := where_kept()) is not None:
+                    still.pop(key, None)
 
         reference = self.bindings.get(key)
         bindings = (None if reference is None else reference()) or Bindings()
         bindings.put_first(binding)
         own = reference if reference is not None and reference() is bindings else weakref.ref(bindings, drop)
-        for obj in (*(node for _, node in nodes), *captured, *functions):
+        ambient = contexts.nodes()
+        for obj in (*(node for _, node in nodes), *captured, *functions, *ambient):
             if not isinstance(obj, Variable | list | tuple | dict):  # those are held
                 try:
                     binding.references.append(weakref.ref(obj, drop))
                 except TypeError:
                     return
+        for holder in [node for node in (*(node for _, node in nodes), *captured) if isinstance(node, Module)][:1]:
+            for node in filter(contexts.recurs, ambient):
+                watch_of(holder).keep(node)
+        kept[key] = bindings
         if any(isinstance(node, Variable) for _, node in nodes):
-            self._latest.append(bindings)
-        elif nodes:
-            owner = nodes[0][1]
-            known_bindings(owner).setdefault(self, {})[key] = bindings
-        else:
-            self._captured[key] = bindings
+            self._latest.append(kept)
         self.bindings[key] = own
 
     @staticmethod
@@ -491,13 +508,17 @@ class Compiler:
         binding, program = call.binding, call.program
         call.fast = False
         logged = types is None
-        types = _types(binding.cells) if types is None else types
+        values = [cell._value for cell in binding.cells] if types is None else types
         started = time.perf_counter()
-        with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
-            found = program.undonated.trace(*types, *flat)
-        (number,) = found.out_info
+        key = types_of([*values, *flat])
+        number = program.known(key)
+        if number is None:
+            with structure_lock, transactions.tracing():  # the lock before JAX's own one on the trace, always
+                found = program.undonated.trace(*map(_abstract, values), *flat)
+            (number,) = found.out_info
+            program.records[number].waits = _compat.has_host_callback(found.jaxpr.jaxpr)
+            program.note(key, number)
         record = program.records[number]
-        record.waits = _compat.has_host_callback(found.jaxpr.jaxpr)
         binding.plan = DispatchPlan(
             program, binding.cells, binding.ambient, program.variant_for(record), number, record
         )
@@ -553,6 +574,7 @@ class Compiler:
         try:
             outcome = launch(plan, flat, seconds=call.seconds)
         except NeedsTraceError:
+            plan.program.forget_traces()
             plan = self._prepare(call, flat)
             outcome = launch(plan, flat, seconds=call.seconds)
         result = rebuild_result(binding, plan.program, *outcome)

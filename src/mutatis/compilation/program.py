@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -36,6 +37,9 @@ def refuse_to_trace(_program: Program, _flat: Sequence[Any]) -> dict[int, Any]:
       NeedsTraceError: always.
     """
     raise NeedsTraceError
+
+
+_NOTED = 64  # traces of one program
 
 
 class _Tracing(threading.local):
@@ -79,6 +83,7 @@ class Program:
         self._shardings = shardings
         self._positions = positions
         self._numbers = itertools.count()
+        self._traced: deque[tuple[Any, int]] = deque(maxlen=_NOTED)  # types of values, and the record of their trace
         self._variants: dict[Hashable, Variant] = {}  # more than one if its traces differ in what they write
         me = weakref.ref(self)
 
@@ -112,6 +117,18 @@ class Program:
         number = next(self._numbers)
         self.records[number] = record
         return number
+
+    def known(self, types: Any) -> int | None:
+        """The number of the record that a trace with values of these types would come to; None if there was none."""
+        return None if types is None else next((number for known, number in [*self._traced] if known == types), None)
+
+    def note(self, types: Any, number: int) -> None:
+        """A trace with values of these types has come to this record."""
+        self._traced.append((types, number))
+
+    def forget_traces(self) -> None:
+        """JAX has."""
+        self._traced.clear()
 
     def variant_for(self, record: TraceRecord) -> Variant:
         """How to call the program for the shapes of a record."""

@@ -67,6 +67,17 @@ def fits_program(old: Any, new: Any) -> bool:
     return all(a.sharding == b.sharding for a, b in pairs)
 
 
+def types_of(values: list[Any]) -> Any:
+    """All that JAX's trace goes by in values: two lists of this are equal, or it would trace anew. None if it cannot be told."""
+    leaves, treedef = jax.tree.flatten(values)
+    try:
+        types = [leaf.aval if type(leaf) is _ARRAY else jax.typeof(leaf) for leaf in leaves]
+    except TypeError:
+        return None
+    # JAX mostly has one object for equal types, and for equal shardings: comparing those is quick, and a hash is not.
+    return treedef, types, [getattr(leaf, "sharding", None) for leaf in leaves]
+
+
 def placement(value: Any) -> tuple[Any, ...] | None:
     """The shardings of a concrete value's leaves if they live on several devices, else None."""
     shardings = [leaf.sharding for leaf in jax.tree.leaves(value) if isinstance(leaf, jax.Array)]

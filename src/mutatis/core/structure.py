@@ -80,7 +80,7 @@ _random_bits = random.Random(int.from_bytes(os.urandom(16))).getrandbits  # our 
 class Watch:
     """What is kept about a module since somebody took its structure for granted."""
 
-    __slots__ = ("_epoch", "_numbers", "disturbances", "submodules", "training")
+    __slots__ = ("_epoch", "_kept", "_numbers", "disturbances", "submodules", "training")
 
     def __init__(self) -> None:
         self._epoch = _random_bits(128)
@@ -88,6 +88,11 @@ class Watch:
         self.disturbances = 0  # changes of its structure while another thread was tracing
         self.submodules: Any = None  # a walk that was made over it, and what proves that it holds
         self._numbers: dict[Any, int] = {}
+        self._kept: tuple[Any, ...] = ()
+
+    def keep(self, node: Any) -> None:
+        """Keep a node alive with the module, until a number of others have been kept."""
+        self._kept = (node, *[other for other in self._kept if other is not node])[:_KEPT]
 
     def difference(self, name: str, old: Any, new: Any) -> int | None:
         """What a change of a flag makes of the epoch; None for a change of anything but a flag."""
@@ -108,6 +113,7 @@ class Watch:
 
 _FLAGS = frozenset({bool, int, str, type(None)})
 _REMEMBERED = 64  # values of one module's flags
+_KEPT = 16  # nodes
 
 
 structure = _Structure()

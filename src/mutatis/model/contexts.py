@@ -56,13 +56,14 @@ class Context:
       (1.5, 1.0)
     """
 
-    __slots__ = ("__weakref__", "_number", "default", "name")
+    __slots__ = ("__weakref__", "_number", "default", "name", "recurs")
     _numbers: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, name: str, default: Any = UNSET) -> None:
         self.name = name
         self.default = default
         self._number = next(Context._numbers)
+        self.recurs = False  # whether a model that is called under a module set here keeps that for the next time
 
     def get(self) -> Any:
         """The value that is set, or the default.
@@ -156,3 +157,13 @@ def cells() -> tuple[ContextValue, ...]:
     """The arrays that are set."""
     active = _active.get()
     return tuple(entry for _, entry in active if isinstance(entry, ContextValue)) if active else ()
+
+
+def nodes() -> list[Any]:
+    """The modules and other nodes that are set."""
+    return [entry for _, entry in _active.get() if not isinstance(entry, Static | ContextValue)]
+
+
+def recurs(node: Any) -> bool:
+    """Whether a node that is set comes again, by its context."""
+    return any(entry is node and context.recurs for context, entry in _active.get())

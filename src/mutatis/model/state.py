@@ -193,7 +193,13 @@ def first_filters(
       FilterError: something is left over, unless `leftovers`.
     """
     predicates = [as_filter(f) for f in filters]
-    places = {path: next((i for i, f in enumerate(predicates) if f(path, v)), None) for path, v in items}
+    places: dict[Path, int | None] = {}
+    for path, variable in items:
+        places[path] = None
+        for number, selects in enumerate(predicates):
+            if selects(path, variable):
+                places[path] = number
+                break
     rest = [path for path, at in places.items() if at is None]
     if rest and not leftovers:
         raise FilterError(

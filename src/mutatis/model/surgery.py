@@ -151,13 +151,19 @@ def _entries(obj: Any) -> list[tuple[Any, Any]]:
 
 
 class Places:
-    """The paths of a node's submodules, looked up anew when the node has changed."""
+    """The paths of a node's submodules, looked up when they are asked for, and anew when the node has changed.
+
+    Args:
+      node: the node; without one there are no paths.
+    """
 
     __slots__ = ("_contents", "_epoch", "_node", "_paths")
 
     def __init__(self, node: Any) -> None:
-        self._node = node
-        self._look()
+        self._node = [] if node is None else node
+        self._epoch: int | None = None  # not looked up yet
+        self._contents: ContainerSnapshot
+        self._paths: dict[int, Path] = {}  # by `id`: users' modules may compare as they like
 
     def path_of(self, module: Module) -> Path | None:
         """The first path of a module that is somewhere in the node."""
@@ -171,7 +177,7 @@ class Places:
             self._epoch = structure.epoch
             encoder.encode(check_node(self._node))
         self._contents = ContainerSnapshot([obj for obj in encoder.objects if not isinstance(obj, Module)])
-        self._paths: dict[int, Path] = {}  # by `id`: users' modules may compare as they like
+        self._paths = {}
         for path, obj in zip(encoder.object_paths, encoder.objects, strict=True):
             if isinstance(obj, Module):
                 watch_of(obj)
@@ -189,11 +195,13 @@ def holders_of(node: Any) -> list[tuple[Path, Any]]:
 def holders_among(encoder: Encoder, cells: Collection[Variable]) -> list[tuple[Path, Any]]:
     """Those of the modules, lists and dicts that a walk has met which hold some of the cells, with their paths."""
     wanted = set(map(id, cells))
-    return [
-        (path, obj)
-        for path, obj in zip(encoder.object_paths, encoder.objects, strict=True)
-        if any(id(item) in wanted or isinstance(item, _INDIRECT) for _, item in _entries(obj))
-    ]
+
+    def may_hold(obj: Any) -> bool:
+        items = obj if type(obj) is list else (vars(obj) if isinstance(obj, Module) else obj).values()
+        # No loop over the items in Python: most hold none of the cells.
+        return not wanted.isdisjoint(map(id, items)) or any(issubclass(kind, _INDIRECT) for kind in {*map(type, items)})
+
+    return [(path, obj) for path, obj in zip(encoder.object_paths, encoder.objects, strict=True) if may_hold(obj)]
 
 
 _INDIRECT = (tuple, Wrapped, types.MethodType)  # what may hold some inside
