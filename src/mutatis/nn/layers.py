@@ -16,8 +16,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.nn.initializers import Initializer, ones, zeros
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import access, naming
 from mutatis.core.avals import show_type
@@ -133,6 +134,29 @@ class Layer(Module):
         """The options of a product that were said: a function of the user's need not know the others."""
         said = {"preferred_element_type": self.preferred_element_type, "out_sharding": out_sharding}
         return {name: value for name, value in said.items() if value is not None}
+
+
+# `lax.dot_general` as `jnp.matmul` calls it: found by JAX without Python's help where it is not traced, differentiated at once,
+# and gone from what is traced.
+_dot_general = jax.jit(
+    lax.dot_general,
+    static_argnames=("dimension_numbers", "precision", "preferred_element_type", "out_sharding"),
+    inline=True,
+)
+
+
+def contract(
+    dot_general: Callable[..., jax.Array], x: jax.Array, y: jax.Array, dimensions: Any, **options: Any
+) -> jax.Array:
+    """A product by a layer's `dot_general`."""
+    if dot_general is lax.dot_general:
+        return _dot_general(x, y, dimension_numbers=dimensions, **options)
+    return dot_general(x, y, dimensions, **options)
+
+
+def as_array(value: ArrayLike) -> jax.Array:
+    """`jnp.asarray(value)`, which takes its time over arrays, too."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
 def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axis: int = -1, ndim: int = 1) -> int:

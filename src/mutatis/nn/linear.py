@@ -21,8 +21,10 @@ from mutatis.nn.layers import (
     PromoteDtype,
     Shape,
     add_bias,
+    as_array,
     as_axes,
     check_input,
+    contract,
     convert,
     materialize,
     misfit,
@@ -124,15 +126,15 @@ class Linear(Layer):
         Raises:
           ArgumentError: the input has another number of features, or holds integers.
         """
-        x = jnp.asarray(inputs)
+        x = as_array(inputs)
         features = check_input(self.kernel, x, along=0)
         self._accept(self.kernel, x)
         materialize(self.kernel, self.kernel_init, (features, self.out_features), self.param_dtype)
         bias = None if self.bias is None else self.bias.value
         x, kernel, bias = self._promote(self.kernel, x, self.kernel.value, bias)
         dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-        y: jax.Array = self.dot_general(x, kernel, dimensions, precision=self.precision, **self._options(out_sharding))
-        return add_bias(y, bias)
+        options = self._options(out_sharding)
+        return add_bias(contract(self.dot_general, x, kernel, dimensions, precision=self.precision, **options), bias)
 
 
 class LinearGeneral(Layer):
@@ -229,7 +231,7 @@ class LinearGeneral(Layer):
         Raises:
           ArgumentError: the input has other sizes, or holds integers.
         """
-        x = jnp.asarray(inputs)
+        x = as_array(inputs)
         axes = self._axes_in(x)
         self._accept(self.kernel, x)
         init = None if self.kernel_init is None else self._flat(self.kernel_init)
@@ -242,9 +244,8 @@ class LinearGeneral(Layer):
         dot_general = self.dot_general or lax.dot_general
         if self.dot_general_cls is not None:
             dot_general = self.dot_general_cls()
-        y: jax.Array = dot_general(
-            x, kernel, ((axes, contracted), (batch, batch)), precision=self.precision, **self._options(out_sharding)
-        )
+        dimensions = ((tuple(axes), contracted), (batch, batch))
+        y = contract(dot_general, x, kernel, dimensions, precision=self.precision, **self._options(out_sharding))
         if bias is None:
             return y
         between = (1,) * (y.ndim - bias.ndim)
@@ -377,7 +378,7 @@ class Einsum(Layer):
         Raises:
           ArgumentError: the input or the bias does not fit the equation, or the input holds integers.
         """
-        x = jnp.asarray(inputs)
+        x = as_array(inputs)
         equation = self.einsum_str if einsum_str is None else einsum_str.replace(" ", "")
         of_input, of_kernel, of_result = _operands(equation)
         sizes = self._sizes(equation, of_kernel)
