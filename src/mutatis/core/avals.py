@@ -58,20 +58,32 @@ def fits_program(old: Any, new: Any) -> bool:
     if old is new:
         return True
     if type(old) is _ARRAY and type(new) is _ARRAY:
-        x, y = old.sharding, new.sharding
-        # JAX mostly has one object for equal types, and for equal shardings.
-        return (old.aval is new.aval or same_type(old, new, exact=True)) and (x is y or bool(x == y))
-    if not same_type(old, new, exact=True):
+        return _leaf_fits(old, new)
+    left, left_tree = jax.tree.flatten(old)
+    right, right_tree = jax.tree.flatten(new)
+    return left_tree == right_tree and all(map(_leaf_fits, left, right))
+
+
+def _leaf_fits(old: Any, new: Any) -> bool:
+    if old is new:
+        return True
+    if not (isinstance(old, jax.Array) and isinstance(new, jax.Array)):
         return False
-    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-    return all(a.sharding == b.sharding for a, b in pairs)
+    a, b = _aval(old), _aval(new)
+    x, y = old.sharding, new.sharding
+    # JAX mostly has one object for equal types, and for equal shardings.
+    return (a is b or bool(a == b)) and (x is y or bool(x == y))
+
+
+def _aval(array: Any) -> Any:
+    return array.aval if type(array) is _ARRAY else jax.typeof(array)
 
 
 def types_of(values: list[Any]) -> Any:
     """All that JAX's trace goes by in values: two lists of this are equal, or it would trace anew. None if it cannot be told."""
     leaves, treedef = jax.tree.flatten(values)
     try:
-        types = [leaf.aval if type(leaf) is _ARRAY else jax.typeof(leaf) for leaf in leaves]
+        types = list(map(_aval, leaves))
     except TypeError:
         return None
     # JAX mostly has one object for equal types, and for equal shardings: comparing those is quick, and a hash is not.
