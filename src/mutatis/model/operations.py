@@ -12,6 +12,7 @@ from mutatis import _compat
 from mutatis.core import access
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Deferred
+from mutatis.core.collection import uncollected
 from mutatis.core.naming import show_path
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.structure import structure_lock
@@ -39,6 +40,7 @@ def state(node: Any, first: FilterLike, second: FilterLike, /) -> tuple[State, S
 def state(
     node: Any, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
 ) -> tuple[State, State, State, *tuple[State, ...]]: ...
+@uncollected
 def state(node: Any, *filters: FilterLike) -> Any:
     """The values of a node by path.
 
@@ -77,6 +79,7 @@ def split(node: T, first: FilterLike, second: FilterLike, /) -> tuple[GraphDef[T
 def split(
     node: T, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
 ) -> tuple[GraphDef[T], State, State, State, *tuple[State, ...]]: ...
+@uncollected
 def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
     """The `GraphDef` of a node and its values: one `State`, or one for each filter.
 
@@ -98,6 +101,7 @@ def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
     return definition, *(everything._only(p for p, at in places.items() if at == i) for i in range(len(filters)))
 
 
+@uncollected
 def merge(definition: GraphDef[T], *states: State | Mapping[Any, Any]) -> T:
     """A new node from a `GraphDef` and values; sharing is as it was.
 
@@ -150,6 +154,7 @@ def _fits(kept: Any, value: Any) -> bool:
     return same_type(kept, value if type(value) is _compat.ARRAY else as_value(value), lanes=True)
 
 
+@uncollected
 def clone(node: T) -> T:
     """An independent copy of a node with the same values; sharing is kept."""
     return merge(*split(node))
