@@ -46,7 +46,7 @@ def test_another_model_is_not_traced(asked: list[bool], traces: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "first, second",
+    ("first", "second"),
     [
         (jnp.ones(3), jnp.ones(4)),
         (jnp.ones(3), jnp.ones(3, jnp.int32)),
