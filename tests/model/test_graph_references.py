@@ -272,6 +272,7 @@ def test_an_optimizer_in_jit_of_another_model_compiles_nothing() -> None:
 # -- a population --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.jax_leaks
 @pytest.mark.parametrize("around", [lambda f: f, mu.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("inner", [optax.sgd, optax.adam])
 def test_a_population_with_hyperparameters_of_its_own(around: Any, inner: Any) -> None:

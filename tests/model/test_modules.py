@@ -538,6 +538,7 @@ def test_a_module_made_in_a_raw_transform_may_write_there() -> None:
     np.testing.assert_array_equal(table, [1, 1])
 
 
+@pytest.mark.jax_leaks
 def test_a_module_returned_from_raw_jit_is_a_detached_one() -> None:
     net = jax.jit(Net)()
     np.testing.assert_array_equal(net.w, [0, 1])

@@ -207,6 +207,7 @@ class Bad(mu.Module):
         self.h = mu.Hidden(w, init=init(w))
 
 
+@pytest.mark.jax_leaks
 @pytest.mark.parametrize("transform", [mu.jit, mu.vmap])
 @pytest.mark.parametrize("init", [lambda w: lambda: w, lambda w: lambda: w * 2, lambda w: w, lambda w: {"a": w + 1}])
 def test_a_start_that_holds_a_tracer_says_so(transform: Any, init: Callable[[Any], Any]) -> None:

@@ -438,6 +438,7 @@ def test_models_are_put_into_a_captured_list_that_holds_an_array() -> None:
     assert isinstance(held[1], jax.Array)
 
 
+@pytest.mark.jax_leaks
 def test_no_tracer_is_left_in_a_captured_list() -> None:
     held: list[Any] = [mu.Variable(1.0), jnp.ones(2)]
     for transform in (mu.jit, mu.remat):

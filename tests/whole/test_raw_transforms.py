@@ -203,6 +203,7 @@ def differentiable(name: str) -> None:
         pytest.skip("raw JAX has no reverse derivative of it")
 
 
+@pytest.mark.jax_leaks
 @each_raw
 @pytest.mark.parametrize("gradient_first", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_value_and_gradient_in_one_program(name: str, gradient_first: bool) -> None:
@@ -225,6 +226,7 @@ def test_value_and_gradient_in_one_program(name: str, gradient_first: bool) -> N
             close(step(net, x), (value, x, value))
 
 
+@pytest.mark.jax_leaks
 @each_raw_in_detail
 def test_several_programs_in_turn(name: str) -> None:
     """Each of them finds what the others have left in JAX's caches."""
@@ -249,6 +251,7 @@ def test_several_programs_in_turn(name: str) -> None:
         close(train(net, jnp.float32(5.0)), 5.0)
 
 
+@pytest.mark.jax_leaks
 @each_raw_in_detail
 def test_eager_transforms(name: str) -> None:
     """Without a program around: gradients, lanes and loops of ordinary code, again and again, while the states change."""
@@ -266,6 +269,7 @@ def test_eager_transforms(name: str) -> None:
         close(mu.for_loop(lambda x: f(x), xs), by_hand(w, 1.0, xs))
 
 
+@pytest.mark.jax_leaks
 @each_raw_in_detail
 def test_states_that_differ_per_lane(name: str) -> None:
     make, by_hand = RAW[name]
@@ -284,6 +288,7 @@ def test_states_that_differ_per_lane(name: str) -> None:
         close(eager(jnp.float32(3.0)), by_hand(ws + turn, bs, 3.0))
 
 
+@pytest.mark.jax_leaks
 @each_raw_in_detail
 def test_a_nested_program_over_a_kept_function(name: str) -> None:
     """A jitted function inside others: traced once, and right in all of them."""
@@ -300,6 +305,7 @@ def test_a_nested_program_over_a_kept_function(name: str) -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.jax_leaks
 def test_several_threads_over_one_kept_function() -> None:
     net = Net()
     f = jax.checkpoint(net)
@@ -447,6 +453,7 @@ def test_freezing_that_is_rolled_back() -> None:
         close(f(1.0), 3.0)
 
 
+@pytest.mark.jax_leaks
 def test_freezing_inside_a_transform_hides_no_read() -> None:
     """The raw transform is entered under the stamp of the transform, whatever is frozen around it."""
     net = Net()
@@ -500,6 +507,7 @@ def test_a_jitted_function_is_traced_once_for_all_transforms() -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.jax_leaks
 def test_no_stamp_is_left_behind() -> None:
     net = Net()
     f = jax.checkpoint(net)
