@@ -40,6 +40,7 @@ from mutatis.core import access, avals, frames, naming, transactions
 from mutatis.core.avals import types_of
 from mutatis.core.cells import UNSET
 from mutatis.core.committed import notify
+from mutatis.core.nodes import identity
 from mutatis.core.stamps import stamped
 from mutatis.core.statics import Identity, WeakIdentity
 from mutatis.core.structure import structure, structure_lock
@@ -313,7 +314,7 @@ class Compiler:
         if contexts.active():
             key = (*key, contexts.key())
         if functions is not None:
-            key = (*key, *map(id, functions))
+            key = (*key, *map(identity, functions))
         return flat, key
 
     def _known(self, key: tuple[Hashable, ...]) -> Bindings | None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mutatis import _compat
-from mutatis.core.nodes import Node, is_node
+from mutatis.core.nodes import Node, identity, is_node
 from mutatis.core.statics import Static
 from mutatis.tracing.arguments import FlatTree, check_hashable, static_positions, unflatten
 
@@ -21,13 +21,24 @@ _NUMBERS: dict[Any, Hashable] = {kind: (kind.__name__,) for kind in (bool, int, 
 _CONTAINERS = frozenset({dict, list, tuple})
 
 
-def _types_in(container: Any, kind: type) -> tuple[Hashable, ...] | None:
-    """What of a container of arrays and nothing else decides which trace it needs: most batches are such; else None."""
-    items = container.values() if kind is dict else container
-    types = [item.aval for item in items if type(item) is _ARRAY]
-    if len(types) < len(container):
-        return None
-    return (kind, *container, *types) if kind is dict else (kind, *types)
+def _divide_plain(container: Any, kind: type) -> tuple[Any, tuple[Hashable, ...]] | None:
+    """JAX's argument for a container, and what of it goes into the key: if it is one of arrays, as most batches are, or a list or
+    tuple of arrays and nodes; else None.
+    """
+    if kind is dict:
+        types = [item.aval for item in container.values() if type(item) is _ARRAY]
+        return None if len(types) < len(container) else (container, (kind, *container, *types))
+    leaves: list[Any] = []
+    parts: list[Hashable] = [kind]
+    for item in container:
+        if type(item) is _ARRAY:
+            leaves.append(item)
+            parts.append(item.aval)
+        elif is_node(item):
+            parts.append(identity(item))
+        else:
+            return None
+    return container if len(leaves) == len(container) else leaves, tuple(parts)
 
 
 def _type_of(leaf: Any) -> Any:
@@ -93,7 +104,7 @@ class Arguments:
                 flat.append(value)
                 key.append(value.aval)
             elif issubclass(kind, Node):
-                key.append(id(value))
+                key.append(identity(value))
             else:
                 self._place(value, flat, key)
         for name in sorted(kwargs) if kwargs else ():
@@ -119,17 +130,17 @@ class Arguments:
             flat.append(value)
             key.append(value.aval)
         elif is_node(value):
-            key.append(id(value))
+            key.append(identity(value))
         elif kind in _NUMBERS:
             flat.append(value)
             key.append(_NUMBERS[kind])
-        elif kind in _CONTAINERS and (types := _types_in(value, kind)) is not None:
-            flat.append(value)
-            key.append(types)
+        elif kind in _CONTAINERS and (divided := _divide_plain(value, kind)) is not None:
+            flat.append(divided[0])
+            key.append(divided[1])
         else:
             packed = FlatTree(value)
             flat.append(packed.leaves if packed.nodes else value)
-            key.append((packed.structure, *map(id, packed.nodes), *map(_type_of, packed.leaves)))
+            key.append((packed.structure, *map(identity, packed.nodes), *map(_type_of, packed.leaves)))
 
     def layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
         """How the arguments of a call are divided."""

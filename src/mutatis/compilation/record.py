@@ -6,7 +6,7 @@ the rest is noted in a record, undone before JAX goes on, and done after the cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,20 +33,26 @@ class OutputEncoding:
       before: for each what it was when it came in, or None; a key that is still the same does not go out.
     """
 
-    __slots__ = ("_parts", "arrays", "keyed", "plain")
+    __slots__ = ("_odd", "arrays", "keyed", "plain")
 
     def __init__(self, values: Sequence[Any], before: Sequence[Any] | None = None) -> None:
         self.arrays: list[Any] = []
         self.keyed: list[bool] = []  # by value: whether it holds random keys
-        self._parts: list[tuple[Any, list[Any]]] = []  # the structure of each value, and where its leaves come from
-        self.plain = True
+        # Of each value that is not one plain array: how many of those come before it, its number and structure, and where its
+        # leaves come from.
+        self._odd: list[tuple[int, int, Any, list[Any]]] = []
+        count = 0
         for index, value in enumerate(values):
             leaves, treedef = jax.tree.flatten(value)
             old = [] if before is None else jax.tree.leaves(before[index])
             sources = [self._encode(leaf, old) for leaf in leaves]
             self.keyed.append(any(source is not None for source in sources))
-            self.plain = self.plain and sources == [None] and treedef == ONE_LEAF
-            self._parts.append((treedef, sources))
+            if sources == [None] and treedef == ONE_LEAF:
+                count += 1
+            else:
+                self._odd.append((count, index, treedef, sources))
+                count = 0
+        self.plain = not self._odd
 
     def _encode(self, leaf: Any, old: list[Any]) -> Any:
         if not (hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)):
@@ -62,18 +68,23 @@ class OutputEncoding:
         """The values, of what JAX gave back."""
         if self.plain:
             return arrays
-        rest = iter(arrays)
-        values = []
-        for index, (treedef, sources) in enumerate(self._parts):
-            old = [] if before is None else jax.tree.leaves(before[index])
-            values.append(jax.tree.unflatten(treedef, [_decoded(source, rest, old) for source in sources]))
+        values: list[Any] = []
+        at = 0
+        for count, index, treedef, sources in self._odd:
+            values += arrays[at : at + count]
+            at += count
+            kept = [] if before is None or int not in map(type, sources) else jax.tree.leaves(before[index])
+            leaves = []
+            for source in sources:
+                if type(source) is int:
+                    leaves.append(kept[source])
+                    continue
+                array = arrays[at]
+                at += 1
+                leaves.append(array if source is None else jax.random.wrap_key_data(array, impl=source))
+            values.append(treedef.unflatten(leaves))
+        values += arrays[at:]
         return values
-
-
-def _decoded(source: Any, arrays: Iterator[Any], old: list[Any]) -> Any:
-    if source is None:
-        return next(arrays)
-    return old[source] if isinstance(source, int) else jax.random.wrap_key_data(next(arrays), impl=source)
 
 
 class TraceRecord:

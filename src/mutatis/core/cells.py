@@ -38,6 +38,7 @@ from typing import Any, Protocol
 
 import jax
 
+from mutatis.core.nodes import identity
 from mutatis.errors import MutatisError
 
 
@@ -232,7 +233,7 @@ def _expose(cell: Cell) -> Any:
 
 
 def _expose_value(cell: Cell, loan: Loan | None = None) -> Any:
-    number = id(cell)
+    number = identity(cell)
     while True:
         wait_while(lambda: None if (lease := busy_lease(cell)) is None or not lease.donating else lease)
         lease, value = cell._lease, cell._value
@@ -268,7 +269,7 @@ def store_many(cells: Sequence[Cell], values: Sequence[Any]) -> None:
 
 
 def _store_leased(cell: Cell, value: Any) -> None:
-    number = id(cell)
+    number = identity(cell)
     while (lease := cell._lease) is not None and lease.flight is not None:
         if lease.values is None:
             _void(lease)  # it begins again, on this value
@@ -396,7 +397,7 @@ def expose(lease: Lease, cells: Sequence[Cell]) -> None:
 def _expose_all(lease: Lease, cells: Sequence[Cell]) -> None:
     # A function of its own, as `_values` is.
     for cell in cells:
-        number = id(cell)
+        number = identity(cell)
         if cell._lease is lease:
             lease.lost = (number, lease.lost)
             cell._lease = None

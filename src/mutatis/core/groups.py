@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mutatis.core.cells import Cell, Lease, Loan, Step, busy_lease, is_exposed, moves, mutex, wait_while
+from mutatis.core.nodes import identity
 
 _LOOKED_AT = 64  # cells that a lease has lost: beyond, a step looks at all of its cells
 _KEPT = 4096  # of those, for steps that are made seldom
@@ -33,7 +34,7 @@ class Group:
         self._owner: Lease | None = None  # whose all of the written ones were ...
         self._lost: Any = None  # ... when it had lost these ...
         self._moves = 0  # ... and leases had been taken this often
-        self._places: dict[int, int] = {}  # of the written cells, by `id`
+        self._places: dict[int, int] = {}  # of the written cells, by `identity`
 
     def take(self, lease: Lease, step: Step, flight: list[Any], donating: bool, exposed: list[int]) -> list[Any]:
         """Make a thread's lease busy over the cells.
@@ -106,7 +107,7 @@ class Group:
         if self._owner is not lease or self._moves != moves.count or lease.shown or lease.overwritten:
             return None
         if not self._places:
-            self._places = {id(cell): place for place, cell in enumerate(self.written)}
+            self._places = {identity(cell): place for place, cell in enumerate(self.written)}
         places, entry = set(), lease.lost
         for _ in range(_LOOKED_AT):
             if entry is self._lost:

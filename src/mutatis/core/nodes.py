@@ -10,6 +10,10 @@ from typing import Any
 
 from mutatis.errors import StructureError
 
+# A number of an object that no other object has while it lives, as `id`, which asks an audit hook first: some packages that JAX
+# imports put one in place, and then it is slow.
+identity = object.__hash__
+
 
 class Node:
     """A part of models: a Variable, a Module, or a transformed one (`Wrapped`)."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from mutatis.core import access, avals, naming
 from mutatis.core.cells import UNSET
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import identity, is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject, check_static
 from mutatis.errors import ContextError, StaticAttributeError
@@ -145,7 +145,7 @@ def _identity(entry: Any) -> Hashable:
     if isinstance(entry, ContextValue) and entry._birth is None:
         leaves, treedef = jax.tree.flatten(entry._value)
         return treedef, *[leaf.aval for leaf in leaves], avals.placement(entry._value)
-    return entry if isinstance(entry, Static) else id(entry)
+    return entry if isinstance(entry, Static) else identity(entry)
 
 
 def structure() -> Hashable:

@@ -2,7 +2,7 @@
 
 A **place** is where something can be changed without the function being told: a closure cell, a name in a namespace (a module,
 an object, a class), a slot of an object, what a container or an array holds. Guards compare places with what they held, by
-identity, in a few calls of C code; only sets, arrays and containers of the users' own classes take a little Python.
+identity.
 """
 
 from __future__ import annotations
@@ -10,19 +10,17 @@ from __future__ import annotations
 import types
 from collections import deque
 from collections.abc import Callable
-from itertools import repeat
-from operator import attrgetter, is_
+from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mutatis.core.containers import ContainerSnapshot
-from mutatis.core.nodes import holds_nodes, is_node
+from mutatis.core.nodes import holds_nodes, identity, is_node
 from mutatis.tracing.codes import contents
 
 EMPTY = object()  # what an unbound place holds
-_get_contents = attrgetter("cell_contents")
-_get_of_class = types.MappingProxyType.get
 
 
 class Place(NamedTuple):
@@ -31,7 +29,7 @@ class Place(NamedTuple):
     Attributes:
       owner: the cell, namespace, object, container or array.
       key: the name in it; None for all that it holds.
-      held: what it held: one value, a list of values, or the bytes of an array. Of a node its `id`: it is not kept alive.
+      held: what it held: one value, a list of values, or the bytes of an array. Of a node its `identity`: it is not kept alive.
     """
 
     owner: Any
@@ -42,7 +40,18 @@ class Place(NamedTuple):
 class Guards:
     """Places, with what they held when they were added; each is compared once."""
 
-    __slots__ = ("_cells", "_containers", "_content", "_names", "_odd", "_of_classes", "_seen", "_slots", "_values")
+    __slots__ = (
+        "_cells",
+        "_containers",
+        "_content",
+        "_names",
+        "_nodes",
+        "_odd",
+        "_of_classes",
+        "_seen",
+        "_slots",
+        "_values",
+    )
 
     def __init__(self) -> None:
         self._cells: list[Place] = []
@@ -53,7 +62,10 @@ class Guards:
         self._odd: list[tuple[Callable[[Any], Any], Place]] = []  # with what reads them
         self._seen: set[tuple[int, str | None]] = set()
         self._content: ContainerSnapshot
-        self._values: tuple[Any, ...]
+        self._values: tuple[list[tuple[Any, ...]], ...]  # those places that hold values, as they are compared
+        self._nodes: list[
+            tuple[Callable[[], Any], int]
+        ]  # how to read those that hold nodes, and the `identity` of each
 
     def add_cell(self, cell: types.CellType, value: Any) -> None:
         """Guard a closure cell."""
@@ -94,28 +106,43 @@ class Guards:
     def close(self) -> None:
         """Make ready for comparing; nothing is added from now on."""
         self._content = ContainerSnapshot([place.owner for place in self._containers])
-        cells, names, classes, slots = self._cells, self._names, self._of_classes, self._slots
+        self._nodes = [
+            *((partial(contents, p.owner, EMPTY), int(p.held)) for p in _of_nodes(self._cells)),
+            *((partial(dict.get, p.owner, p.key, EMPTY), int(p.held)) for p in _of_nodes(self._names)),
+            *((partial(p.owner.__dict__.get, p.key, EMPTY), int(p.held)) for p in _of_nodes(self._of_classes)),
+            *((partial(getattr, p.owner, p.key, EMPTY), int(p.held)) for p in _of_nodes(self._slots)),
+        ]
         self._values = (
-            [place.owner for place in cells],
-            *([p.owner for p in names], [p.key for p in names]),
-            *([p.owner.__dict__ for p in classes], [p.key for p in classes]),
-            [_identity(place.held) for place in (*cells, *names, *classes, *slots)],
+            [(place.owner, place.held) for place in _of_values(self._cells)],
+            [(place.owner, place.key, place.held) for place in _of_values(self._names)],
+            [(place.owner.__dict__, place.key, place.held) for place in _of_values(self._of_classes)],
+            [(place.owner, place.key, place.held) for place in _of_values(self._slots)],
         )
         self._seen.clear()
 
     def unchanged(self) -> bool:
         """Whether every place holds what it held."""
-        cells, dicts, keys, classes, class_keys, identities = self._values
+        cells, names, classes, slots = self._values
+        # Plain loops: `id` is slow where there is an audit hook, as some packages put in place.
         try:
-            now = list(map(id, map(_get_contents, cells)))
+            for cell, held in cells:
+                if cell.cell_contents is not held:
+                    return False
         except ValueError:  # one of them was emptied
-            now = [id(contents(cell, EMPTY)) for cell in cells]
-        now += map(id, map(dict.get, dicts, keys, repeat(EMPTY)))
-        if classes:
-            now += map(id, map(_get_of_class, classes, class_keys, repeat(EMPTY)))
-        if self._slots:
-            now += [id(getattr(obj, key, EMPTY)) for obj, key, _ in self._slots]  # type: ignore[arg-type]
-        if now != identities or not self._content.unchanged():
+            if any(contents(cell, EMPTY) is not held for cell, held in cells):
+                return False
+        for namespace, key, held in names:
+            if dict.get(namespace, key, EMPTY) is not held:
+                return False
+        for namespace, key, held in classes:
+            if namespace.get(key, EMPTY) is not held:
+                return False
+        for obj, key, held in slots:
+            if getattr(obj, key, EMPTY) is not held:
+                return False
+        if self._nodes and any(identity(read()) != number for read, number in self._nodes):
+            return False
+        if not self._content.unchanged():
             return False
         return not self._odd or all(_same(read(place.owner), place.held) for read, place in self._odd)
 
@@ -132,15 +159,19 @@ class Guards:
 
 
 class _OfNode(int):
-    """The `id` of a node."""
+    """The `identity` of a node."""
 
 
 def _held(value: Any) -> Any:
-    return _OfNode(id(value)) if is_node(value) else value
+    return _OfNode(identity(value)) if is_node(value) else value
 
 
-def _identity(held: Any) -> int:
-    return int(held) if type(held) is _OfNode else id(held)
+def _of_nodes(places: list[Place]) -> list[Place]:
+    return [place for place in places if type(place.held) is _OfNode]
+
+
+def _of_values(places: list[Place]) -> list[Place]:
+    return [place for place in places if type(place.held) is not _OfNode]
 
 
 def _same(a: Any, b: Any) -> bool:
