@@ -21,7 +21,11 @@ PLOT = PAGE.with_suffix(".svg")
 DATA = PAGE.with_suffix(".json")
 SCRIPTS = {
     "calls": "What a call costs",
+    "loops": "What people do around a call",
+    "workloads": "Whole programs",
+    "eager": "Without `mu.jit`",
     "programs": "What is compiled, and how long that takes",
+    "pretraining": "Tracing a pretraining step",
     "decoding": "Decoding, one jitted call per token",
     "imports": "The import",
     "graph": "State operations, a train step, and building a model, beside other libraries",

@@ -1,9 +1,9 @@
 """Whole programs as people run them, one jitted call a step from Python, each beside its twin threaded by hand.
 
 A variational autoencoder that sows its KL term, a Q-learner with its replay buffer in states, a generator and a discriminator
-with an optimizer each, spiking neurons called step by step, and decoding token by token with each token looked at. The twins donate
-what they thread, draw the same numbers from the same keys, and come to the same results, which is checked. With ``--peers`` the
-same program stands beside them in Flax NNX, where it can be written there.
+with an optimizer each, spiking neurons called step by step, and decoding token by token with each token looked at. The twins
+donate what they thread, draw the same numbers from the same keys, and come to the same results, which is checked. With
+``--peers`` the same program stands beside them in Flax NNX, where it can be written there.
 """
 
 from __future__ import annotations

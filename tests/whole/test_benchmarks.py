@@ -16,6 +16,9 @@ import jax.numpy as jnp
 import pytest
 
 import mutatis as mu
+from mutatis.compilation import dispatch
+from mutatis.compilation.compiler import Compiler
+from mutatis.tracing.scope import Scope
 
 pytestmark = pytest.mark.once
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -99,3 +102,55 @@ def test_scripts_run(script: str, options: list[str]) -> None:
     assert (
         "12 states" in subprocess.run(command, check=True, capture_output=True, text=True).stdout or script == "imports"
     )
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield importlib.import_module
+
+
+WORKLOADS = [
+    "a VAE that sows its KL term",
+    "a DQN step with its replay buffer in states",
+    "a GAN with two optimizers",
+    "an LIF step, called from Python",
+    "a token, looked at, model as argument",
+    "a token, looked at, model closed over",
+    "a token, looked at, the position read too",
+    "a token, looked at, of two models in turn",
+]
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_whole_program_is_the_one_by_hand_and_costs_nothing_besides(
+    name: str, scripts: Any, monkeypatch: pytest.MonkeyPatch, traces: Any
+) -> None:
+    workloads = scripts("workloads")
+    assert list(workloads.WORKLOADS) == WORKLOADS
+    workload = workloads.WORKLOADS[name]()
+    workloads.check(name, workload)
+    counts = {"walks": 0, "plans": 0, "copies": 0}
+
+    def count(owner: Any, attribute: str, what: str) -> None:
+        original = getattr(owner, attribute)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[what] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, attribute, counted)
+
+    count(Scope, "__init__", "walks")
+    count(Compiler, "_prepare", "plans")
+    count(dispatch, "copy_values", "copies")
+    with traces.compilations() as compiled:
+        for _ in range(20):
+            workload.ours()
+    assert compiled.count == 0
+    assert counts == {"walks": 0, "plans": 0, "copies": 0}
+
+
+def test_the_pretraining_step_is_the_one_by_hand(scripts: Any) -> None:
+    scripts("pretraining").check()
