@@ -251,10 +251,11 @@ def after_a_dropped_state(net: Any, count: int) -> tuple[Call, Call]:
     return call, lambda: (list(hand.values), hand())[1]
 
 
-PATTERNS: dict[str, tuple[Callable[[Any, int], tuple[Call, Call]], float]] = {
-    "the bare call": (plain, 1.10),
-    "call, then `float(model.loss)`": (float_of_the_loss, 1.25),
-    "call, then `model.loss.value`": (value_of_the_loss, 1.20),
+# With the goal for less than 300 states, and that for more, where they differ.
+PATTERNS: dict[str, tuple[Callable[[Any, int], tuple[Call, Call]], float | tuple[float, float]]] = {
+    "the bare call": (plain, (1.10, 1.05)),
+    "call, then `float(model.loss)`": (float_of_the_loss, (1.25, 1.12)),
+    "call, then `model.loss.value`": (value_of_the_loss, (1.20, 1.10)),
     "a dict of two arrays as batch": (dict_batch, 1.15),
     "the model in a captured list": (captured(lambda net: [net], lambda kept: kept[0]), 1.10),
     "the model in a captured dict": (captured(lambda net: {"net": net}, lambda kept: kept["net"]), 1.10),
@@ -279,7 +280,8 @@ PATTERNS: dict[str, tuple[Callable[[Any, int], tuple[Call, Call]], float]] = {
 
 def pattern(name: str, count: int, rounds: int) -> timing.Row:
     """One row."""
-    make, goal = PATTERNS[name]
+    make, goals = PATTERNS[name]
+    goal = goals if isinstance(goals, float) else goals[count >= 300]
     net = dispatch.build(count, mu.Module, mu.Variable)
     first = dispatch.cells(net.blocks[-1])[-1]
     ours, hand = make(net, count)

@@ -111,7 +111,7 @@ def tracing_rows(pair: Pair, rounds: int) -> list[Row]:
         times = tracing(pair, rounds, cold=cold)
         middle = {name: statistics.median(seconds) for name, seconds in times.items()}
         note = f"{middle[OURS]:.2f} s to {middle[HAND]:.2f} s"
-        rows.append(Row(f"{pair.task.name}: {what}", HAND, ratio(times, OURS, HAND), goal=1.1, note=note))
+        rows.append(Row(f"{pair.task.name}: {what}", HAND, ratio(times, OURS, HAND), goal=1.05, note=note))
     return rows
 
 

@@ -32,6 +32,8 @@ if "jax" in sys.modules:
     raise pytest.UsageError("JAX was imported before tests/conftest.py could set it up (by a pytest plugin?)")
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MUTATIS_TEST_PLATFORM", "cpu")
+if os.environ["JAX_PLATFORMS"] != "cpu":
+    os.environ["JAX_PLATFORMS"] += ",cpu"  # callbacks run there
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

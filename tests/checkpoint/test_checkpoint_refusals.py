@@ -70,11 +70,11 @@ def test_cast_converts_numbers_only(path: Path) -> None:
     checkpoint.save(path, {"k": mu.Param(jax.random.key(0)), "w": mu.Param(1.5), "x": mu.Param(jnp.ones(2))})
     model = {"k": mu.Param(jnp.uint32(0)), "w": mu.Param(1), "x": mu.Param(jnp.ones(3, "int32"))}
     assert refused(path, model, cast=True) == (
-        "k: expected uint32[], got key<fry>[]\nx: expected int32[3], got float32[2]"
+        "k: expected uint32[], got key<fry>[]\nw: expected int32[], got float32[]\nx: expected int32[3], got float32[2]"
     )
 
 
-@pytest.mark.parametrize(("value", "cast"), [(1, True), (jnp.ones(2), False)])
+@pytest.mark.parametrize(("value", "cast"), [(jnp.float16(1), True), (1, False), (jnp.ones(2), False)])
 def test_the_cure_names_cast_where_it_helps(value: Any, cast: bool, path: Path) -> None:
     checkpoint.save(path, mu.Param(1.0))
     with pytest.raises(CheckpointError) as caught:

@@ -67,7 +67,24 @@ def read_arrays(directory: str, wanted: list[tuple[Leaf, Any]]) -> list[jax.Arra
                 got=f"{type(error).__name__}: {error}",
                 cure="Restore an earlier checkpoint.",
             ) from error
+    others = [leaf for leaf, _ in wanted if leaf.array is not None and not _is_of(stored.get(str(leaf.array)), leaf)]
+    if others:
+        raise CheckpointError(
+            f"the arrays at `{directory}` are not those that the manifest tells of",
+            differences=[f"array {leaf.array}: expected {leaf}" for leaf in others],
+            cure="Restore an earlier checkpoint.",
+        )
     return [_decode(leaf, stored.get(str(leaf.array)), like) for leaf, like in wanted]
+
+
+def _is_of(stored: Any, leaf: Leaf) -> bool:
+    """Whether what is stored can be the array of a leaf."""
+    if not hasattr(stored, "shape"):
+        return False
+    shape, dtype = tuple(stored.shape), str(stored.dtype)
+    if leaf.impl is not None:
+        return shape[: len(leaf.shape)] == leaf.shape
+    return shape == leaf.shape and dtype == _STORED_AS.get(leaf.dtype, leaf.dtype)
 
 
 def _is_key(value: jax.Array) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from mutatis.checkpoint.disk import open_file, sync_directory
 from mutatis.core.naming import show_path
 from mutatis.errors import CheckpointError
 from mutatis.model.filters import Path
@@ -49,6 +51,7 @@ def label_of(path: str, name: str | None) -> str:
 # -- what a state is, as JSON -------------------------------------------------------------------------------------
 
 _LEAF = "*"
+_DEEPEST = 200  # containers in one another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,16 @@ class ValueType:
 
 
 def _casts(leaf: Leaf, other: Leaf) -> bool:
-    keys = leaf.dtype.startswith("key<") or other.dtype.startswith("key<")
-    return leaf == other if keys else leaf.shape == other.shape
+    if leaf.dtype.startswith("key<") or other.dtype.startswith("key<"):
+        return leaf == other
+    # A float would be cut to an integer, and a complex number to its real part.
+    loses = _rank(leaf.dtype) > _rank(other.dtype)
+    return leaf.shape == other.shape and not loses
+
+
+def _rank(dtype: str) -> int:
+    """0 for bools and integers, 1 for floats, 2 for complex numbers."""
+    return 2 if dtype.startswith("complex") else int("float" in dtype)
 
 
 def structure_of(value: Any) -> Any:
@@ -224,6 +235,7 @@ class Manifest:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, os.path.join(directory, MANIFEST))
+        sync_directory(directory)
 
     def check_files(self, directory: str) -> None:
         """Raise unless all files are as they were written.
@@ -237,6 +249,9 @@ class Manifest:
                 found = fingerprint(os.path.join(directory, name))
             except FileNotFoundError:
                 problems.append(f"{name}: missing")
+                continue
+            except OSError as error:
+                problems.append(f"{name}: {error.strerror}")
                 continue
             if found[0] != expected[0]:
                 problems.append(f"{name}: {expected[0]} bytes were written, {found[0]} are there")
@@ -263,7 +278,7 @@ def fingerprints(directory: str, below: str) -> dict[str, tuple[int, int]]:
 def fingerprint(file: str) -> tuple[int, int]:
     """The size and CRC-32 of a file."""
     size = crc = 0
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         while block := stream.read(1 << 22):
             size += len(block)
             crc = zlib.crc32(block, crc)
@@ -277,8 +292,8 @@ def read_manifest(directory: str) -> Manifest:
       CheckpointError: there is none, it is damaged, or it is of another format or version.
     """
     try:
-        with open(os.path.join(directory, MANIFEST), encoding="utf-8") as file:
-            data = json.load(file)
+        with open_file(os.path.join(directory, MANIFEST)) as file:
+            data = json.loads(file.read().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         there = "no checkpoint of Mutatis" if os.path.lexists(directory) else "nothing"
         raise CheckpointError(
@@ -286,7 +301,7 @@ def read_manifest(directory: str) -> Manifest:
             expected=f"a directory with the file {MANIFEST}",
             cure="`mutatis.checkpoint.save(path, model)` writes one.",
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(directory, f"{type(error).__name__}: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(
@@ -302,9 +317,60 @@ def read_manifest(directory: str) -> Manifest:
     number: Any = data.get("number")
     files: Any = data.get("files")
     states: Any = data.get("states")
-    if data.get("crc") != _crc(number, files, states):
-        raise _damaged(directory, "contents that are not what was written")
-    return Manifest(number, tuple(map(Entry.from_json, states)), {name: tuple(was) for name, was in files.items()})
+    problem = None
+    try:
+        if data.get("crc") != _crc(number, files, states):
+            problem = "contents that are not what was written"
+        else:
+            entries = tuple(map(Entry.from_json, states))
+            manifest = Manifest(number, entries, {name: tuple(was) for name, was in files.items()})
+            problem = _problem_of(manifest)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(directory, "contents of another form than a manifest has") from error
+    if problem is not None:
+        raise _damaged(directory, problem)
+    return manifest
+
+
+def _problem_of(manifest: Manifest) -> str | None:
+    """What in a manifest cannot be as `save` writes it: somebody has changed it, checksum and all."""
+    if not (type(manifest.number) is int and manifest.number > 0):
+        return f"the save's number {manifest.number!r}"
+    for name, was in manifest.files.items():
+        parts = name.split("/")
+        if parts[0] != manifest.arrays or os.path.isabs(name) or {"", ".", ".."} & {*parts}:
+            return f"a file that is not among its arrays: {name!r}"
+        if [*map(type, was)] != [int, int]:
+            return f"{name!r}: a size and checksum that are none"
+    keys = [entry.key for entry in manifest.entries]
+    if len({*keys}) < len(keys):
+        return "two states of one path or name"
+    leaves = [leaf for entry in manifest.entries for leaf in entry.type.leaves]
+    for entry in manifest.entries:
+        if _leaves_in(entry.type.structure) != len(entry.type.leaves):
+            return f"{entry.label}: another number of arrays than its structure has"
+    for leaf in leaves:
+        if not all(type(size) is int and size >= 0 for size in leaf.shape):
+            return f"the shape {leaf.shape!r}"
+        if (type(leaf.array) is not int) if math.prod(leaf.shape) else (leaf.array is not None):
+            return f"an array of {leaf} under the number {leaf.array!r}"
+    numbers = [leaf.array for leaf in leaves if leaf.array is not None]
+    if len({*numbers}) < len(numbers):
+        return "two arrays under one number"
+    return None
+
+
+def _leaves_in(structure: Any, depth: int = 0) -> int:
+    """The number of leaves in a structure.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if structure == _LEAF:
+        return 1
+    if depth > _DEEPEST or not (isinstance(structure, list) and len(structure) == 2 and isinstance(structure[0], str)):
+        raise ValueError("a value's structure that is none")
+    return sum(_leaves_in(inner, depth + 1) for _, inner in structure[1])
 
 
 def _crc(number: Any, files: Any, states: Any) -> int:

@@ -12,6 +12,7 @@ import jax
 from jax.dtypes import canonicalize_dtype as canonicalize
 
 from mutatis.checkpoint.arrays import read_arrays
+from mutatis.checkpoint.disk import os_errors
 from mutatis.checkpoint.manifest import Entry, Leaf, Manifest, ValueType, label_of, read_manifest
 from mutatis.checkpoint.saving import by_key, check_call
 from mutatis.core import access
@@ -35,7 +36,7 @@ def restore(path: str | os.PathLike[str], node: Any, *filters: FilterLike, cast:
       path: the directory that `save` wrote.
       node: a Module, a Variable, or a list, tuple or dict of them.
       *filters: which states; all, if none is given. The checkpoint's other states are left alone.
-      cast: whether numbers of another dtype are converted.
+      cast: whether numbers of another dtype are converted; never floats to integers, or complex numbers to real ones.
 
     Raises:
       CheckpointError: there is no checkpoint; it is damaged or not one of ours; or it does not fit the node: then all
@@ -62,7 +63,8 @@ def restore(path: str | os.PathLike[str], node: Any, *filters: FilterLike, cast:
         manifest = read_manifest(path)
         slots = _match(path, manifest, node, as_filter(filters or ...), cast)
         try:
-            values = _read(path, manifest, slots)
+            with os_errors(path, "read"):
+                values = _read(path, manifest, slots)
             break
         except CheckpointError:
             if read_manifest(path) == manifest:

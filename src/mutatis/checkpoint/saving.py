@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from mutatis import _compat
+from mutatis.checkpoint import disk
 from mutatis.checkpoint.arrays import describe, write_arrays
 from mutatis.checkpoint.manifest import (
     Entry,
@@ -35,16 +36,18 @@ def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:
     """Write the states of a node to a directory, whole or not at all.
 
     A checkpoint that is there already is replaced in one step, at the end: if the process dies before, the old one is
-    there as it was, and if there was none there is nothing.
+    there as it was, and if there was none there is nothing. Of several that save to one path each waits for the one before.
+    What a dead one left is removed by the next that saves into the same directory.
 
     Args:
-      path: the directory, on a file system of this machine; its parents are made.
+      path: the directory, on a file system of this machine; its parents are made, and `~` is the user's home.
       node: a Module, a Variable, or a list, tuple or dict of them, such as ``(model, optimizer)``.
       *filters: which states; all, if none is given. One that is reached by several paths is saved once, at the first.
 
     Raises:
-      CheckpointError: something that is not a checkpoint is at the path; two states have one name; the call is inside a
-        transform, or in one of several processes.
+      CheckpointError: something that is not a checkpoint is at the path, or it cannot be written to; two states have one
+        name; the call is inside a transform, in one of several processes, or in a signal handler that interrupts a save
+        to this path.
       DeferredStateError: states have no value yet.
 
     Example:
@@ -61,21 +64,27 @@ def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:
 
 
 def _save(path: str, entries: tuple[Entry, ...], arrays: dict[int, jax.Array]) -> None:
-    number = _number_of(path) + 1
-    if number == 1:
-        unfinished = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died
-        try:
-            _write(unfinished, number, entries, arrays)
-            os.rename(unfinished, path)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    else:
-        _sweep(path)
-        try:
-            _write(path, number, entries, arrays)
-        finally:
-            _sweep(path)
+    with disk.os_errors(path, "written"):
+        parent = os.path.dirname(path)
+        os.makedirs(parent, exist_ok=True)
+        with disk.only_saver(path):
+            disk.sweep_leftovers(path)
+            number = _number_of(path) + 1
+            if number == 1:
+                unfinished = disk.unfinished(path)
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died
+                try:
+                    _write(unfinished, number, entries, arrays)
+                    os.rename(unfinished, path)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                disk.sync_directory(parent)
+            else:
+                _sweep(path)
+                try:
+                    _write(path, number, entries, arrays)
+                finally:
+                    _sweep(path)
 
 
 def check_call(path: str | os.PathLike[str], what: str) -> str:
@@ -85,6 +94,8 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
       CheckpointError: the path is a URL; or the call is inside a transform, where values are tracers and files would be
         touched once per trace; or in one of several processes, which would write over each other.
     """
+    if isinstance(path, bytes):
+        path = os.fsdecode(path)
     if not isinstance(path, str | os.PathLike):
         raise ArgumentError(
             f"states cannot be {what}: the path is none",
@@ -110,7 +121,7 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
             f"`{path}` is not a path of this machine",
             cure="A checkpoint is replaced by a rename, which object stores do not have: save here, then copy.",
         )
-    return os.path.abspath(path)
+    return os.path.abspath(os.path.expanduser(os.fsdecode(path)))
 
 
 def by_key(cells: Mapping[Path, Variable]) -> dict[Key, tuple[Path, Variable]]:
@@ -185,7 +196,9 @@ def _number_of(path: str) -> int:
 def _write(directory: str, number: int, entries: tuple[Entry, ...], arrays: dict[int, jax.Array]) -> None:
     """Write the arrays, then the manifest, from when on they are what the directory holds."""
     os.makedirs(directory, exist_ok=True)
-    write_arrays(os.path.join(directory, f"arrays-{number}"), arrays)
+    inside = os.path.join(directory, f"arrays-{number}")
+    write_arrays(inside, arrays)
+    disk.sync(inside)
     Manifest(number, entries, fingerprints(directory, f"arrays-{number}")).write(directory)
 
 

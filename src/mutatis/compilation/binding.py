@@ -52,6 +52,16 @@ class Bindings:
         self.first, self._all = binding, [binding, *others][:_REMEMBERED]
         self.several = any(other.settings != binding.settings for other in others)
 
+    def latest(self) -> Binding:
+        """The one in use; or one whose epoch has come back, say because a flag has: that is seen before anything is compared."""
+        first = self.first
+        if first.epoch != structure.epoch and len(self._all) > 1:
+            for other in self._all:
+                if other.epoch == structure.epoch and other.settings == first.settings:
+                    self.put_first(other)
+                    return other
+        return first
+
     def find(self, settings: Hashable) -> Binding | None:
         """One that holds under these settings, which is then in use."""
         binding = next((one for one in self._all if one.settings == settings and one.holds()), None)

@@ -131,7 +131,7 @@ class Compiler:
         found = self._known(key)
         if (
             found is not None
-            and (binding := found.first).holds()
+            and (binding := found.latest()).holds()
             and not (found.several and binding.settings != _compat.settings())
         ):
             plan = binding.plan
