@@ -47,7 +47,7 @@ def build(depth: int, module: type, layers: Any, rngs: Any, sequence: Callable[[
     """The model in some library: a stack of residual blocks."""
 
     class Block(module):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, rngs: Any) -> None:
             self.linear = layers.Linear(WIDTH, WIDTH, rngs=rngs)
             self.norm = layers.BatchNorm(WIDTH, rngs=rngs)
 
@@ -55,15 +55,15 @@ def build(depth: int, module: type, layers: Any, rngs: Any, sequence: Callable[[
             return x + jax.nn.relu(self.norm(self.linear(x)))
 
     class Net(module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.blocks = sequence([Block() for _ in range(depth)])
+        def __init__(self, rngs: Any) -> None:
+            self.blocks = sequence([Block(rngs) for _ in range(depth)])
 
         def __call__(self, x: jax.Array) -> jax.Array:
             for block in self.blocks:
                 x = block(x)
             return x
 
-    return Net()
+    return Net(rngs)
 
 
 def ours(depth: int) -> Any:

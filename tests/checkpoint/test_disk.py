@@ -42,6 +42,9 @@ def values(node: dict[str, Any]) -> set[float]:
 # -- savers at the same time -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of Orbax, whose files go while it reads
 def test_threads_save_one_after_the_other(path: Path) -> None:
     failures: list[BaseException] = []
 

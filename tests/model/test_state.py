@@ -701,3 +701,24 @@ def test_a_view_and_its_original_in_one_call() -> None:
 
     assert int(step(net, mu.view(net, training=False))) == 2
     assert int(net.n) == 2
+
+
+def test_a_state_of_many_layers_prints_as_one() -> None:
+    layers = [{"w": mu.Param(jnp.ones(2)), "b": mu.Param(0.0)} for _ in range(300)]
+    odd = [mu.Param(1.0), mu.Cache(1.0), mu.Param(1.0), mu.Param(1.0)]
+    grid = [[mu.Param(1.0)] * 1, [mu.Param(1.0)], [mu.Param(1.0)]]
+    assert repr(
+        mu.state({"layers": layers, "odd": odd, "grid": grid, "two": [mu.Param(1), mu.Param(2)]})
+    ).splitlines() == [
+        "State({",
+        "  grid[0..2][0]: Param float32[],",
+        "  layers[0..299].b: Param float32[],",
+        "  layers[0..299].w: Param float32[2],",
+        "  odd[0]: Param float32[],",
+        "  odd[2]: Param float32[],",
+        "  odd[3]: Param float32[],",
+        "  odd[1]: Cache float32[],",
+        "  two[0]: Param int32[],",
+        "  two[1]: Param int32[],",
+        "})",
+    ]

@@ -109,6 +109,11 @@ def _decode(leaf: Leaf, stored: Any, like: Any) -> jax.Array:
     if leaf.dtype in _STORED_AS:
         stored = stored.astype(leaf.dtype) if "int" in leaf.dtype else stored.view(leaf.dtype)
     value = jax.random.wrap_key_data(jnp.array(stored), impl=leaf.impl) if leaf.impl else jnp.array(stored)
+    return placed(value, like)
+
+
+def placed(value: jax.Array, like: Any) -> jax.Array:
+    """An array where another one lives."""
     return value if (sharding := _sharding(like)) is None else jax.device_put(value, sharding)
 
 

@@ -104,3 +104,20 @@ def holds_nodes(value: Any, depth: int = 5) -> bool:
 
 
 _MANY = 10_000  # longer containers are data
+
+
+# -- classes that keep the states of several nodes stacked -----------------------------------------------------------
+
+_stacked: dict[type, str] = {}
+STACKED_PARTS: set[str] = set()  # their names
+
+
+def declare_stacked(cls: type, name: str) -> None:
+    """Say that below this attribute of a class's objects the states of several nodes are stacked, which could be a list."""
+    _stacked[cls] = name
+    STACKED_PARTS.add(name)
+
+
+def stacked_part(cls: type) -> str | None:
+    """The name of that attribute; None if there is none."""
+    return next((_stacked[base] for base in cls.__mro__ if base in _stacked), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
@@ -126,8 +127,38 @@ class State(Mapping[Any, Any]):
         return State({path: self._flat[path] for path in kept}, {path: self._kinds[path] for path in kept})
 
     def __repr__(self) -> str:
-        lines = [f"  {show_path(p) or '.'}: {self._kinds[p].__name__} {show_type(v)}," for p, v in self._flat.items()]
+        rows = [(path, f"{self._kinds[path].__name__} {show_type(value)}") for path, value in self._flat.items()]
+        lines = [f"  {where or '.'}: {what}," for where, what in _folded(rows)]
         return "State({\n" + "\n".join(lines) + "\n})" if lines else "State({})"
+
+
+def _folded(rows: list[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
+    """Paths as text with what is there, several that differ in indices only as one: ``layers[0..11].bias``."""
+    alike: dict[tuple[Path, str], list[Path]] = {}
+    for path, what in rows:
+        pattern = tuple(int if type(part) is int else part for part in path)
+        alike.setdefault((pattern, what), []).append(path)
+    for (pattern, what), paths in alike.items():
+        axes = [sorted({path[at] for path in paths}) for at, part in enumerate(pattern) if part is int]
+        whole = math.prod(map(len, axes)) == len(paths) and all(axis[-1] - axis[0] < len(axis) for axis in axes)
+        if len(paths) < _FEW or not whole:
+            yield from ((show_path(path), what) for path in paths)
+            continue
+        ranges = iter(axes)
+        yield show_path(tuple(_Range(next(ranges)) if part is int else part for part in pattern)), what
+
+
+_FEW = 3  # that many lines of one kind are folded
+
+
+class _Range:
+    """Indices in a row, as a part of a path."""
+
+    def __init__(self, axis: list[int]) -> None:
+        self._axis = axis
+
+    def __repr__(self) -> str:
+        return f"{self._axis[0]}..{self._axis[-1]}" if len(self._axis) > 1 else repr(self._axis[0])
 
 
 def _sorted(given: Iterable[Path]) -> list[Path]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mutatis.core import naming
+from mutatis.core.nodes import declare_stacked
 from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.modules import Module
@@ -138,6 +139,9 @@ class Stack(Module):
           What it gives, stacked.
         """
         return vmap(f)(self.layer, *args)
+
+
+declare_stacked(Stack, "layer")  # a checkpoint of a list of layers is restored into it, and its own into a list
 
 
 def _stacked(layers: Sequence[Module]) -> Module:
