@@ -157,6 +157,23 @@ def test_what_another_saver_is_writing_stays(path: Path) -> None:
     assert not other.exists()
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EROFS])
+def test_where_there_are_no_locks_it_saves_without(number: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.open
+
+    def without(name: Any, *args: Any, **kwargs: Any) -> int:
+        if os.fspath(name).endswith(".lock"):
+            raise OSError(number, os.strerror(number))
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", without)
+    checkpoint.save(path, model(1.0))
+    checkpoint.save(path, model(2.0))
+    node = model(0.0)
+    checkpoint.restore(path, node)
+    assert values(node) == {2.0}
+
+
 def test_a_lock_file_that_is_a_link_is_not_followed(path: Path) -> None:
     target = path.parent / "other"
     target.write_text("kept")

@@ -25,6 +25,8 @@ _CURES = {
     errno.EPERM: "Choose a place that this user may use.",
     errno.ELOOP: "Remove the link, or choose another path.",
 }
+# What a file system says that knows no locks, or a directory into which nothing can be put; a checkpoint in it can be replaced.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EROFS}
 _saving: dict[str, int] = {}  # the thread that saves to a path, by path
 
 
@@ -73,7 +75,10 @@ def only_saver(path: str) -> Iterator[None]:
 def sweep_leftovers(path: str) -> None:
     """Remove what savers that died have left beside a checkpoint; what another saver is writing stays."""
     folder = os.path.dirname(path)
-    for name in os.listdir(folder):
+    names: list[str] = []
+    with contextlib.suppress(PermissionError):
+        names = os.listdir(folder)
+    for name in names:
         if not (name.startswith(".") and name.endswith(UNFINISHED)):
             continue
         other = os.path.join(folder, name[1 : -len(UNFINISHED)])
@@ -96,18 +101,22 @@ def _lock_of(path: str) -> str:
 
 
 def _acquire(lock: str, *, wait: bool) -> int | None:
-    """A descriptor that holds the lock; None if another has it, and it is not waited for."""
+    """A descriptor that holds the lock, -1 where there are no locks; None if another has it, and it is not waited for."""
     if _fcntl is None:
         return -1
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = -1
         try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             _fcntl.flock(descriptor, _fcntl.LOCK_EX if wait else _fcntl.LOCK_EX | _fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except BaseException:
-            os.close(descriptor)
+        except BaseException as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+                return -1
             raise
         if _is_at(descriptor, lock):
             return descriptor
