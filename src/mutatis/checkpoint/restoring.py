@@ -88,12 +88,14 @@ class _Slot:
     Attributes:
       entries: one entry; or, for a cell that holds the states of stacked layers, one of each layer.
       index: the layer whose part of the entry it is, if the checkpoint has the layers stacked.
+      stacks: whether the entries are stacked: one is, too.
     """
 
     cell: Variable
     now: Any
     entries: tuple[Entry, ...]
     index: int | None = None
+    stacks: bool = False
 
     @property
     def entry(self) -> Entry:
@@ -106,7 +108,7 @@ class _Slot:
         stored = self.entry.type
         if self.index is not None:
             return _reshaped(stored, lambda shape: shape[1:])
-        return stored if len(self.entries) == 1 else _reshaped(stored, lambda shape: (len(self.entries), *shape))
+        return _reshaped(stored, lambda shape: (len(self.entries), *shape)) if self.stacks else stored
 
 
 def _reshaped(type_: ValueType, change: Callable[[tuple[int, ...]], tuple[int, ...]]) -> ValueType:
@@ -129,8 +131,8 @@ class _OtherForms:
         indices = ((path, at) for path in variables(node) for at, part in enumerate(path) if type(part) is int)
         self._lengths = collections.Counter((path[:at], path[at + 1 :]) for path, at in indices)  # how long lists are
 
-    def find(self, at: Path, cell: Variable) -> tuple[tuple[Entry, ...], int | None] | None:
-        """The entries for a cell, and the number of the layer if they are stacked; None if there are none."""
+    def find(self, at: Path, cell: Variable) -> tuple[tuple[Entry, ...], int | None, bool] | None:
+        """What a cell is restored from, as in a slot; None if there is nothing."""
         if cell.name is not None:
             return None
         for length in range(len(at)):
@@ -141,17 +143,17 @@ class _OtherForms:
                     if (entry := self._by_path.get((*at[:length], name, *at[length + 1 :]))) is not None:
                         count = self._lengths[at[:length], at[length + 1 :]]
                         fits = all(leaf.shape[:1] == (count,) for leaf in entry.type.leaves)
-                        return ((entry,), at[length]) if fits and at[length] < count else None
+                        return ((entry,), at[length], False) if fits and at[length] < count else None
         return None
 
-    def _of_each(self, layers: Path, rest: Path) -> tuple[tuple[Entry, ...], int | None] | None:
+    def _of_each(self, layers: Path, rest: Path) -> tuple[tuple[Entry, ...], int | None, bool] | None:
         found: list[Entry] = []
         while (entry := self._by_path.get((*layers, len(found), *rest))) is not None:
             found.append(entry)
         alike = found and all(
             entry.type == found[0].type and entry.collection == found[0].collection for entry in found
         )
-        return (tuple(found), None) if alike else None
+        return (tuple(found), None, True) if alike else None
 
 
 def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool) -> list[_Slot]:
@@ -163,8 +165,8 @@ def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool
     cells = by_key(variables(node))
     entries = {entry.key: entry for entry in manifest.entries}
     forms = _OtherForms(node, entries)
-    found = {key: ((entries[key],), None) if key in entries else forms.find(*cells[key]) for key in cells}
-    used = {entry.key for known in found.values() if known is not None for entry in known[0]}
+    sources = {key: ((entries[key],), None, False) if key in entries else forms.find(*cells[key]) for key in cells}
+    used = {entry.key for source in sources.values() if source is not None for entry in source[0]}
     unexpected = [e for key, e in entries.items() if key not in used and selects(e.parts, _kind(e))]
     others = {entry.key[1]: entry.label for entry in unexpected}
     missing: list[str] = []
@@ -173,14 +175,14 @@ def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool
     for key, (at, cell) in cells.items():
         if not selects(at, cell):
             continue
-        known = found[key]
-        if known is None:
+        source = sources[key]
+        if source is None:
             near = difflib.get_close_matches(key[1], others, 1) if len(missing) < 10 else ()
             hint = "".join(f" (the checkpoint has {others[found]})" for found in near)
             missing.append(f"missing:    {label_of(show_path(at), cell.name)}{hint}")
             continue
         value = access.load(cell)
-        slot = _Slot(cell, None if value is UNSET or type(value) is Deferred else value, *known)
+        slot = _Slot(cell, None if value is UNSET or type(value) is Deferred else value, *source)
         mistyped.extend(_differences(slot, cast))
         slots.append(slot)
     differences = [*missing, *(f"unexpected: {entry.label}" for entry in unexpected), *mistyped]
@@ -230,7 +232,7 @@ def _read(path: str, manifest: Manifest, slots: list[_Slot]) -> list[Any]:
     wanted: list[tuple[Leaf, Any]] = []
     for slot in slots:
         leaves = slot.entry.type.leaves
-        whole = slot.now is None or slot.index is not None or len(slot.entries) > 1
+        whole = slot.now is None or slot.index is not None or slot.stacks
         likes = [None] * len(leaves) if whole else jax.tree.leaves(slot.now)
         for entry in slot.entries:
             wanted.extend(zip(entry.type.leaves, likes, strict=True))
@@ -266,7 +268,7 @@ def _assemble(slot: _Slot, leaves: list[jax.Array]) -> Any:
     """The value of a slot around these leaves."""
     if slot.index is not None:
         leaves = [leaf[slot.index] for leaf in leaves]
-    elif len(slot.entries) > 1:
+    elif slot.stacks:
         count = len(slot.entry.type.leaves)
         leaves = [jnp.stack(leaves[number::count]) for number in range(count)]
     if slot.now is None:
@@ -274,6 +276,6 @@ def _assemble(slot: _Slot, leaves: list[jax.Array]) -> Any:
     old, treedef = jax.tree.flatten(slot.now)
     pairs = zip(leaves, old, strict=True)
     new = [leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype) for leaf, like in pairs]
-    if slot.index is not None or len(slot.entries) > 1:
+    if slot.index is not None or slot.stacks:
         new = [placed(leaf, like) for leaf, like in zip(new, old, strict=True)]
     return jax.tree.unflatten(treedef, new)
