@@ -26,6 +26,8 @@ from mutatis import checkpoint
 from mutatis.checkpoint import disk
 from mutatis.errors import CheckpointError
 
+pytestmark = pytest.mark.once  # files are the same under each JAX
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:

@@ -17,6 +17,8 @@ import mutatis as mu
 from mutatis import nn
 from mutatis.errors import ArgumentError, DeferredStateError, FilterError, StructureError
 
+pytestmark = pytest.mark.once  # arithmetic of arrays: what JAX's versions differ in, the tests of transforms show
+
 RANDOM = initializers.normal(1.0)
 
 

@@ -15,6 +15,8 @@ import mutatis as mu
 from mutatis import nn
 from mutatis.errors import ArgumentError
 
+pytestmark = pytest.mark.once  # arithmetic of arrays: what JAX's versions differ in, the tests of transforms show
+
 
 def noise(*shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(0), shape)

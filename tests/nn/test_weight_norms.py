@@ -14,6 +14,8 @@ from mutatis import nn
 from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError
 from tests.nets import Layers
 
+pytestmark = pytest.mark.once  # arithmetic of arrays: what JAX's versions differ in, the tests of transforms show
+
 WRAPPERS = pytest.mark.parametrize("wrapper", [nn.SpectralNorm, nn.WeightNorm])
 EAGER_AND_JIT = pytest.mark.parametrize("transform", [lambda f: f, mu.jit], ids=["eager", "jit"])
 
