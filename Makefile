@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 PIP = $(@D)/bin/python -m pip --disable-pip-version-check -qq install --no-compile -c constraints.txt
 PYTEST := $(RUN) -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo example test test-all test-leaks lint format types bench bench-peers docs clean
+.PHONY: help demo example test test-all test-leaks lint format types bench bench-peers docs site site-serve site-check release clean
 
 help:
 	@echo 'make demo      train a net on MNIST, save it, continue it'
@@ -25,7 +25,9 @@ help:
 	@echo 'make lint      ruff (format: let ruff rewrite the files)'
 	@echo 'make types     mypy --strict; mypy and pyright over a user'\''s program'
 	@echo 'make docs      run the examples in docstrings, README.md and docs/'
-	@echo 'make bench     measure everything that docs/performance.md shows (ARGS=--write: write it there)'
+	@echo 'make site      build the documentation site into build/site (site-serve: show it; site-check: check it)'
+	@echo 'make release   build the package, and check all that goes out'
+	@echo 'make bench     measure everything that docs/benchmarks.md shows (ARGS=--write: write it there)'
 	@echo 'make bench-peers  the same beside other libraries'
 	@echo 'make clean     remove all that these targets made'
 	@echo 'Options: PYTHON=python3.13, ARGS="...", PEERS= (an environment without other libraries)'
@@ -71,6 +73,46 @@ types: $(READY)
 	$(RUN) -m mypy $(ARGS)
 	$(RUN) -m pytest -q tests/whole/test_typing.py
 
+# The documentation site, with packages of its own: `make test` does not wait for them. `make site-check` needs Chromium and npm.
+SITE := .venv/site
+SITE_READY := $(SITE)/.ready
+
+site: $(SITE_READY)
+	$(SITE)/bin/python docs/site/build.py
+
+site-serve: site
+	@echo 'The site is at http://localhost:8000/'
+	$(SITE)/bin/python -m http.server --directory build/site 8000
+
+site-check: site $(READY)
+	$(RUN) docs/site/sample.py
+	$(SITE)/bin/python docs/site/check.py $(ARGS)
+
+$(SITE_READY): docs/site/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
+	@echo 'Setting up $(@D) (once)'
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check -qq install -r $<
+	@touch $@
+
+# All that goes out, and what it does when it arrives: the wheel is installed alone, and with each extra, into empty environments.
+RELEASE := .venv/release
+RELEASE_READY := $(RELEASE)/.ready
+
+release: $(READY) $(RELEASE_READY)
+	rm -rf dist
+	$(RELEASE)/bin/python -m build --outdir dist .
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	mkdir -p build
+	$(RELEASE)/bin/python -m readme_renderer README.md -o build/readme.html
+	MUTATIS_DIST=dist $(RUN) -m pytest -m '' tests/whole/test_release.py $(ARGS)
+
+$(RELEASE_READY): constraints.txt
+	@$(PYTHON) -m venv $(@D)
+	@$(PIP) build twine 'readme_renderer[md]'
+	@touch $@
+
 bench: $(READY)
 	$(RUN) benchmarks/report.py $(ARGS)
 
@@ -84,7 +126,7 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo 'Python 3.11 or newer is needed; name one with `make ... PYTHON=python3.x`' >&2; exit 1; }
 	@echo 'Setting up $(@D) (once)'
 	@$(PYTHON) -m venv $(@D)
-	@$(PIP) hatchling editables
+	@$(PIP) hatchling hatch-fancy-pypi-readme editables
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@[ -z "$(PEERS)" ] || $(PIP) $(PEERS) 2>/dev/null || for peer in $(PEERS); do \
 	  $(PIP) $$peer || echo "$$peer is left out: it does not install here" >&2; done

@@ -10,7 +10,7 @@ import argparse
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import dispatch
 import jax
@@ -94,6 +94,23 @@ def captured(hold: Callable[[Any], Any], get: Callable[[Any], Any]) -> Callable[
     return pattern
 
 
+class Bundle(NamedTuple):
+    """A model in a named tuple."""
+
+    net: Any
+
+
+def in_a_list_of_variables(net: Any, count: int) -> tuple[Call, Call]:
+    """No module: the function names a list of Variables."""
+    cells = [cell for block in net.blocks for cell in dispatch.cells(block)]
+
+    def train() -> None:
+        for cell in cells:
+            cell.value = cell.value * dispatch.FACTOR
+
+    return mu.jit(train), ByHand(count)
+
+
 def in_partial(net: Any, count: int) -> tuple[Call, Call]:
     """A model bound by `functools.partial`."""
     return mu.jit(functools.partial(step_of, net)), ByHand(count)
@@ -157,6 +174,32 @@ def intercepted(net: Any, count: int) -> tuple[Call, Call]:
 
     hand = ByHand(count, lambda values, x: ([v * dispatch.FACTOR for v in values], x * 2))
     return call, lambda: hand(x)
+
+
+def sown_and_popped_inside(net: Any, count: int) -> tuple[Call, Call]:
+    """A step that sows, and pops what was sown, as a loss with an auxiliary term does."""
+
+    def train(net: Any) -> Any:
+        step_of(net)
+        mu.sow(net, "kl", jnp.float32(1) * 1)
+        return mu.pop(net, mu.Intermediate)
+
+    step = mu.jit(train)
+    hand = ByHand(count, lambda values: ([v * dispatch.FACTOR for v in values], jnp.float32(1) * 1))
+    return lambda: step(net), hand
+
+
+def made_and_popped_inside(net: Any, count: int) -> tuple[Call, Call]:
+    """A step that sets an attribute to a new state, and pops it."""
+
+    def train(net: Any) -> Any:
+        step_of(net)
+        net.kl = mu.Intermediate(jnp.float32(1) * 1)
+        return mu.pop(net, mu.Intermediate)
+
+    step = mu.jit(train)
+    hand = ByHand(count, lambda values: ([v * dispatch.FACTOR for v in values], jnp.float32(1) * 1))
+    return lambda: step(net), hand
 
 
 def sown(net: Any, count: int) -> tuple[Call, Call]:
@@ -260,6 +303,8 @@ PATTERNS: dict[str, tuple[Callable[[Any, int], tuple[Call, Call]], float | tuple
     "the model in a captured list": (captured(lambda net: [net], lambda kept: kept[0]), 1.10),
     "the model in a captured dict": (captured(lambda net: {"net": net}, lambda kept: kept["net"]), 1.10),
     "the model in a captured tuple": (captured(lambda net: (net,), lambda kept: kept[0]), 1.10),
+    "the model in a captured NamedTuple": (captured(Bundle, lambda kept: kept.net), 1.10),
+    "Variables in a captured list": (in_a_list_of_variables, 1.10),
     "the model as attribute of a plain object": (
         captured(lambda net: types.SimpleNamespace(net=net), lambda kept: kept.net),
         1.10,
@@ -269,8 +314,10 @@ PATTERNS: dict[str, tuple[Callable[[Any, int], tuple[Call, Call]], float | tuple
     "a step inside `with mu.transaction()`": (in_a_transaction, 2.0),
     "`with context.set(array)` at each call": (under_a_context, 1.3),
     "`mu.intercept` entered at each call": (intercepted, 1.3),
-    "a step that sows, and `mu.pop`": (sown, 1.3),
-    "a step that makes a state, and `mu.pop`": (made_and_popped, 1.3),
+    "a step that sows and pops": (sown_and_popped_inside, 1.3),
+    "a step that makes a state and pops it": (made_and_popped_inside, 1.3),
+    "a step that sows, and `mu.pop` after it": (sown, 1.3),
+    "a step that makes a state, and `mu.pop` after it": (made_and_popped, 1.3),
     "an unrelated module's number changes": (an_unrelated_number, 1.10),
     "an unrelated state's shape changes": (an_unrelated_type, 1.10),
     "a counter of a named object changes": (a_python_counter, 1.10),

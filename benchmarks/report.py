@@ -1,4 +1,4 @@
-"""Run all benchmarks and write their rows, with the goals beside the figures, into docs/performance.md, with a plot.
+"""Run all benchmarks and write their rows, with the goals beside the figures, into docs/benchmarks.md, with a plot.
 
 Each benchmark runs in a process of its own, one after the other. Without ``--write`` the tables are only printed. What was
 written is kept as data too, so that one benchmark can be run again without the others.
@@ -16,10 +16,10 @@ from typing import Any
 import timing
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
-PLOT = PAGE.with_suffix(".svg")
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 DATA = PAGE.with_suffix(".json")
 SCRIPTS = {
+    "counts": "Counted, not timed",
     "calls": "What a call costs",
     "loops": "What people do around a call",
     "workloads": "Whole programs",
@@ -27,14 +27,18 @@ SCRIPTS = {
     "programs": "What is compiled, and how long that takes",
     "pretraining": "Tracing a pretraining step",
     "decoding": "Decoding, one jitted call per token",
+    "spiking": "Loops over time",
     "imports": "The import",
     "graph": "State operations, a train step, and building a model, beside other libraries",
 }
 
+PLOTTED = ("calls", "workloads")
+THEMES = {"light": ("#1f2328", "#1a7f37", "#bc4c00"), "dark": ("#e6edf3", "#3fb950", "#f0883e")}  # text, met, missed
+
 
 def run(script: str, arguments: list[str]) -> dict[str, Any]:
     """The rows of one benchmark, and where it ran."""
-    peers = ["--peers"] if script == "graph" else []
+    peers = ["--peers"] if script in ("graph", "workloads") else []  # those that are installed
     command = [sys.executable, str(HERE / f"{script}.py"), "--json", *peers, *arguments]
     print(f"{script} ...", file=sys.stderr, flush=True)
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -53,25 +57,33 @@ def table(rows: list[timing.Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(every: list[timing.Row]) -> None:
-    """All ratios that have a goal, each as a dot beside its goal."""
+def plot(data: dict[str, Any], folder: Path = PAGE.parent) -> list[Path]:
+    """The ratios of calls and of whole programs, each as a dot beside its goal, for light and dark pages; gives the files."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "mutatis", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
+    every = [row for script in PLOTTED if script in data for row in rows_of(data[script])]
     rows = [row for row in every if row.goal and not row.unit and row.value > 0][::-1]
-    figure, axes = pyplot.subplots(figsize=(9, 0.22 * len(rows) + 1))
-    for place, row in enumerate(rows):
-        axes.plot([row.value], [place], "o", color="tab:green" if row.met else "tab:red", markersize=5)
-        axes.plot([row.goal, row.goal], [place - 0.35, place + 0.35], color="black", linewidth=1.5)
-    axes.set_yticks(range(len(rows)), [f"{row.what}, to {row.against}" for row in rows], fontsize=7)
-    axes.set_xscale("log")
-    axes.axvline(1.0, color="lightgray", linewidth=1, zorder=0)
-    axes.set_xlabel("cost as a ratio to the other way; the bar is the goal, green where it is met")
-    figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None})
+    files = []
+    for theme, (text, met, missed) in THEMES.items():
+        colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), text)
+        with matplotlib.rc_context({"svg.hashsalt": "mutatis", **colors}):
+            figure, axes = pyplot.subplots(figsize=(8.4, 0.21 * len(rows) + 0.8))
+            for place, row in enumerate(rows):
+                axes.plot([row.value], [place], "o", color=met if row.met else missed, markersize=5)
+                axes.plot([row.goal, row.goal], [place - 0.35, place + 0.35], color=text, linewidth=1.5)
+            axes.set_yticks(range(len(rows)), [f"{row.what}, to {row.against}" for row in rows], fontsize=7)
+            axes.set(
+                ylim=(-0.8, len(rows) - 0.2), xscale="log", xlabel="ratio; the bar is the goal, and orange misses it"
+            )
+            axes.axvline(1.0, color="gray", linewidth=0.8, zorder=0)
+            figure.tight_layout()
+            files.append(folder / f"{PAGE.stem}_{theme}.svg")
+            figure.savefig(files[-1], transparent=True, metadata={"Date": None, "Creator": None})
+            pyplot.close(figure)
+    return files
 
 
 def write(title: str, text: str) -> None:
@@ -102,7 +114,7 @@ def main() -> None:
             write(script, f"Measured with {where}.\n\n{table(rows)}")
             DATA.write_text(json.dumps(data, indent=1) + "\n")
     if options.write:
-        plot([row for script in [*SCRIPTS][:-1] if script in data for row in rows_of(data[script])])
+        plot(data)
 
 
 def rows_of(found: dict[str, Any]) -> list[timing.Row]:

@@ -3,7 +3,7 @@
 A variational autoencoder that sows its KL term, a Q-learner with its replay buffer in states, a generator and a discriminator
 with an optimizer each, spiking neurons called step by step, and decoding token by token with each token looked at. The twins
 donate what they thread, draw the same numbers from the same keys, and come to the same results, which is checked. With
-``--peers`` the same program stands beside them in Flax NNX, where it can be written there.
+``--peers`` the same programs stand beside them in Flax NNX, Equinox or BrainState.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 import timing
 
 import mutatis as mu
@@ -36,13 +37,13 @@ class Workload:
       ours: makes one step, and gives its result.
       hand: the same.
       goal: what the ratio of their times should at most be.
-      nnx: the same program in Flax NNX, with random numbers of its own; None where it was not written.
+      others: the same program in other libraries, with random numbers of their own, by the name of what is called.
     """
 
     ours: Step
     hand: Step
     goal: float = GOAL
-    nnx: Step | None = None
+    others: dict[str, Step] = dataclasses.field(default_factory=dict)
 
 
 def dense(parameters: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -93,7 +94,7 @@ class Autoencoder(mu.Module):
         return self.out(jnp.tanh(self.outer(code)))
 
 
-def vae(peers: bool = False) -> Workload:
+def vae(beside: bool = False) -> Workload:
     """Adam on the reconstruction and the KL term."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((32, 64), np.float32))
     net = Autoencoder(mu.Rngs(0))
@@ -135,45 +136,7 @@ def vae(peers: bool = False) -> Workload:
         held, value = by_hand(held)
         return value
 
-    return Workload(lambda: step(net, optimizer), hand, nnx=_vae_in_nnx(x) if peers else None)
-
-
-def _vae_in_nnx(x: jax.Array) -> Step | None:
-    nnx = timing.installed("flax.nnx")
-    if nnx is None:
-        return None
-
-    class Theirs(nnx.Module):  # type: ignore[misc, name-defined]
-        def __init__(self, rngs: Any) -> None:
-            self.inner = nnx.Linear(64, 32, rngs=rngs)
-            self.mean = nnx.Linear(32, 8, rngs=rngs)
-            self.spread = nnx.Linear(32, 8, rngs=rngs)
-            self.outer = nnx.Linear(8, 32, rngs=rngs)
-            self.out = nnx.Linear(32, 64, rngs=rngs)
-            self.noise = nnx.Rngs(7)
-
-        def __call__(self, x: jax.Array) -> jax.Array:
-            hidden = jnp.tanh(self.inner(x))
-            mean, spread = self.mean(hidden), self.spread(hidden)
-            self.sow(nnx.Intermediate, "kl", 0.5 * jnp.sum(mean**2 + jnp.exp(spread) - 1 - spread))
-            code = mean + jnp.exp(0.5 * spread) * jax.random.normal(self.noise(), mean.shape)
-            return self.out(jnp.tanh(self.outer(code)))
-
-    net = Theirs(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(net, optax.adam(1e-3), wrt=nnx.Param)
-
-    def loss(net: Any) -> jax.Array:
-        error = jnp.sum((net(x) - x) ** 2)
-        (kl,) = jax.tree.leaves(nnx.pop(net, nnx.Intermediate))
-        return error + kl
-
-    @nnx.jit
-    def step(net: Any, optimizer: Any) -> Any:
-        value, grads = nnx.value_and_grad(loss)(net)
-        optimizer.update(net, grads)
-        return value
-
-    return lambda: step(net, optimizer)
+    return Workload(lambda: step(net, optimizer), hand, others=peers.vae(x) if beside else {})
 
 
 # -- a Q-learner -----------------------------------------------------------------------------------------------------
@@ -214,7 +177,7 @@ class Agent(mu.Module):
         self.draws = mu.Rngs(7)
 
 
-def dqn(peers: bool = False) -> Workload:
+def dqn(beside: bool = False) -> Workload:
     """A transition is kept, a batch drawn, the values improved, and the target moved."""
     rng = np.random.default_rng(0)
     transition = {
@@ -278,7 +241,7 @@ def dqn(peers: bool = False) -> Workload:
         held, value = by_hand(held, transition)
         return value
 
-    return Workload(lambda: step(agent, optimizer, transition), hand)
+    return Workload(lambda: step(agent, optimizer, transition), hand, others=peers.dqn(transition) if beside else {})
 
 
 # -- a generator and a discriminator -----------------------------------------------------------------------------------
@@ -295,7 +258,7 @@ class Perceptron(mu.Module):
         return self.out(jax.nn.relu(self.one(x)))
 
 
-def gan(peers: bool = False) -> Workload:
+def gan(beside: bool = False) -> Workload:
     """Each improves on the other, with an optimizer of its own."""
     real = jnp.asarray(np.random.default_rng(0).standard_normal((32, 16), np.float32))
     makes, judges, draws = Perceptron(4, 16, mu.Rngs(0)), Perceptron(16, 1, mu.Rngs(1)), mu.Rngs(7)
@@ -346,7 +309,7 @@ def gan(peers: bool = False) -> Workload:
         held, value = by_hand(held)
         return value
 
-    return Workload(lambda: step(makes, judges, optimizers, draws), hand)
+    return Workload(lambda: step(makes, judges, optimizers, draws), hand, others=peers.gan(real) if beside else {})
 
 
 # -- spiking neurons ---------------------------------------------------------------------------------------------------
@@ -376,7 +339,7 @@ def fire(state: Any, weights: jax.Array, current: jax.Array) -> Any:
     return jnp.where(fires, 0.0, membrane), jnp.where(fires, 5, jnp.maximum(rest - 1, 0)), fires.astype(jnp.float32)
 
 
-def lif(peers: bool = False) -> Workload:
+def lif(beside: bool = False) -> Workload:
     """One call a time step."""
     size = 128
     weights = jnp.asarray(np.random.default_rng(0).standard_normal((size, size), np.float32) * np.float32(0.05))
@@ -395,7 +358,7 @@ def lif(peers: bool = False) -> Workload:
         held, count = by_hand(held, weights, current)
         return count
 
-    return Workload(lambda: step(net, current), hand)
+    return Workload(lambda: step(net, current), hand, others=peers.lif(fire, weights, current) if beside else {})
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
@@ -437,12 +400,13 @@ def writer_by_hand(sizes: decoding.Sizes, weights: Any, *, reads: bool) -> Step:
 def decoder(*, argument: bool = True, reads: bool = False, models: int = 1, goal: float) -> Callable[..., Workload]:
     """Decoding by one or two models in turn, each token looked at."""
 
-    def make(peers: bool = False) -> Workload:
+    def make(beside: bool = False) -> Workload:
         sizes = decoding.SIZES["small"]
         weights = [decoding.weights(sizes, seed) for seed in range(models)]
         ours = [writer(sizes, each, argument=argument, reads=reads) for each in weights]
         hand = [writer_by_hand(sizes, each, reads=reads) for each in weights]
-        return Workload(lambda: sum(step() for step in ours), lambda: sum(step() for step in hand), goal)
+        others = peers.decoder(sizes, weights[0]) if beside and argument and not reads and models == 1 else {}
+        return Workload(lambda: sum(step() for step in ours), lambda: sum(step() for step in hand), goal, others)
 
     return make
 
@@ -477,13 +441,10 @@ def measure(options: argparse.Namespace) -> list[timing.Row]:
             continue
         workload = make(options.peers)
         check(name, workload)
-        calls = {"ours": workload.ours, "hand": workload.hand}
-        if workload.nnx is not None:
-            calls["nnx"] = workload.nnx
+        calls = {"ours": workload.ours, "hand": workload.hand, **workload.others}
         times = timing.interleave(calls, calls=30, rounds=options.rounds)
         rows.append(timing.Row(name, "the same by hand", timing.ratio(times, "ours", "hand"), workload.goal))
-        if workload.nnx is not None:
-            rows.append(timing.Row(name, "nnx.jit", timing.ratio(times, "ours", "nnx"), 1.0))
+        rows += [timing.Row(name, other, timing.ratio(times, "ours", other), 1.0) for other in workload.others]
     return rows
 
 
@@ -492,5 +453,5 @@ if __name__ == "__main__":
         __doc__,
         measure,
         ("--only", {"default": "", "help": "a part of the names of the programs to run"}),
-        ("--peers", {"action": "store_true", "help": "Flax NNX, too"}),
+        ("--peers", {"action": "store_true", "help": "other libraries, too"}),
     )

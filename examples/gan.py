@@ -1,9 +1,10 @@
-"""Two nets play against each other on 5000 MNIST images, and a grid of digits that the winner makes up.
+"""A generative adversarial network learns to draw digits from 5000 MNIST images.
 
-    python examples/gan.py
+    make example NAME=gan
 
-The generator holds batch statistics, the critic random streams, each has an optimizer: one compiled step changes all of it. What
-the generator shows at the end is drawn with the average of its parameters, a view of the same net.
+The generator holds batch statistics, the critic holds random streams, and each has its own optimizer. One compiled step changes
+all of them. The images at the end are drawn with the averaged parameters, through a view of the generator. The program prints
+the losses at the beginning and at the end, and saves a grid of digits.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A backtracking line search: try a step of a whole model, look at the loss, take the step back if it is too long.
+"""A backtracking line search: try a step of a whole model, and roll it back if it is too long.
 
-    python examples/line_search.py
+    make example NAME=line_search
 
-The direction is the negative gradient. A step is kept when it lowers the loss by a part of what the slope promises (Armijo,
-1966); else it is rolled back and one of half the length is tried.
+The direction is the negative gradient. A step is kept when it lowers the loss by a fraction of the decrease that the slope
+predicts (Armijo, 1966). Otherwise a transaction rolls it back, and a step of half the length is tried. The program prints the
+loss, the lengths of steps and the number of evaluations.
 """
 
 from __future__ import annotations

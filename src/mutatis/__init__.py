@@ -88,6 +88,8 @@ from mutatis.transforms.rematerialize import remat as remat
 from mutatis.transforms.sharded import shard_map as shard_map
 from mutatis.transforms.transaction import transaction as transaction
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from mutatis import checkpoint as checkpoint
     from mutatis import effects as effects
@@ -96,18 +98,34 @@ if TYPE_CHECKING:
     from mutatis import interop as interop
     from mutatis import metrics as metrics
     from mutatis import nn as nn
+    from mutatis import recording as recording
+    from mutatis import sharding as sharding
+    from mutatis import surrogate as surrogate
+    from mutatis.checkpoint import preemption as preemption
+    from mutatis.checks import error_if as error_if
     from mutatis.effects import rename as rename
+    from mutatis.exporting import LoadedProgram as LoadedProgram
+    from mutatis.exporting import export as export
+    from mutatis.exporting import load_program as load_program
 
 # Imported at their first use: who wants a state and a step does not pay for them.
 _LATER = {
     "checkpoint": "mutatis.checkpoint",
+    "error_if": "mutatis.checks:error_if",
+    "LoadedProgram": "mutatis.exporting:LoadedProgram",
     "effects": "mutatis.effects",
+    "export": "mutatis.exporting:export",
+    "load_program": "mutatis.exporting:load_program",
     "functional": "mutatis.functional",
     "inspect": "mutatis.inspect",
     "interop": "mutatis.interop",
     "metrics": "mutatis.metrics",
     "nn": "mutatis.nn",
+    "preemption": "mutatis.checkpoint:preemption",
+    "recording": "mutatis.recording",
     "rename": "mutatis.effects:rename",
+    "sharding": "mutatis.sharding",
+    "surrogate": "mutatis.surrogate",
 }
 
 __all__ = [
@@ -124,6 +142,7 @@ __all__ = [
     "GraphDef",
     "Hidden",
     "Intermediate",
+    "LoadedProgram",
     "MetricState",
     "Module",
     "MutatisError",
@@ -152,8 +171,10 @@ __all__ = [
     "custom_jvp",
     "custom_vjp",
     "effects",
+    "error_if",
     "errors",
     "eval_shape",
+    "export",
     "for_loop",
     "fori_loop",
     "freeze",
@@ -170,8 +191,8 @@ __all__ = [
     "jit",
     "jvp",
     "linearize",
+    "load_program",
     "make_jaxpr",
-    "map",
     "merge",
     "metrics",
     "modules",
@@ -180,6 +201,8 @@ __all__ = [
     "optim",
     "perturb",
     "pop",
+    "preemption",
+    "recording",
     "remat",
     "replace",
     "rename",
@@ -187,11 +210,13 @@ __all__ = [
     "reset",
     "scan",
     "shard_map",
+    "sharding",
     "snapshot",
     "sow",
     "split",
     "state",
     "static",
+    "surrogate",
     "switch",
     "thaw",
     "transaction",
@@ -204,6 +229,9 @@ __all__ = [
     "while_loop",
 ]
 
+# Public like the others, and called as Python's own: `from mutatis import *` leaves it out.
+_NOT_BY_STAR = ["map"]
+
 
 def __getattr__(name: str) -> object:
     if name in _LATER:
@@ -212,8 +240,8 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__ + _NOT_BY_STAR)
 
 
-_homes.publish(__name__, {name: globals()[name] for name in __all__ if name not in _LATER})
+_homes.publish(__name__, {name: globals()[name] for name in __dir__() if name not in _LATER})
 _homes.read_former_pickles(__name__)

@@ -8,13 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Hashable, Iterator
+import os
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 from jax._src import array as _array
 from jax._src import config as _config
 from jax._src import core, traceback_util
+from jax._src import debugging as _debugging
+from jax._src import dispatch as _dispatch
+from jax._src import distributed as _distributed
+from jax._src import source_info_util as _source_info
 from jax._src.interpreters import batching, partial_eval
 from jax._src.sharding_impls import UNSPECIFIED
 
@@ -24,18 +29,29 @@ __all__ = [
     "NO_STAMP",
     "UNSPECIFIED",
     "Trace",
+    "as_function",
     "at_trace",
+    "called_program",
     "current_trace",
+    "distributed_client",
     "dtypes_in",
+    "forget_failed_callbacks",
     "has_host_callback",
     "hide_frames",
+    "inputs_of",
     "is_batched",
+    "is_literal",
+    "is_of_jax",
+    "is_per_lane",
     "raw_transform_name",
     "restore_eager_trace",
+    "run_equation",
     "scan_inputs",
     "set_stamp_of_all",
     "settings",
+    "lines_of",
     "load_late_settings",
+    "log_no",
     "staging_trace",
     "stamp",
     "swap_stamp",
@@ -128,6 +144,16 @@ def is_batched(value: Any, trace: Any) -> bool:
     return isinstance(value, batching.BatchTracer) and value._trace is trace and value.batch_dim is not None
 
 
+def is_per_lane(value: Any) -> bool:
+    """Whether a value is that of one lane of some `jax.vmap`."""
+    return isinstance(value, batching.BatchTracer)
+
+
+def distributed_client() -> Any:
+    """The client of the service that `jax.distributed.initialize` starts; None without one."""
+    return _distributed.global_state.client
+
+
 def varying_axes(value: Any) -> frozenset[Any]:
     """The mesh axes of a `shard_map` along which a value differs from device to device; the types show them (``V:x``)."""
     return frozenset(jax.typeof(value).mat.varying)
@@ -212,5 +238,79 @@ def settings() -> Hashable:
 
 
 def hide_frames(folder: str) -> None:
-    """Leave the frames of files under `folder` out of the tracebacks that JAX filters."""
+    """Leave the frames of files under `folder` out of JAX's tracebacks, and of where it says that operations are."""
     traceback_util.register_exclusion(folder)
+    _source_info.register_exclusion(folder)
+
+
+def forget_failed_callbacks() -> None:
+    """Have nobody who waits for calls back into Python, as the end of a process does, hear of those that have failed already."""
+    tokens = _dispatch.runtime_tokens.output_runtime_tokens
+    for device, token in [*tokens.items()]:
+        try:
+            token.block_until_ready()
+        except jax.errors.JaxRuntimeError:
+            tokens.pop(device, None)
+
+
+def log_no(kind: type[BaseException]) -> None:
+    """Have JAX not log that a call back into Python has raised this: it raises it, too."""
+    _debugging.logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], kind)))
+
+
+def run_equation(equation: Any, values: Any) -> list[Any]:
+    """Run one equation of a program on values. (`jax.core.eval_jaxpr`, which runs all of a program, is no more public.)"""
+    kept = {name: value for name, value in equation.params.items() if name != "donated_invars"}
+    if len(kept) < len(equation.params):  # a function under `jit` may delete its arguments, which are needed later
+        kept["donated_invars"] = (False,) * len(equation.invars)
+    parameters = equation.primitive.get_bind_params(kept)
+    with equation.ctx.manager:
+        out = equation.primitive.bind(*values, **parameters)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """A program as a function of its arguments. (`jax.extend.core.jaxpr_as_fun` is the public way; it imports Pallas.)"""
+    return functools.partial(core.eval_jaxpr, closed.jaxpr, closed.consts)
+
+
+def inputs_of(jaxpr: Any) -> list[Any]:
+    """The variables that the values of a program's constants and arguments are given to, in this order."""
+    return [*jaxpr.constvars, *jaxpr.invars]
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an input of an equation is a constant that stands in it."""
+    return isinstance(atom, core.Literal)
+
+
+def lines_of(equation: Any) -> Iterator[tuple[str, int, str]]:
+    """Where an equation comes from, the innermost call first: file, line, function. (JAX's own frames are left out.)"""
+    for frame in _source_info.user_frames(equation.source_info.traceback):
+        yield frame.file_name, frame.start_line, frame.function_name
+
+
+def called_program(equation: Any) -> Any:
+    """The program that an equation calls with its own inputs, as `jit` and `checkpoint` do; None if it does something else."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+        closed = equation.params.get(name)
+        if isinstance(closed, core.Jaxpr) and not hasattr(closed, "jaxpr") and not closed.constvars:
+            closed = core.ClosedJaxpr(closed, ())  # in JAX 0.12 each program has its constants
+        if hasattr(closed, "jaxpr"):
+            inner = [variable.aval for variable in closed.jaxpr.invars]
+            outer = [atom.aval for atom in equation.invars]
+            if len(closed.jaxpr.outvars) == len(equation.outvars) and _same_shapes(inner, outer):
+                return closed
+    return None
+
+
+def is_of_jax(closed: Any) -> bool:
+    """Whether the function that a program was traced from is one of JAX itself, such as `jnp.log1p`."""
+    place = str(closed.jaxpr.debug_info.func_src_info).partition(" at ")[2]  # "log1p at /.../ufuncs.py:60"
+    return place.startswith(os.path.dirname(jax.__file__))
+
+
+def _same_shapes(inner: list[Any], outer: list[Any]) -> bool:
+    return len(inner) == len(outer) and all(
+        getattr(a, "shape", None) == getattr(b, "shape", None) for a, b in zip(inner, outer, strict=True)
+    )

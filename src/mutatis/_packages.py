@@ -11,6 +11,9 @@ from mutatis.errors import MissingPackageError
 DISTRIBUTIONS = {
     "orbax": ("orbax-checkpoint", "checkpoint"),
     "rich": ("rich", "rich"),
+    "tqdm": ("tqdm", "progress"),
+    "matplotlib": ("matplotlib", "plot"),
+    "flatbuffers": ("flatbuffers", "export"),
     "safetensors": ("safetensors", "safetensors"),
     "gguf": ("gguf", "gguf"),
     "flax": ("flax", "interop"),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis.core.avals import show_type
+from mutatis.core.calls import is_count
 from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
@@ -32,36 +33,40 @@ _USE = "`mu.accumulate(mu.value_and_grad(loss_fn), 4)(model, batch)`"
 def accumulate(
     f: Callable[P, R], steps: int, *, in_axes: int | Sequence[int | None] | None = 0, average: bool = True
 ) -> Transformed[P, R]:
-    """A function that cuts its batch into microbatches, calls `f` for each, and gives the mean of the results.
+    """Make a function that cuts its batch into microbatches, calls `f` on each of them, and returns the mean of the results.
 
-    With a loss that is a mean over the batch, ``mu.accumulate(mu.value_and_grad(loss_fn), steps)`` gives the loss and the
-    gradients of the whole batch for the memory of a microbatch. What `f` writes is carried from one microbatch to the next. `f`
-    is traced twice: once for the shapes of its results.
+    Use it for a batch that does not fit into memory: with a loss that is a mean over the batch,
+    ``mu.accumulate(mu.value_and_grad(loss_fn), steps)`` returns the loss and the gradients of the whole batch, and needs the
+    memory of one microbatch. The microbatches run one after another, in one `mu.scan`, so a state that `f` writes goes from one
+    to the next: a batch norm updates its statistics `steps` times. `f` is traced twice: the first time only for the shapes of the
+    results.
 
     Args:
-      f: a function of modules and arrays, `mu.grad` or `mu.value_and_grad` of one.
-      steps: the number of microbatches.
-      in_axes: the batch axis of the arrays among the arguments, or one for each positional argument; None gives an argument to
-        each microbatch whole. Modules, `State`s, numbers and arrays without axes are always whole.
-      average: whether results are averaged; else they are summed, for a loss that is a sum.
+      f: a function of modules and arrays whose results are floats; mostly `mu.grad` or `mu.value_and_grad` of a loss function.
+      steps: the number of microbatches, an int. It must divide the size of the batch.
+      in_axes: the batch axis of the arrays among the arguments: an int, or a tuple with one int for each positional argument.
+        None passes an argument to each microbatch whole. Modules, `State`s, numbers and arrays without axes are always passed
+        whole, and arrays among the keyword arguments are cut along axis 0.
+      average: whether to average the results. If False they are summed, for a loss that is a sum over the batch.
 
     Returns:
-      The function. What a loss with `has_aux` gives beside it comes back stacked, with an axis of length `steps` in front.
+      A function with the arguments and the results of `f`. The auxiliary result of a loss with `has_aux` comes back stacked, with
+      an axis of length `steps` in front.
 
     Raises:
-      ArgumentError: a batch cannot be cut into as many equal parts, no argument is a batch, or a result is no float.
+      ArgumentError: the size of a batch is not a multiple of `steps`, no argument is a batch, or a result is not a float.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> model = mu.nn.Linear(3, 1, rngs=mu.Rngs(0))
-      >>> loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
+      >>> def loss_fn(model, x):
+      ...     return jnp.mean(model(x) ** 2)
       >>> x = jnp.arange(24.0).reshape(8, 3)
-      >>> loss, grads = mu.accumulate(mu.value_and_grad(loss_fn), 4)(model, x)
+      >>> loss, grads = mu.accumulate(mu.value_and_grad(loss_fn), 4)(model, x)  # 4 microbatches of 2
       >>> bool(jnp.allclose(loss, loss_fn(model, x))), grads["kernel"].shape
       (True, (3, 1))
     """
-    given: object = steps
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+    if not is_count(steps):
         raise ArgumentError(
             f"a batch cannot be cut into {show_value(steps)} microbatches",
             path="steps",

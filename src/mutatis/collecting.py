@@ -56,33 +56,40 @@ def take(name: str, value: Any) -> bool:
 def collect(
     f: Callable[P, R], name: str, *, reduce: Callable[[jax.Array], jax.Array] = jnp.sum
 ) -> Transformed[P, tuple[R, jax.Array]]:
-    """A function that gives what `f` gives and what layers sow under a name, reduced: ``(out, total)``.
+    """Make a function that returns the result of `f` and the sum of the values that layers sow under a name: ``(out, total)``.
 
-    Auxiliary losses are collected like this: a layer says ``mu.sow(self, "aux", loss)``, and the training step adds the total to
-    its loss. Values of a `mu.scan` or `mu.vmap` inside the call all count; gradients flow through them; the layers are left
-    without states. Around the call, `mu.vmap` gives a total for each lane. Branches and `mu.while_loop` refuse what is sown in
-    them.
+    Use it for auxiliary losses: a layer calls ``mu.sow(self, "aux", loss)``, and the training step adds the total to its loss.
+    All values inside the call count, also those of each iteration of a `mu.scan` and of each lane of a `mu.vmap`. Gradients flow
+    through them. The layers keep no states of them. A `mu.vmap` around the call gives a total for each lane. Branches (`mu.cond`,
+    `mu.switch`) and `mu.while_loop` refuse values that are sown inside them.
 
     Args:
       f: a function or callable Module.
       name: the name under which layers sow.
-      reduce: gives the total, of an array of shape (n,) of all that was sown; n is 0 if nothing was.
+      reduce: a function from an array of shape (n,), all numbers that were sown, to the total. n is 0 if nothing was sown. The
+        default is the sum.
+
+    Returns:
+      A function with the arguments of `f` that returns the pair ``(out, total)``.
 
     Raises:
-      ArgumentError: what is no name was given.
+      ArgumentError: `name` is not a string, or `reduce` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> class Net(mu.Module):
-      ...     def __init__(self):
-      ...         self.w = mu.Param(2.0)
+      ...     def __init__(self, rngs):
+      ...         self.layer = mu.nn.Linear(2, 1, rngs=rngs)
       ...     def __call__(self, x):
-      ...         mu.sow(self, "aux", self.w.value**2)
-      ...         return self.w * x
-      >>> net = Net()
-      >>> out, total = mu.collect(lambda x: net(net(x)), "aux")(1.0)
-      >>> float(out), float(total), mu.variables(net, mu.Intermediate)
-      (4.0, 8.0, {})
+      ...         mu.sow(self, "aux", 0.1 * jnp.sum(self.layer.kernel**2))
+      ...         return self.layer(x)
+      >>> def loss_fn(model, x):
+      ...     out, aux = mu.collect(model, "aux")(x)
+      ...     return jnp.mean(out**2) + aux
+      >>> net = Net(mu.Rngs(0))
+      >>> loss, grads = mu.value_and_grad(loss_fn)(net, jnp.ones((4, 2)))
+      >>> loss.shape, mu.variables(net, mu.Intermediate)
+      ((), {})
     """
     given: object = name
     if not isinstance(given, str) or not callable(reduce):

@@ -2,7 +2,8 @@
 
 Every error says, in this order: what went wrong, in a line that starts with the state's path; where it
 happened; what was expected and what was found; and what to do, as code that runs. The same facts are fields
-of the exception, so a program can act on them. Each class is a `MutatisError` and a fitting built-in.
+of the exception, so a program can act on them. Each class is a `MutatisError` and a fitting built-in, and a
+traceback ends with the address of the page about it.
 
 Errors travel: they are pickled, copied and handed from one process to another with all their fields. A field that another
 process could not read (a tracer, a lock) goes as its text, a class that is made in a function as the class that it is made of.
@@ -12,24 +13,54 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
+
+__all__ = [
+    "ArgumentError",
+    "AxisError",
+    "CapturedStateWarning",
+    "CheckError",
+    "CheckpointError",
+    "CompilationError",
+    "ContextError",
+    "DeferredStateError",
+    "EffectError",
+    "FilterError",
+    "FrozenStateError",
+    "LaneError",
+    "MissingPackageError",
+    "MutatisError",
+    "OptimizerError",
+    "PathError",
+    "RandomStreamError",
+    "RecompilationWarning",
+    "ShardingError",
+    "StateTypeError",
+    "StaticAttributeError",
+    "StructureError",
+    "TraceLevelError",
+    "TransactionError",
+]
 
 _E = TypeVar("_E", bound="MutatisError")
 
 
 class MutatisError(Exception):
-    """Base class of all errors raised by Mutatis.
+    """Base class of all errors that Mutatis raises.
+
+    All arguments are attributes too, so a program can act on them.
 
     Args:
-      problem: one line that says what went wrong; it starts with the state's path where there is one.
+      problem: one line that says what went wrong; it starts with the path of the state where there is one.
       path: the path of the state or attribute at fault, as printed (``blocks[0].norm.mean``).
       where: the transform and function in which it happened (``jit(train_step)``).
-      expected: what would have been right.
-      got: what was found.
+      expected: a description of a right value.
+      got: a description of the value that was found.
       made_at: the file, line and function in which the state was made.
-      differences: further lines, of which the first ten are shown.
-      cure: what to do, as text or code that runs.
+      differences: further lines; the message shows the first ten.
+      cure: the remedy, as text or as code that runs.
     """
 
     def __init__(
@@ -53,6 +84,7 @@ class MutatisError(Exception):
         self.differences = tuple(differences)
         self.cure = cure
         super().__init__(self._text())
+        self.add_note(see(type(self)))  # a traceback shows it; whoever prints the message has read the class
 
     def _text(self) -> str:
         lines = [self.problem + (f" inside `{self.where}`" if self.where else "")]
@@ -134,15 +166,15 @@ class LaneError(MutatisError, ValueError):
 
 
 class StructureError(MutatisError, ValueError):
-    """Modules, containers, trees of states or results are not made of what they must be, or change where they may not."""
+    """A module, a container, a tree of states or a result has a wrong structure, or changes its structure where it may not."""
 
 
 class StaticAttributeError(MutatisError, TypeError):
-    """A static attribute holds something that cannot be static, or changes inside a compiled transform."""
+    """A static attribute holds a value that cannot be static, or changes inside a compiled transform."""
 
 
 class ArgumentError(MutatisError, ValueError, TypeError):
-    """An argument of a call is not one that it takes: another type, or a value or option that does not exist.
+    """An argument of a call has a wrong type or a wrong value, or an option does not exist.
 
     It is a `ValueError` and a `TypeError`, so code that expects either for a wrong argument catches it.
     """
@@ -153,15 +185,21 @@ class CompilationError(MutatisError, RuntimeError):
 
 
 class TransactionError(MutatisError, RuntimeError):
-    """A transaction was entered, rolled back or ended when it was not its turn."""
+    """A transaction was entered, rolled back or ended at a time when that is not possible."""
 
 
 class ContextError(MutatisError, LookupError):
-    """A context without a default was read where it is not set."""
+    """A context without a default was read outside of a block that sets it."""
+
+
+class PathError(MutatisError, KeyError):
+    """A path leads to nothing in a `State`."""
+
+    __str__ = Exception.__str__  # a KeyError shows its text in quotes, on one line
 
 
 class FilterError(MutatisError, ValueError):
-    """A filter is not one, selects nothing, or leaves states over."""
+    """A value is not a filter, a filter selects nothing, or filters leave states over."""
 
 
 class DeferredStateError(MutatisError, ValueError):
@@ -173,11 +211,15 @@ class RandomStreamError(MutatisError, ValueError):
 
 
 class AxisError(MutatisError, ValueError):
-    """The axes asked for a state contradict each other or do not fit it."""
+    """The axes that are given for a state contradict each other or do not fit it."""
 
 
 class CheckpointError(MutatisError, ValueError):
     """A checkpoint is missing, damaged or does not fit the model."""
+
+
+class ShardingError(MutatisError, ValueError):
+    """A state cannot be placed as its sharding says: the mesh has no such axis, or cannot split the state so."""
 
 
 class EffectError(MutatisError, ValueError):
@@ -188,6 +230,12 @@ class OptimizerError(MutatisError, ValueError):
     """Gradients do not fit the parameters of an optimizer."""
 
 
+class CheckError(MutatisError, RuntimeError):
+    """A check failed: `mu.error_if` in a step, which was rolled back, or `mu.inspect.watch` on the values that a step has
+    written.
+    """
+
+
 class MissingPackageError(MutatisError, ImportError):
     """A library that an optional part of Mutatis builds on is not installed."""
 
@@ -195,11 +243,21 @@ class MissingPackageError(MutatisError, ImportError):
 
 
 class CapturedStateWarning(UserWarning):
-    """Tracing found a state that neither the arguments nor the names used by the function lead to."""
+    """Tracing found a state that is reached neither by the arguments nor by the names that the function uses."""
 
 
 class RecompilationWarning(UserWarning):
     """A function was compiled many times because of one static value or one shape."""
+
+
+_PAGES = "https://mutatis.readthedocs.io/errors/"
+
+
+def see(kind: type) -> str:
+    """Return the text that refers to the page of a class of errors or warnings, or of its base class in this file."""
+    named = next(base for base in kind.__mro__ if globals().get(base.__name__) is base)
+    page = re.sub(r"(?<!^)([A-Z])", r"_\1", named.__name__).lower()
+    return f"See {_PAGES}{'' if named is MutatisError else f'{page}/'}"
 
 
 def shorten(lines: Iterable[str], most: int = 10) -> list[str]:

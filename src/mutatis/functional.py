@@ -1,12 +1,12 @@
-"""Stateless models, as in Flax Linen: `init` gives the states as plain dictionaries, `apply` takes them.
+"""Stateless models, as in Flax Linen: `init` returns the states as plain dictionaries, and `apply` takes them as an argument.
 
     definition = mu.eval_shape(lambda: Net(rngs=mu.Rngs(0)))         # shapes only: nothing is allocated
     variables = init(lambda rngs: Net(rngs=rngs), key, x)            # {"params": ..., "batch_stats": ...}
     out, updates = apply(definition, variables, x, mutable=["batch_stats"], rngs={"dropout": key})
 
 The states are plain arrays in nested dictionaries by path, one dictionary for each collection, so that raw JAX, optax and orbax
-work on them. `apply` builds the model anew around them and runs it in a transaction; what it wrote is returned, and the
-rest of the world does not change. Random streams are not in the dictionaries: each call is given the keys that it may use.
+work on them. `apply` builds the model anew around them and runs it in a transaction. It returns the new values of mutable states,
+and changes nothing else. Random streams are not in the dictionaries: you pass keys to each call.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from mutatis.transforms.abstract import eval_shape
 
 _PASSING = (Intermediate, Perturbation)  # states that a call makes where they are missing
 
+__all__ = ["apply", "definition", "init"]
+
 
 def init(
     ctor: Callable[[Rngs], Module],
@@ -47,28 +49,29 @@ def init(
     method: str | Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """The states of a new model, by collection and path.
+    """Make a model and return its states, in a dictionary by collection and path.
 
-    With inputs the model is called once, which makes the states whose sizes are taken from the input, and what it sows. Each
-    state is what it starts as: what the call writes to it afterwards is dropped. (One that is made inside a transform of the
-    model, say in a `mu.remat`, is what that transform leaves.)
+    With inputs, the model is called once. The call makes the states whose sizes are taken from the input, and those of sown
+    values. The result has the value with which each state started: values that the call writes to it afterwards are dropped. (A
+    state that is made inside a transform of the model, such as `mu.remat`, has its value after that transform.)
 
     Args:
-      ctor: makes the model from random streams.
-      rngs: a key or a seed, a dictionary of them by stream, or `mu.Rngs`.
-      *inputs: example inputs.
-      method: what is called with them, as in `apply`.
-      **kwargs: further example inputs.
+      ctor: a function ``ctor(rngs)`` that makes the model from random streams, or a class.
+      rngs: a key or a seed, a dictionary of them by the name of the stream, or a `mu.Rngs`.
+      *inputs: example inputs for the call; without inputs the model is not called.
+      method: the method to call: its name, or a function of the model and the inputs. The default is the model itself.
+      **kwargs: further example inputs, by keyword.
 
     Returns:
-      ``{collection: nested dictionary by path}``, with arrays at the leaves; without random streams.
+      A dictionary from collections, such as ``"params"``, to nested dictionaries by path, with arrays as leaves. It does not have
+      the random streams.
 
     Raises:
-      ArgumentError: `ctor` makes no Module.
-      DeferredStateError: states wait for an input.
+      ArgumentError: `ctor` does not make a Module.
+      DeferredStateError: a state needs an input to get its size, and there is none.
 
     Example:
-      >>> import jax.numpy as jnp, mutatis as mu
+      >>> import jax, jax.numpy as jnp, mutatis as mu
       >>> variables = mu.functional.init(lambda rngs: mu.nn.Linear(None, 3, rngs=rngs), 0, jnp.ones((1, 2)))
       >>> jax.tree.map(jnp.shape, variables)
       {'params': {'bias': (3,), 'kernel': (2, 3)}}
@@ -87,15 +90,18 @@ def init(
 def definition(
     ctor: Callable[[Rngs], Module], /, *inputs: Any, method: str | Callable[..., Any] | None = None, **kwargs: Any
 ) -> Any:
-    """The model of shapes that `apply` wants, with all that a first call makes; nothing is computed or allocated.
+    """Make a model of shapes for `apply`, with all states that a first call makes. Nothing is computed or allocated.
 
-    ``mu.eval_shape(lambda: Net(...))`` will do for a model whose layers and states are all there from the start.
+    If all layers and states exist before the first call, ``mu.eval_shape(lambda: Net(...))`` is enough.
 
     Args:
-      ctor: makes the model from random streams.
-      *inputs: example inputs; `jax.ShapeDtypeStruct` will do.
-      method: what is called with them, as in `apply`.
-      **kwargs: further example inputs.
+      ctor: a function ``ctor(rngs)`` that makes the model from random streams, or a class.
+      *inputs: example inputs for the call; a `jax.ShapeDtypeStruct` may stand for an array.
+      method: the method to call: its name, or a function of the model and the inputs. The default is the model itself.
+      **kwargs: further example inputs, by keyword.
+
+    Returns:
+      A model of the class that `ctor` makes, with a `jax.ShapeDtypeStruct` in place of each array.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -122,28 +128,30 @@ def apply(
     capture_intermediates: FilterLike = False,
     **kwargs: Any,
 ) -> Any:
-    """Call a model with these states. Pure: goes through every raw JAX transform.
+    """Call a model with the states of a dictionary. It is a pure function, so it goes through every raw JAX transform.
 
     Args:
-      definition: the model, of which the structure counts and not the values: ``mu.eval_shape(lambda: Net(...))``,
-        `definition`, or any Module.
-      variables: what `init` gave, or such a dictionary with other values. What was sown is passed over: a call begins with none.
-      *inputs: what the model is called with.
-      mutable: which states may be written: a collection, a list of them, any filter; `True` for all.
-      rngs: the keys or seeds of random streams by name (``"default"`` is for those that are not named), or one for all.
-      method: what is called in place of the model: a method's name, or a function of the model and the inputs.
-      capture_intermediates: the modules whose results are kept, as a filter; `True` for all. They are the entries
-        ``"__call__"`` of the collection ``"intermediates"``, which is mutable then.
-      **kwargs: what the model is called with.
+      definition: the model. Only its structure counts, not its values: ``mu.eval_shape(lambda: Net(...))``, the result of
+        `mu.functional.definition`, or any Module.
+      variables: the result of `mu.functional.init`, or such a dictionary with other values. Sown values in it are ignored.
+      *inputs: the inputs of the call.
+      mutable: which states may be written: a collection, a list of collections, or any filter; True for all states.
+      rngs: keys or seeds of random streams by name, where ``"default"`` is for all that are not named; or one key for all.
+      method: the method to call: its name, or a function of the model and the inputs. The default is the model itself.
+      capture_intermediates: a filter of modules whose results are returned too; True for all modules. The results are the entries
+        ``"__call__"`` of the collection ``"intermediates"``, which is then mutable.
+      **kwargs: further inputs, by keyword.
 
     Returns:
-      `out`; or ``(out, updates)`` if something is mutable or captured: all mutable states by collection, as in `variables`.
+      The output of the model. If states are mutable or results are captured, a pair ``(out, updates)``: `updates` has the values
+      of all mutable states, in the form of `variables`.
 
     Raises:
-      StructureError: states are missing or superfluous; all are listed. Or one is written that the model does not hold.
-      StateTypeError: states have other types than in the definition; all are listed.
-      FrozenStateError: a state is written that is not mutable. What is sown there is dropped.
-      RandomStreamError: the model draws from a stream that `rngs` does not start.
+      StructureError: states are missing or superfluous; the message lists all of them. Or the model writes a state that is not
+        its own.
+      StateTypeError: states have other types than in the definition; the message lists all of them.
+      FrozenStateError: the model writes a state that is not mutable. (Sown values are dropped instead.)
+      RandomStreamError: the model draws from a stream for which `rngs` has no key.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu

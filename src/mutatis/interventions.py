@@ -22,12 +22,13 @@ import jax.numpy as jnp
 
 from mutatis import collecting
 from mutatis.core import naming, transactions
-from mutatis.core.avals import show_type
+from mutatis.core.avals import shapes_of, show_type
 from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import declare_searched
+from mutatis.core.notes import annotate
 from mutatis.core.showing import show_class, show_value
-from mutatis.errors import ArgumentError, RecompilationWarning, StateTypeError, StructureError
+from mutatis.errors import ArgumentError, RecompilationWarning, StateTypeError, StructureError, see
 from mutatis.model.contexts import Context
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import Intermediate, Perturbation
@@ -111,9 +112,13 @@ def _make_interceptable(cls: type[Module]) -> None:
     def __call__(self: Module, /, *args: Any, **kwargs: Any) -> Any:
         bound = call.__get__(self, type(self))
         interceptor = _stack.get()
-        if interceptor is None or _outermost(type(self)) is not __call__:  # a call of `super()`
-            return bound(*args, **kwargs)
-        return interceptor.run(self, bound, args, kwargs)
+        try:
+            if interceptor is None or _outermost(type(self)) is not __call__:  # a call of `super()`
+                return bound(*args, **kwargs)
+            return interceptor.run(self, bound, args, kwargs)
+        except Exception as error:
+            annotate(error)
+            raise
 
     __call__._interceptable = True  # type: ignore[attr-defined]
     cls.__call__ = __call__  # type: ignore[method-assign]
@@ -137,26 +142,30 @@ for_each_class(_make_interceptable, later=True)
 
 @contextlib.contextmanager
 def intercept(where: FilterLike, fn: Callable[..., Any], *, of: Any = None) -> Iterator[None]:
-    """Hand the calls of modules to a function, inside a ``with`` block.
+    """Replace the calls of some modules by a function of yours, inside a ``with`` block.
 
-    ``fn(module, call, *args, **kwargs)`` gives the result of the call; ``call(*args, **kwargs)`` is what it would have been. Of
-    several interceptors the innermost comes first.
+    The model itself does not change. In the block each call ``module(*args, **kwargs)`` of a selected module becomes
+    ``fn(module, call, *args, **kwargs)``. Its result counts as the result of the module. ``call(*args, **kwargs)`` makes the
+    original call, so `fn` can change the inputs, change the output, or leave the call out. If several blocks select a module, the
+    function of the innermost block runs first.
 
     Args:
-      where: which modules: a type, a predicate on (path, module), any filter.
-      fn: what is called in their place.
+      where: a filter on modules: a type, a predicate on (path, module), or any other filter.
+      fn: the function that is called in their place.
       of: the node in which `where` finds paths; without it they are empty.
 
     Raises:
-      ArgumentError: `fn` is no function.
+      ArgumentError: `fn` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> from mutatis import nn
-      >>> layer = nn.Linear(2, 3, rngs=mu.Rngs(0))
-      >>> with mu.intercept(nn.Linear, lambda module, call, x: jnp.zeros_like(call(x))):
-      ...     layer(jnp.ones(2))
-      Array([0., 0., 0.], dtype=float32)
+      >>> layer = mu.nn.Linear(2, 3, rngs=mu.Rngs(0))
+      >>> def clip(module, call, x):
+      ...     return jnp.clip(call(x), -0.1, 0.1)
+      >>> with mu.intercept(mu.nn.Linear, clip):
+      ...     out = layer(100 * jnp.ones(2))
+      >>> bool((jnp.abs(out) <= 0.1).all())
+      True
     """
     if not callable(fn):
         raise ArgumentError(
@@ -194,29 +203,36 @@ def _interceptor(selects: Any, fn: Callable[..., Any], of: Any, below: Any) -> I
 
 
 def capture(f: Callable[P, R], *filters: FilterLike, of: Any = None) -> Transformed[P, tuple[R, State]]:
-    """A function that gives what `f` gives and what the modules inside returned: ``(out, activations)``.
+    """Make a function that returns the result of `f` and the outputs of the modules inside: ``(out, activations)``.
 
-    `activations` is a `State` by path, with a tuple for each module: one entry for each of its calls. Calls inside a `mu.vmap`
-    or `mu.scan` within the model come back stacked. Of a kind of states, ``mu.capture(model, mu.Intermediate)``, it gives what
-    the call sowed, and takes it out of the model.
+    The model itself does not change. `activations` is a `State` from the path of each module to a tuple, with one entry for each
+    call of the module. The outputs of calls inside a `mu.vmap` or `mu.scan` within the model come back stacked.
+
+    With a kind of states as a filter, ``mu.capture(model, mu.Intermediate)``, it returns the values that the call sowed
+    (`mu.sow`), and takes them out of the model.
 
     Args:
       f: a callable Module, or a function.
-      *filters: which modules: types, predicates on (path, module), any filters; all, if there are none. Kinds of states, such as
-        `mu.Intermediate`, select what is sown.
-      of: the node in which the modules are, if that is not `f`.
+      *filters: which modules: types, predicates on (path, module), or other filters. Without filters, all modules. Kinds of
+        states, such as `mu.Intermediate`, select sown values.
+      of: the node that holds the modules, if it is not `f`.
+
+    Returns:
+      A function with the arguments of `f`.
+
+    Raises:
+      ArgumentError: `f` is not a Module, and there is no `of`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> from mutatis import nn
-      >>> class Net(mu.Module):
-      ...     def __init__(self, rngs):
-      ...         self.layers = [nn.Linear(2, 2, rngs=rngs), nn.Linear(2, 2, rngs=rngs)]
-      ...     def __call__(self, x):
-      ...         return self.layers[1](self.layers[0](x))
-      >>> out, activations = mu.capture(Net(mu.Rngs(0)), nn.Linear)(jnp.ones(2))
-      >>> activations["layers", 0][0].shape, bool((activations["layers", 1][0] == out).all())
-      ((2,), True)
+      >>> rngs = mu.Rngs(0)
+      >>> model = mu.nn.Sequential(mu.nn.Linear(2, 8, rngs=rngs), mu.nn.relu, mu.nn.Linear(8, 3, rngs=rngs))
+      >>> out, activations = mu.capture(model, mu.nn.Linear)(jnp.ones((4, 2)))
+      >>> [*activations]
+      [('layers', 0), ('layers', 2)]
+      >>> hidden, = activations["layers", 0]  # it was called once
+      >>> hidden.shape
+      (4, 8)
     """
     node = f if of is None else of
     if not isinstance(node, Module) and of is None:
@@ -272,31 +288,42 @@ def sow(
     kind: type[Variable[Any]] = Intermediate,
     reduce: Callable[[Any, T], Any] | None = None,
 ) -> None:
-    """Keep a value from inside a computation as a state of a module.
+    """Keep a value from inside a computation, as a state of a module.
 
-    The state is a tuple of all values that were sown there until it is popped, ``mu.pop(model, mu.Intermediate)``. In a compiled
-    program those of the latest call only: one that grew with each call would compile each call anew, so a warning says it. What
-    the body of a `mu.scan` sows comes back stacked; branches, `mu.while_loop` and `mu.shard_map` refuse a state that is not there
-    before, unless it is popped there again. In a call that collects this name, `mu.collect`, the value goes there and nowhere
+    Call it in a model for values that the model does not return, such as activations or attention weights. After the call, take
+    them out: ``mu.pop(model, mu.Intermediate)``. `mu.capture` does both for one call.
+
+    The state is a tuple of all values since it was last popped. In a compiled function the values of a new call replace those of
+    earlier calls, with a warning: if the state grew with each call, each call would compile another program. The values that the
+    body of a `mu.scan` sows come back stacked. Inside `mu.cond`, `mu.switch`, `mu.while_loop` and `mu.shard_map` the state has to
+    exist before, or to be popped again inside. If an enclosing `mu.collect` collects this name, the value goes there and nowhere
     else.
 
     Args:
-      module: the module.
+      module: the module that holds the state, mostly `self`.
       name: the attribute that holds the state.
       value: an array, or a pytree of arrays.
       kind: the kind of the state.
-      reduce: ``reduce(old, value)`` gives the state's next value, in place of the tuple; the first is `value` itself.
+      reduce: ``reduce(old, value)`` returns the next value of the state. The state is then not a tuple; it begins as the first
+        `value`.
 
     Raises:
       StructureError: the attribute is something else, or the class has a method or property of this name.
 
     Example:
-      >>> import mutatis as mu
-      >>> net = mu.Module()
-      >>> mu.sow(net, "activation", 1.0)
-      >>> mu.sow(net, "activation", 2.0)
-      >>> [float(value) for value in mu.pop(net, mu.Intermediate)["activation"]]
-      [1.0, 2.0]
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> class Net(mu.Module):
+      ...     def __init__(self, rngs):
+      ...         self.hidden = mu.nn.Linear(2, 8, rngs=rngs)
+      ...     def __call__(self, x):
+      ...         x = self.hidden(x)
+      ...         mu.sow(self, "activation", x)
+      ...         return x.sum()
+      >>> net = Net(mu.Rngs(0))
+      >>> _ = net(jnp.ones((4, 2)))
+      >>> values = mu.pop(net, mu.Intermediate)
+      >>> [x.shape for x in values["activation"]]
+      [(4, 8)]
     """
     kind = unsubscripted(kind)
     held = _held(module, name, kind)
@@ -312,7 +339,7 @@ def sow(
         warnings.warn(
             f"state {naming.describe(held)} still held what an earlier call had sown, which gives way to what this one sows: "
             "else it would grow, and compile, with each call. Take the values out after each call: "
-            f"`mu.pop(model, {spelled(kind)})`.",
+            f"`mu.pop(model, {spelled(kind)})`. {see(RecompilationWarning)}",
             RecompilationWarning,
             stacklevel=2,
         )
@@ -322,28 +349,33 @@ def sow(
 
 
 def perturb(module: Module, name: str, value: T) -> T:
-    """Add a state of zeros to a value, so that gradients with respect to the value can be taken.
+    """Add zeros to an intermediate value of a model, so that you can take the gradient with respect to this value.
 
-    The state is made at the first call; ``mu.grad(loss, wrt=mu.Perturbation)(model)`` then gives the gradients.
+    The zeros are a state of kind `Perturbation` of the module, made at the first call. Call the model once, and then
+    ``mu.grad(loss_fn, wrt=mu.Perturbation)(model)`` gives the gradient with respect to the value.
 
     Args:
-      module: the module that holds the state.
-      name: the attribute that holds it.
-      value: a float array, or a pytree of them.
+      module: the module that holds the state, mostly `self`.
+      name: the attribute that holds the state.
+      value: a float array, or a pytree of float arrays.
+
+    Returns:
+      `value` plus the state, in the shapes and dtypes of `value`.
 
     Raises:
-      StructureError: the attribute is something else.
-      StateTypeError: the state was made for a value of another shape.
+      StructureError: the attribute is something else, or the class has a method or property of this name.
+      StateTypeError: the state was made for a value of another shape or dtype.
 
     Example:
-      >>> import mutatis as mu
+      >>> import jax.numpy as jnp, mutatis as mu
       >>> class Net(mu.Module):
       ...     def __call__(self, x):
-      ...         return mu.perturb(self, "hidden", 2 * x) ** 2
-      >>> net = Net()
-      >>> _ = net(3.0)
-      >>> float(mu.grad(lambda net: net(3.0), wrt=mu.Perturbation)(net)["hidden"])
-      12.0
+      ...         hidden = mu.perturb(self, "hidden", 2 * x)
+      ...         return jnp.sum(hidden**2)
+      >>> net, x = Net(), jnp.array([1.0, 3.0])
+      >>> _ = net(x)  # makes the state
+      >>> mu.grad(lambda net: net(x), wrt=mu.Perturbation)(net)["hidden"]
+      Array([ 4., 12.], dtype=float32)
     """
     held = _held(module, name, Perturbation)
     if held is None:
@@ -352,7 +384,7 @@ def perturb(module: Module, name: str, value: T) -> T:
     elif not isinstance(held, Perturbation):
         raise _occupied(module, name, type(held).__name__, Perturbation)
     zeros = held.get()
-    if jax.tree.map(jnp.shape, zeros) != jax.tree.map(jnp.shape, value):
+    if shapes_of(zeros) != shapes_of(value):
         raise StateTypeError(
             f"state {naming.describe(held)} is added to a value of another shape",
             path=naming.path_of(held) or name,

@@ -1,7 +1,7 @@
 """Metrics: running totals that live in `MetricState` cells.
 
 A metric is a module, so it goes into `mu.jit` as an argument, is saved with the model, and is updated in place.
-`update` takes its values by keyword and leaves those of other metrics alone, so one call can feed several.
+`update` takes its values by keyword and ignores those of other metrics, so one call can update several.
 """
 
 from __future__ import annotations
@@ -22,29 +22,56 @@ from mutatis.model.operations import reset
 
 
 class Metric(Module, abc.ABC):
-    """Base class of metrics: `update` takes in a batch, `compute` gives the value so far, `reset` starts anew.
+    """Base class of metrics: `update` adds a batch, `compute` returns the value so far, `reset` starts anew.
 
-    A metric keeps its totals in `MetricState` cells whose `init` says how they start.
+    A metric of your own keeps its totals in `MetricState`s whose `init` is their first value, and defines `update` and
+    `compute`.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> class Largest(mu.metrics.Metric):
+      ...     def __init__(self):
+      ...         self.largest = mu.MetricState(-jnp.inf, init=-jnp.inf)
+      ...     def update(self, *, values, **_):
+      ...         self.largest.value = jnp.maximum(self.largest.value, values.max())
+      ...     def compute(self):
+      ...         return self.largest.value
+      >>> metric = Largest()
+      >>> metric.update(values=jnp.array([1.0, 3.0]))
+      >>> float(metric.compute())
+      3.0
+      >>> metric.reset()
+      >>> float(metric.compute())
+      -inf
     """
 
     @abc.abstractmethod
     def update(self, **values: Any) -> None:
-        """Take in a batch of values."""
+        """Add a batch of values.
+
+        Args:
+          **values: the values by keyword. A metric takes those that it knows and ignores the others, so one call can update
+            several.
+        """
 
     @abc.abstractmethod
     def compute(self) -> Any:
-        """The value over all that was taken in since the start."""
+        """The value over all batches since the start."""
 
     def reset(self) -> None:
-        """Start anew."""
+        """Start anew: set each `MetricState` back to its first value."""
         reset(self, MetricState)
 
 
 class Average(Metric):
-    """The mean of all values.
+    """The mean of all values, such as the loss of an epoch.
 
     Args:
-      argname: the keyword by which `update` finds its values.
+      argname: the keyword argument of `update` that holds the values.
+
+    Attributes:
+      total: MetricState, a scalar, the sum of the values.
+      count: MetricState, a scalar, the number of values.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -62,11 +89,11 @@ class Average(Metric):
 
     @takes("metric.update(values=x)", _="Say what it is: `metric.update(values=x)`.")
     def update(self, *, mask: ArrayLike | None = None, **values: Any) -> None:
-        """Take in a batch of values.
+        """Add a batch of values.
 
         Args:
-          mask: which of them count: booleans that broadcast to their shape. All, if it is left out.
-          **values: the values, an array of any shape, under the metric's `argname`; other keywords are not for it.
+          mask: booleans that broadcast to the shape of the values: which of them count. None counts all.
+          **values: the values, an array of any shape, under the name `argname`. Other keyword arguments are ignored.
 
         Raises:
           ArgumentError: there are no values of that name.
@@ -95,10 +122,11 @@ class Average(Metric):
 
 
 class Accuracy(Average):
-    """The share of predictions that are right.
+    """The share of right predictions.
 
     Args:
-      threshold: for two classes, the logit from which on a prediction is positive; None for more classes.
+      threshold: for two classes with one logit: the logit from which on a prediction is positive. None is for one logit for
+        each class, of which the largest is the prediction.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -114,12 +142,12 @@ class Accuracy(Average):
 
     @takes("metric.update(logits=logits, labels=labels)")
     def update(self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any) -> None:  # type: ignore[override]  # names what it takes of **values
-        """Take in a batch of predictions.
+        """Add a batch of predictions.
 
         Args:
           logits: an array of shape (..., classes), or (...) with a threshold.
-          labels: the right classes: integers of shape (...).
-          mask: which predictions count: booleans that broadcast to shape (...); all, if it is left out.
+          labels: the right classes: integers of shape (...). With a threshold, labels above 0 are positive.
+          mask: booleans that broadcast to shape (...): which predictions count. None counts all.
 
         Raises:
           ArgumentError: the shapes do not fit.
@@ -139,13 +167,13 @@ class Accuracy(Average):
 
 
 class MultiMetric(Metric):
-    """Several metrics, updated by one call.
+    """Several metrics that one call updates.
 
     Args:
       **metrics: the metrics; each becomes an attribute of its name.
 
     Raises:
-      ArgumentError: a name is taken, or names something that is not a metric.
+      ArgumentError: a value is not a metric, or its name is that of a method.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -153,6 +181,7 @@ class MultiMetric(Metric):
       >>> metrics.update(loss=0.25, logits=jnp.eye(2), labels=jnp.array([0, 1]))
       >>> {name: float(value) for name, value in metrics.compute().items()}
       {'loss': 0.25, 'accuracy': 1.0}
+      >>> metrics.reset()
     """
 
     def __init__(self, **metrics: Any) -> None:
@@ -172,13 +201,13 @@ class MultiMetric(Metric):
         return {name: metric for name, metric in vars(self).items() if isinstance(metric, Metric)}
 
     def update(self, **values: Any) -> None:
-        """Give every metric all values; each takes its own.
+        """Update every metric with all values, of which each takes its own.
 
         Args:
-          **values: the values. `mask` may be a dict with a mask for each metric that needs one, by the metric's name.
+          **values: the values by keyword. `mask` is for all metrics, or a dict from names of metrics to masks.
 
         Raises:
-          ArgumentError: a mask is for a metric that there is not.
+          ArgumentError: a mask is for a metric that does not exist.
         """
         by_name = isinstance(values.get("mask"), dict)
         masks: dict[str, Any] = values["mask"] if by_name else {}
@@ -194,15 +223,15 @@ class MultiMetric(Metric):
             metric.update(**({**values, "mask": masks.get(name)} if by_name else values))
 
     def compute(self) -> dict[str, Any]:
-        """The value of each metric by name."""
+        """The values of the metrics: a dictionary by name."""
         return {name: metric.compute() for name, metric in self._metrics.items()}
 
 
 class Perplexity(Average):
-    """The perplexity of a language model: ``exp`` of the mean of the losses.
+    """The perplexity of a language model: ``exp`` of the mean loss.
 
     Args:
-      argname: the keyword by which `update` finds the losses, the negative logarithms of the probabilities of what came.
+      argname: the keyword argument of `update` that holds the losses: the negative log-probabilities of the tokens.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -221,12 +250,12 @@ class Perplexity(Average):
 
 
 class Statistics(NamedTuple):
-    """What `Welford` gives, each a scalar.
+    """The result of `Welford.compute`, of three scalars.
 
     Attributes:
       mean: the mean.
-      standard_error_of_mean: the standard deviation of the mean.
-      standard_deviation: the standard deviation, of the values themselves (not Bessel's).
+      standard_error_of_mean: the standard deviation divided by the root of the number of values.
+      standard_deviation: the standard deviation of the values, without Bessel's correction.
     """
 
     mean: jax.Array
@@ -235,10 +264,15 @@ class Statistics(NamedTuple):
 
 
 class Welford(Average):
-    """The mean and the standard deviation of all values, without what cancels where the mean is large.
+    """The mean and the standard deviation of all values, computed so that they are precise also where the mean is large.
 
     Args:
-      argname: the keyword by which `update` finds its values.
+      argname: the keyword argument of `update` that holds the values.
+
+    Attributes:
+      count: MetricState, a scalar, the number of values.
+      mean: MetricState, a scalar, their mean.
+      m2: MetricState, a scalar, the sum of the squared differences from the mean.
 
     Source:
       Welford, Note on a Method for Calculating Corrected Sums of Squares and Products, 1962; for batches, Chan et al., 1983,
@@ -274,23 +308,26 @@ class Welford(Average):
         self.count += new
 
     def compute(self) -> Statistics:
-        """The statistics so far; NaN if there were no values."""
+        """The `Statistics` so far; NaN if there were no values."""
         count = self.count.value.astype(self.mean.dtype)
         deviation = jnp.sqrt(self.m2 / count)
         return Statistics(self.mean.value + 0 / count, deviation / jnp.sqrt(count), deviation)
 
 
 class ConfusionMatrix(Metric):
-    """How often each class was taken for each other.
+    """The counts of predictions for each pair of right class and predicted class.
 
     Args:
       num_classes: the number of classes.
+
+    Attributes:
+      counts: MetricState of shape (num_classes, num_classes), int32.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> confusion = mu.metrics.ConfusionMatrix(2)
       >>> confusion.update(logits=jnp.array([[0.1, 0.9], [0.8, 0.2]]), labels=jnp.array([1, 1]))
-      >>> confusion.compute().tolist()
+      >>> confusion.compute().tolist()  # two of class 1, of which one was taken for class 0
       [[0, 0], [1, 1]]
     """
 
@@ -301,12 +338,12 @@ class ConfusionMatrix(Metric):
 
     @takes("metric.update(logits=logits, labels=labels)")
     def update(self, *, logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None, **_: Any) -> None:  # type: ignore[override]  # names what it takes of **values
-        """Take in a batch of predictions.
+        """Add a batch of predictions.
 
         Args:
-          logits: an array of shape (..., num_classes).
-          labels: the right classes: integers of shape (...). Those that are no class do not count.
-          mask: which predictions count: booleans that broadcast to shape (...); all, if it is left out.
+          logits: an array of shape (..., num_classes); the largest logit is the prediction.
+          labels: the right classes: integers of shape (...). Those below 0 or from `num_classes` on do not count.
+          mask: booleans that broadcast to shape (...): which predictions count. None counts all.
 
         Raises:
           ArgumentError: the shapes do not fit.
@@ -326,5 +363,5 @@ class ConfusionMatrix(Metric):
         self.counts.value = self.counts.value.at[labels, guesses].add(counted.astype(jnp.int32), mode="drop")
 
     def compute(self) -> jax.Array:
-        """The counts so far: integers of shape (num_classes, num_classes), a row for each class, a column for each guess."""
+        """The counts so far, of shape (num_classes, num_classes): rows are right classes, columns predicted ones."""
         return self.counts.value

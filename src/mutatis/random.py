@@ -14,7 +14,7 @@ import numpy as np
 
 from mutatis.core import access, naming
 from mutatis.core.showing import show_class, show_value
-from mutatis.errors import RandomStreamError
+from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
@@ -22,23 +22,34 @@ from mutatis.model.walks import variables
 
 
 class Rngs(Module):
-    """Named random streams.
+    """Named random streams: a source of fresh random keys.
 
-    A stream may have any name. ``rngs.fork`` is the stream of that name if there is one, and else the method.
+    A stream is a state: a key and a count. ``rngs.dropout()`` draws a new key from the stream `dropout` and counts it, so no key
+    comes twice, in compiled code either. ``rngs()`` draws from the default stream, and so does every name without a stream of its
+    own. Layers take an Rngs where they are made: they draw their parameters from `params`, and dropout takes a stream from
+    `dropout`.
+
+    A name may also be that of a method, such as `fork`: the attribute is then the stream.
 
     Args:
-      default: the seed or key of the default stream, which calling the object and unknown names use.
-      **streams: seeds or keys of named streams.
+      default: the seed of the default stream: an int, or a key of `jax.random`.
+      **streams: a seed or key for each named stream.
+
+    Attributes:
+      streams: a dictionary from names to states of kind `RngState`.
 
     Raises:
       RandomStreamError: a seed is neither an integer nor a random key, or a name is one that Python itself uses.
 
     Example:
-      >>> import mutatis as mu
+      >>> import jax, mutatis as mu
       >>> rngs = mu.Rngs(0, dropout=1)
-      >>> key = rngs.params()  # the default stream, since there is none of that name
-      >>> int(rngs.default.value["count"]), int(rngs.streams["dropout"].value["count"])
-      (1, 0)
+      >>> layer = mu.nn.Linear(2, 3, rngs=rngs)  # draws from the default stream, for want of one named `params`
+      >>> key = rngs.dropout()
+      >>> jax.random.bernoulli(key, 0.5, (4,)).shape
+      (4,)
+      >>> rngs.streams["dropout"].value["count"]
+      Array(1, dtype=uint32)
     """
 
     streams: dict[str, RngState]
@@ -58,7 +69,7 @@ class Rngs(Module):
         self.streams = {name: RngState(stream_value(as_key(seed, name)), tag=name) for name, seed in streams.items()}
 
     def __call__(self) -> jax.Array:
-        """A fresh key from the default stream."""
+        """Draw a fresh key from the default stream."""
         return stream_of(self, "default").draw()
 
     def __getattribute__(self, name: str) -> Any:
@@ -77,7 +88,7 @@ class Rngs(Module):
         return name in streams_of(self)
 
     def stream(self, name: str) -> RngState:
-        """The state of a stream, or of the default stream if there is none of that name.
+        """The state of the stream of this name, or of the default stream if there is none of that name.
 
         Raises:
           RandomStreamError: there is no default stream either.
@@ -85,11 +96,11 @@ class Rngs(Module):
         return stream_of(self, name)
 
     def fork(self) -> Rngs:
-        """Independent streams of the same names, each started from a draw of its original."""
+        """Make independent streams of the same names. Each starts from a key that is drawn from its original."""
         return Rngs(**{name: state.draw() for name, state in streams_of(self).items()})
 
     def split(self, n: int) -> Rngs:
-        """Streams of the same names that are stacked along axis 0, for `n` members of an ensemble."""
+        """Make independent streams of the same names for `n` members of an ensemble, stacked along axis 0."""
         forked = Rngs()
         forked.streams = {
             name: RngState(stream_value(jax.random.split(state.draw(), n)), tag=name)
@@ -214,17 +225,38 @@ def _streams_of(seed: Any, name: str) -> str:
 
 
 def reseed(node: Any, /, *filters: FilterLike, **seeds: Any) -> None:
-    """Start the streams of a node anew.
+    """Start the random streams of a model anew, from seeds.
+
+    Each state of kind `RngState` gets a key of its own, made of the seed and its path: two dropout layers with streams of their
+    own do not draw the same numbers. The counts start at zero. Stacked streams stay stacked.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *filters: which streams; all, if none is given.
-      **seeds: a seed or key by stream name; `default` is for all streams that are not named. Every state gets a key of
-        its own: two dropout layers with forked streams do not draw alike.
+      *filters: which streams. Without filters, all streams.
+      **seeds: an int or a key of `jax.random` for each name of a stream. `default` is for all streams that are not named.
 
     Raises:
-      RandomStreamError: no stream has one of the names.
+      RandomStreamError: the model has no stream of a given name.
+      ArgumentError: a seed is given without a name.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.Dropout(0.5, rngs=mu.Rngs(0))
+      >>> x = jnp.ones(100)
+      >>> mu.reseed(model, default=7)
+      >>> first = model(x)
+      >>> mu.reseed(model, default=7)
+      >>> bool((model(x) == first).all())
+      True
     """
+    if filters and isinstance(filters[0], int | jax.Array | np.ndarray) and not isinstance(filters[0], bool):
+        raise ArgumentError(
+            "a seed is given by the name of its stream",
+            where="reseed",
+            expected="`default=` for all streams, or the name of one",
+            got=show_value(filters[0]),
+            cure=f"`mu.reseed(model, default={show_value(filters[0]) if isinstance(filters[0], int) else 'key'})`",
+        )
     keys = {name: as_key(seed, name) for name, seed in seeds.items()}
     new: dict[RngState, Any] = {}
     used: set[str] = set()

@@ -23,7 +23,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import checkpoint
-from mutatis.checkpoint import disk
+from mutatis.checkpoint import disk, manifest
 from mutatis.errors import CheckpointError
 
 pytestmark = pytest.mark.once  # files are the same under each JAX
@@ -74,6 +74,18 @@ def test_threads_save_one_after_the_other(path: Path) -> None:
     assert not failures and not mixed
     assert os.listdir(path.parent) == ["run"]
     assert len(os.listdir(path)) == 2
+
+
+def test_a_checkpoint_that_comes_while_it_is_looked_for_was_not_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_early(file: str) -> None:
+        path.mkdir()  # as the first save of another process puts it there
+        raise FileNotFoundError(file)
+
+    monkeypatch.setattr(manifest, "open_file", too_early)
+    with pytest.raises(CheckpointError, match="there is nothing"):
+        checkpoint.restore(path, model())
 
 
 @pytest.mark.once

@@ -60,7 +60,7 @@ def test_what_is_held_besides_is_copied(copied: list[int], tmp_path: Path, monke
         step(net)
     copied.clear()
     held = [net.states[0].value]
-    write = saving._save
+    write = saving.write
 
     def meanwhile(*args: Any) -> None:
         write(*args)
@@ -68,7 +68,7 @@ def test_what_is_held_besides_is_copied(copied: list[int], tmp_path: Path, monke
         step(net)  # all four: they are lent
         held.append(net.states[2].value)
 
-    monkeypatch.setattr(saving, "_save", meanwhile)
+    monkeypatch.setattr(saving, "write", meanwhile)
     checkpoint.save(tmp_path / "a", net)
     assert copied == [4]
     held.append(net.states[3].value)
@@ -83,7 +83,7 @@ def test_two_saves_at_once(copied: list[int], tmp_path: Path, monkeypatch: pytes
     for _ in range(2):
         step(net)
     copied.clear()
-    write, inner = saving._save, []
+    write, inner = saving.write, []
 
     def meanwhile(path: str, *args: Any) -> None:
         if not inner:
@@ -92,7 +92,7 @@ def test_two_saves_at_once(copied: list[int], tmp_path: Path, monkeypatch: pytes
             step(net)
         write(path, *args)
 
-    monkeypatch.setattr(saving, "_save", meanwhile)
+    monkeypatch.setattr(saving, "write", meanwhile)
     checkpoint.save(tmp_path / "a", net)
     assert copied == [4]
     for name in ("a", "b"):

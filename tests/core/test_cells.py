@@ -47,8 +47,12 @@ def keep_state(model: Holder) -> Any:
     return mu.state(model)[("v",)]
 
 
+SNAPSHOTS: list[Any] = []  # one that is dropped holds nothing
+
+
 def keep_snapshot(model: Holder) -> Any:
-    return mu.snapshot(model)._values[model.v]
+    SNAPSHOTS.append(mu.snapshot(model))
+    return SNAPSHOTS[-1]._values[model.v]
 
 
 def keep_pytree(model: Holder) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import re
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import mutatis as mu
@@ -174,6 +178,22 @@ def test_a_warning_when_one_thing_compiles_again_and_again() -> None:
         sizes()
 
 
+def test_a_long_explanation_is_shown_on_a_screen_and_folds() -> None:
+    step = mu.jit(lambda x, how: x * len(how))
+    with jax.numpy_dtype_promotion("standard"):
+        for number in range(25):
+            step = mu.jit(step.__wrapped__, static_argnames="how") if not number else step
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", errors.RecompilationWarning)
+                step(1.0, how=f"<{number}>")
+    explanation = mu.inspect.explain(step)
+    lines = repr(explanation).splitlines()
+    assert len(lines) == 40 and ": 25 compilations, traced in " in lines[0]
+    assert "... " in lines[6] and "'<23>' -> '<24>'" in lines[-1]
+    page = explanation._repr_html_()
+    assert "&lt;24&gt;" in page and "<24>" not in page and page.count("<details") == 25
+
+
 def test_a_log_keeps_nothing_alive() -> None:
     net = Net()
     step = mu.jit(lambda net, batch: net(batch).sum())
@@ -200,3 +220,81 @@ def test_methods_and_what_is_not_jitted() -> None:
     for wrong in (len, mu.grad(lambda x: x), 3):
         with pytest.raises(errors.ArgumentError, match=r"mu\.jit"):
             mu.inspect.explain(wrong)
+
+
+# -- values with others inside ------------------------------------------------------------------------------------
+
+
+OPTIMIZERS: dict[str, tuple[Callable[[float], Any], str]] = {
+    "a rate": (optax.adam, "step_size` was another: -1.0, -2.0"),
+    "a schedule": (lambda rate: optax.adam(optax.cosine_decay_schedule(rate, 10)), "init_value` was another: 1.0, 2.0"),
+    "two settings": (
+        lambda rate: optax.chain(optax.clip(rate), optax.adamw(rate, weight_decay=rate)),
+        "`opt.tx` was another, as the last time: `opt.tx.init",
+    ),
+    "hyperparameters": (lambda rate: optax.inject_hyperparams(optax.adam)(learning_rate=rate), "'learning_rate']` was"),
+}
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("standard"):  # optax computes float ** int
+        yield
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("captured", [False, True])
+def test_optimizers_with_other_settings_are_named(name: str, captured: bool) -> None:
+    model = nn.Linear(2, 2, rngs=mu.Rngs(0))
+    make, text = OPTIMIZERS[name]
+    opt = mu.Optimizer(model, make(1.0))
+
+    def train_with(opt: Any, x: Any) -> None:
+        opt.update(mu.grad(lambda model: jnp.sum(model(x)))(model))
+
+    step = mu.jit(lambda x: train_with(opt, x)) if captured else mu.jit(train_with)
+
+    def train() -> None:
+        for rate in range(1, 8):
+            if captured:
+                opt.tx = make(float(rate))
+                step(jnp.ones(2))
+            else:
+                step(mu.Optimizer(model, make(float(rate))), jnp.ones(2))
+
+    with pytest.warns(errors.RecompilationWarning, match=re.escape(text)) as caught:
+        train()
+    (warning,) = [w for w in caught if w.category is errors.RecompilationWarning]
+    assert "Make one optimizer and keep it" in str(warning.message)
+    for piece in str(warning.message).partition("keep it")[2].split("`")[1::2][:2]:
+        assert eval(piece, {"optax": optax})
+    explanation = mu.inspect.explain(step)
+    assert all(path.startswith("opt.tx.") for entry in explanation.compilations for path in entry.changes)
+    assert str(explanation).count("Make one optimizer and keep it") == 1
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_optimizers_with_the_same_settings_are_one() -> None:
+    model = nn.Linear(2, 2, rngs=mu.Rngs(0))
+    step = mu.jit(lambda model, opt, x: opt.update(mu.grad(lambda model: jnp.sum(model(x)))(model)))
+    for _ in range(7):
+        step(model, mu.Optimizer(model, optax.adam(1e-3)), jnp.ones(2))
+    assert len(mu.inspect.explain(step).compilations) == 1
+
+
+def test_functions_among_static_arguments_and_attributes_are_looked_into() -> None:
+    def scaled(by: Any) -> Callable[[Any], Any]:
+        return lambda x: x * by["scale"][0]
+
+    step = mu.jit(lambda f, x: f(x), static_argnums=0)
+    for by in (1.0, 2.0):
+        step(functools.partial(scaled({"scale": [by]})), jnp.ones(2))
+    assert changes(step)[1]["f.by['scale'][0]"] == ("1.0", "2.0")
+
+    def itself(n: int = 3) -> Any:
+        return itself, n
+
+    step = mu.jit(lambda f, x: x, static_argnums=0)
+    step(itself, jnp.ones(2))
+    assert len(changes(step)) == 1

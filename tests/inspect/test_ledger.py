@@ -231,7 +231,7 @@ def test_text_rich_and_html() -> None:
     console = rich.console.Console(file=io.StringIO(), width=120)
     console.print(book)
     assert "net.w" in console.file.getvalue()
-    assert "net.w" in book.to_html() and book.to_html().startswith("<pre>")
+    assert "net.w" in book.to_html() and book.to_html().startswith('<div class="mutatis">')
 
 
 def test_an_error_in_the_function_leaves_nothing() -> None:

@@ -17,6 +17,8 @@ import pytest
 import mutatis as mu
 from mutatis import errors, interop, nn
 
+pytestmark = pytest.mark.once
+
 DATA = Path(__file__).parents[1] / "data" / "weights"
 
 

@@ -17,6 +17,8 @@ import mutatis as mu
 from mutatis import errors, interop, nn
 from mutatis.interop import Halves, Join, Reshape, Split, Transpose
 
+pytestmark = pytest.mark.once
+
 DATA = Path(__file__).parents[1] / "data" / "weights"
 
 
@@ -491,3 +493,66 @@ def test_linen_collections_and_checkpoints(stored: bool, tmp_path: Path) -> None
     np.testing.assert_array_equal(
         door.variables["params"]["Dense_0"]["kernel"], variables["params"]["Dense_0"]["kernel"]
     )
+
+
+def recurrent_net() -> mu.Module:
+    rngs = mu.Rngs(0)
+    net = mu.Module()
+    for layer, inputs in enumerate((3, 8)):
+        cells = [nn.OptimizedLSTMCell(inputs, 4, rngs=rngs) for _ in range(2)]
+        setattr(net, f"lstm{layer}", nn.Bidirectional(nn.RNN(cells[0]), nn.RNN(cells[1])))
+    net.gru = [nn.RNN(nn.GRUCell(inputs, 4, use_recurrent_bias=True, rngs=rngs)) for inputs in (3, 4)]
+    net.rnn = nn.RNN(nn.SimpleCell(3, 4, rngs=rngs))
+    net.cell = nn.GRUCell(3, 4, use_recurrent_bias=True, rngs=rngs)
+    return net
+
+
+def recurrent_rules(net: Any) -> dict[Any, Any]:
+    rules = {}
+    for layer in (0, 1):
+        both = getattr(net, f"lstm{layer}")
+        for side, rnn in (("forward_rnn", both.forward_rnn), ("backward_rnn", both.backward_rnn)):
+            path, back = f"lstm{layer}.{side}.cell", side == "backward_rnn"
+            rules |= interop.recurrent("lstm", path, rnn.cell, layer=layer, reverse=back)
+        rules |= interop.recurrent("gru", f"gru.{layer}.cell", nn.GRUCell, layer=layer)
+    rules |= interop.recurrent("rnn", "rnn.cell", net.rnn.cell)
+    return rules | interop.recurrent("cell", "cell", net.cell, layer=None)
+
+
+def test_recurrent_layers_of_pytorch(tmp_path: Path) -> None:
+    arrays = dict(np.load(DATA / "recurrent.npz"))
+    x = arrays.pop("x")
+    wanted = {name.removeprefix("out."): arrays.pop(name) for name in [*arrays] if name.startswith("out.")}
+    net = recurrent_net()
+    rules = recurrent_rules(net)
+    interop.load(net, arrays, mu.Param, convention="torch", rules=rules)
+    given = {
+        "lstm": net.lstm1(net.lstm0(x)),
+        "gru": net.gru[1](net.gru[0](x)),
+        "rnn": net.rnn(x),
+        "cell": net.cell(jnp.zeros((2, 4)), x[:, 0])[0],
+    }
+    for name, array in wanted.items():
+        np.testing.assert_allclose(given[name], array, atol=1e-5, err_msg=name)
+    interop.save(tmp_path / "net.safetensors", net, mu.Param, convention="torch", rules=rules)
+    again, written = recurrent_net(), interop.read(tmp_path / "net.safetensors")
+    assert written.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert written[name].shape == array.shape
+    np.testing.assert_array_equal(written["gru.bias_hh_l1"], arrays["gru.bias_hh_l1"])
+    interop.load(again, written, mu.Param, convention="torch", rules=rules)
+    np.testing.assert_array_equal(again.lstm1(again.lstm0(x)), given["lstm"])
+
+
+def test_a_gru_without_the_second_bias_says_so() -> None:
+    arrays = {k: v for k, v in np.load(DATA / "recurrent.npz").items() if k.startswith("cell.")}
+    net = mu.Module()
+    net.cell = nn.GRUCell(3, 4, rngs=mu.Rngs(0))
+    before = mu.state(net)
+    with pytest.raises(errors.CheckpointError, match=r"cell\.dense_h\.bias"):
+        interop.load(
+            net, arrays, mu.Param, convention="torch", rules=interop.recurrent("cell", "cell", net.cell, layer=None)
+        )
+    assert mu.state(net) == before
+    with pytest.raises(errors.ArgumentError, match="no rules for the weights"):
+        interop.recurrent("lstm", "cell", nn.LSTMCell)

@@ -157,7 +157,7 @@ def test_a_container_of_pytrees_is_an_error_with_a_cure(container: Any) -> None:
 def test_an_array_behind_an_attribute_says_so() -> None:
     net = mu.Module()
     net.table = jnp.ones(3)
-    assert "table=Buffer(float32[3]), read as an array" in repr(net)
+    assert "table=Buffer(float32[3]),  # read as an array" in repr(net)
     assert mu.variables(net)["table",].value is not None
 
 

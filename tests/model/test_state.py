@@ -56,7 +56,7 @@ def test_a_missing_path_is_told() -> None:
 
 def test_repr_lists_kinds_and_types() -> None:
     assert repr(mu.state(Net(), mu.Variable)["blocks", 0]) == (
-        "State({\n  mean: BatchStat float32[2],\n  scale: Param float32[2],\n})"
+        "State({  # 2 parameters, 16 B in 2 states\n  mean: BatchStat float32[2],\n  scale: Param float32[2],\n})"
     )
     assert repr(mu.State({})) == "State({})"
 
@@ -95,7 +95,7 @@ def test_a_variable_alone_has_the_empty_path() -> None:
     state = mu.state(v)
     assert [*state] == [()]
     assert float(state[()]) == 3
-    assert repr(state) == "State({\n  .: Param float32[],\n})"
+    assert repr(state) == "State({  # 1 parameter, 4 B in 1 state\n  .: Param float32[],\n})"
     mu.update(v, state.map(lambda _, x: x + 1))
     assert float(v) == 4
 
@@ -710,7 +710,7 @@ def test_a_state_of_many_layers_prints_as_one() -> None:
     assert repr(
         mu.state({"layers": layers, "odd": odd, "grid": grid, "two": [mu.Param(1), mu.Param(2)]})
     ).splitlines() == [
-        "State({",
+        "State({  # 908 parameters, 3.6 kB in 609 states",
         "  grid[0..2][0]: Param float32[],",
         "  layers[0..299].b: Param float32[],",
         "  layers[0..299].w: Param float32[2],",

@@ -18,6 +18,8 @@ import mutatis as mu
 from mutatis import nn
 from mutatis.errors import ArgumentError, DeferredStateError, FrozenStateError, RandomStreamError
 
+pytestmark = pytest.mark.once
+
 EAGER_AND_JIT = pytest.mark.parametrize("transform", [lambda f: f, mu.jit], ids=["eager", "jit"])
 
 

@@ -239,3 +239,8 @@ def test_what_cannot_be_merged() -> None:
     with pytest.raises(StructureError, match="other modules use the same kernel"):
         nn.LoRA.merge(net)
     assert mu.state(net) == before and type(net.layers[1]) is nn.LoRALinear
+
+
+def test_a_general_layer_without_an_adapter() -> None:
+    with pytest.raises(StructureError, match=r"nn\.LoRA\.apply\(model, nn\.LinearGeneral"):
+        nn.LoRALinearGeneral(3, 4, rngs=mu.Rngs(0))(jnp.ones(3))

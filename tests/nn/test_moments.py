@@ -95,7 +95,7 @@ def test_explicit_axes(name: str) -> None:
 
 def test_no_such_lanes() -> None:
     for options in ({}, {"use_scale": False, "use_bias": False}):
-        with pytest.raises(AxisError, match=r"(?s)axis `lanes` that does not exist.*axis_name='lanes'\)\(batch\)`$"):
+        with pytest.raises(AxisError, match=r"(?s)axis `lanes` that does not exist.*axis_name='lanes'\)\(batch\)`"):
             nn.LayerNorm(4, axis_name="lanes", **options)(noise(3, 4))
 
 

@@ -21,9 +21,9 @@ class Net(mu.Module):
         rngs = mu.Rngs(0)
         self.layers = [nn.MultiHeadAttention(2, 8, rope=nn.RoPE(), decode=True, rngs=rngs) for _ in range(2)]
 
-    def init_cache(self, *shape: int, ragged: bool = False) -> None:
+    def init_cache(self, *shape: int, ragged: bool = False, window: int | None = None) -> None:
         for layer in self.layers:
-            layer.init_cache(shape, ragged=ragged)
+            layer.init_cache(shape, ragged=ragged, window=window)
 
     def __call__(self, x: jax.Array, lengths: Any = None) -> jax.Array:
         for layer in self.layers:
@@ -78,6 +78,59 @@ def test_sharing_moving_rolling_back() -> None:
     y = step(net, slots, jnp.stack([x[0, 4:5], x[0, 5:6], x[0, :1]]))
     np.testing.assert_allclose(y[0, 0], wanted[0, 4], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(y[1, 0], wanted[0, 5], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("places", "own", "prompt", "ragged"),
+    [(4, 4, 9, False), (4, 7, 4, True), (7, 4, 9, True), (6, 5, 2, False), (7, 4, 2, False)],
+)
+def test_rings(places: int, own: int, prompt: int, ragged: bool) -> None:
+    net, alone = Net(), Net()
+    net.init_cache(3, places, 8, ragged=True, window=4)
+    alone.init_cache(1, own, 8, window=4, ragged=ragged)
+    slots = nn.SlotCache(net, rngs=mu.Rngs(1))
+    step(net, slots, waves(3, 1, 8))
+    x = waves(1, prompt + 4, 8)
+    alone(x[:, :prompt])
+    slots.insert(2, alone)
+    insert(slots, jnp.int32(0), alone, 5)
+    for at in range(prompt, prompt + 2):
+        wanted = alone(x[:, at : at + 1])[0]
+        y = step(net, slots, jnp.stack([x[0, at : at + 1]] * 3))
+        np.testing.assert_allclose(y[0], wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(y[2], wanted, rtol=1e-4, atol=1e-5)
+    slots.share(0, 1)
+    slots.evict(0)
+    for at in range(prompt + 2, prompt + 4):
+        wanted = alone(x[:, at : at + 1])[0]
+        y = step(net, slots, jnp.stack([x[0, at : at + 1]] * 3))
+        np.testing.assert_allclose(y[1], wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(y[2], wanted, rtol=1e-4, atol=1e-5)
+    assert slots.lengths.tolist() == [0, prompt + 4, prompt + 4]
+
+
+def test_a_ring_shares_only_what_it_keeps() -> None:
+    net, alone = Net(), Net()
+    net.init_cache(2, 5, 8, ragged=True, window=4)
+    alone.init_cache(1, 5, 8, window=4)
+    slots = nn.SlotCache(net, rngs=mu.Rngs(1))
+    x = waves(1, 9, 8)
+    alone(x[:, :8])
+    slots.insert(0, alone)
+    before = mu.state(net, mu.Cache)
+    with pytest.raises(ArgumentError, match="no longer kept"):
+        slots.share(0, 1, 5)
+    assert mu.state(net, mu.Cache) == before
+    slots.share(0, 1, 7)
+    alone.layers[0].cache.truncate(7)
+    alone.layers[1].cache.truncate(7)
+    np.testing.assert_allclose(
+        step(net, slots, jnp.stack([x[0, 7:8]] * 2))[1], alone(x[:, 7:8])[0], rtol=1e-4, atol=1e-5
+    )
+    plain = Net()
+    plain.init_cache(1, 5, 8)
+    with pytest.raises(ArgumentError, match="window 4"):
+        slots.insert(0, plain)
 
 
 def test_streams() -> None:

@@ -120,3 +120,20 @@ def test_the_body_is_traced_once(traces: Any) -> None:
 def test_bad_input(use: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         use()
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_program_and_memory_do_not_grow_with_depth(remat: bool) -> None:
+    x = jnp.ones((4, 64))
+
+    def compiled(depth: int) -> tuple[Any, Any, int]:
+        stack = nn.Stack(lambda rngs: nn.Linear(64, 64, rngs=rngs), depth, rngs=mu.Rngs(0), remat=remat)
+        forward = mu.jit(lambda stack, x: jnp.sum(stack(x))).lower(stack, x)
+        grad = mu.jit(lambda stack, x: mu.grad(lambda stack: jnp.sum(jnp.tanh(stack(x))))(stack)).lower(stack, x)
+        return forward, grad, forward.compile().memory_analysis().temp_size_in_bytes
+
+    few, many = compiled(4), compiled(64)
+    for a, b in zip(few[:2], many[:2], strict=True):
+        assert a.as_text().count("\n") == b.as_text().count("\n"), "the same operations, however many layers"
+    layer = 4 * (64 * 64 + 64)
+    assert many[2] <= few[2] + layer, "beside the weights there is one layer at a time"

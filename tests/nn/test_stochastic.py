@@ -15,6 +15,8 @@ import mutatis as mu
 from mutatis import nn
 from mutatis.errors import ArgumentError, RandomStreamError
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("transform", [lambda f: f, mu.jit], ids=["eager", "jit"])
 def test_draws_by_hand(transform: Callable[..., Any]) -> None:

@@ -151,3 +151,53 @@ def test_programs_are_kept_on_disk(tmp_path: Path) -> None:
     hits, misses = run().split()
     assert int(hits) == 0 < int(misses)
     assert run().split() == [misses, "0"]
+
+
+# -- static arguments -------------------------------------------------------------------------------------------------
+
+
+def scaled(net: Net, x: Any, n: int, y: Any = 0.0, *, mode: str = "a") -> Any:
+    net.calls += n
+    return x * n + y + (1.0 if mode == "b" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("static", "lowered", "calls"),
+    [
+        ({"static_argnames": "n"}, ((X, 3), {}), [((X,), {}), ((X, 3), {}), ((X,), {"n": 3})]),
+        ({"static_argnames": "n"}, ((X,), {"n": 3}), [((X,), {}), ((X,), {"n": 3})]),
+        ({"static_argnums": 2}, ((X, 3, 2.0), {}), [((X, 2.0), {}), ((X, 3, 2.0), {}), ((X, 2.0), {"n": 3})]),
+        ({"static_argnums": 2}, ((X, 3), {"y": 2.0}), [((X,), {"y": 2.0}), ((X, 3), {"y": 2.0})]),
+        (
+            {"static_argnames": ("n", "mode")},
+            ((X, 3), {"mode": "b"}),
+            [((X,), {}), ((X,), {"mode": "b"}), ((X, 3), {})],
+        ),
+        ({"static_argnums": (-2,)}, ((X, 3, 2.0), {}), [((X, 2.0), {}), ((X, 3, 2.0), {})]),
+    ],
+)
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_was_compiled_takes_no_static_arguments(static: Any, lowered: Any, calls: Any, traced: bool) -> None:
+    net, twin = Net(), Net()
+    args, kwargs = lowered
+    jitted = mu.jit(scaled, **static)
+    stage = jitted.trace(net, *args, **kwargs).lower() if traced else jitted.lower(net, *args, **kwargs)
+    compiled = stage.compile()
+    expected = jitted(twin, *args, **kwargs)
+    for call_args, call_kwargs in calls:
+        np.testing.assert_array_equal(compiled(net, *call_args, **call_kwargs), expected)
+    assert int(net.calls) == 3 * len(calls)
+
+
+def test_other_static_arguments_are_refused() -> None:
+    net = Net()
+    compiled: Any = mu.jit(scaled, static_argnames=("n", "mode")).lower(net, X, 3, mode="a").compile()
+    for args, kwargs, name in (((X, 4), {}, "n"), ((X,), {"n": 4}, "n"), ((X,), {"mode": "b"}, "mode")):
+        with pytest.raises(errors.StructureError, match=f"argument `{name}` is static, and another") as caught:
+            compiled(net, *args, **kwargs)
+        exec(str(caught.value.cure).split("`")[1], {"compiled": lambda x: compiled(net, x), "x": X})
+    with pytest.raises(errors.StructureError, match="arguments of another structure"):
+        compiled(net, X, 3, 2.0)
+    with pytest.raises(errors.StructureError, match="arguments of another structure"):
+        compiled(net)
+    assert int(net.calls) == 9

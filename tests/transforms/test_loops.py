@@ -821,3 +821,36 @@ def test_the_memory_of_blocks_of_layers() -> None:
     weights = 60 * 16 * 4
     assert residuals(None) > 60 * CARRY
     assert residuals(8) < (60 // 8 + 3) * CARRY + 2 * weights
+
+
+@pytest.mark.parametrize(("start", "max_steps"), [(1.0, 3), (1.0, 20), (20.0, 3), (4.0, 0)])
+@pytest.mark.parametrize("how", ["eager", "jit", "no jit"])
+def test_a_bounded_while_loop(start: float, max_steps: int, how: str) -> None:
+    count = mu.Variable(0)
+
+    def body(x: jax.Array) -> jax.Array:
+        count.value += 1
+        return x * jnp.float32(1.5)
+
+    def run(x: Any) -> Any:
+        return mu.while_loop(lambda x: x < 10, body, x, max_steps=max_steps)
+
+    steps, wanted = 0, start
+    while wanted < 10 and steps < max_steps:
+        steps, wanted = steps + 1, wanted * 1.5
+    with jax.disable_jit(how == "no jit"):
+        found = (mu.jit(run) if how == "jit" else run)(jnp.float32(start))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert int(count) == steps
+    if how != "no jit":
+        grad = mu.grad(run)(jnp.float32(start))
+        np.testing.assert_allclose(grad, 1.5**steps, rtol=1e-6)
+        assert int(count) == 2 * steps
+        both = mu.vmap(lambda x: mu.while_loop(lambda x: x < 10, lambda x: x * 1.5, x, max_steps=max_steps))
+        np.testing.assert_allclose(both(jnp.array([start, 11.0])), [wanted, 11.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("max_steps", [-1, 2.5, True])
+def test_a_bound_that_is_none(max_steps: Any) -> None:
+    with pytest.raises(mu.errors.ArgumentError, match="max_steps"):
+        mu.while_loop(lambda x: x < 10, lambda x: x + 1, 0, max_steps=max_steps)

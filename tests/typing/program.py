@@ -3,6 +3,7 @@
 `assert_type` says what an expression is to both. A line that ends in `# E` is an error to both, and no other line is.
 """
 
+import functools
 from typing import Any, assert_type
 
 import jax
@@ -35,9 +36,36 @@ class Net(mu.Module):
     def repeated(self, x: Array, times: int) -> tuple[Array, int]:
         return times * self(x), times
 
+    @functools.partial(mu.jit, static_argnames="times")
+    def by_partial(self, x: Array, times: int) -> Array:
+        return times * self(x)
+
     @mu.remat
     def sized(self) -> Array:
         return jnp.sum(self.w.value)
+
+
+@functools.partial(mu.jit, static_argnames="n", donate=False)
+def scaled(x: Array, n: int) -> Array:
+    return n * x
+
+
+@functools.partial(mu.vmap, in_axes=0)
+def in_lanes(x: Array) -> Array:
+    return x
+
+
+@functools.partial(mu.remat, prevent_cse=False)
+def again(x: Array) -> Array:
+    return x
+
+
+@functools.partial(mu.custom_vjp, nondiff_argnums=(1,))
+def with_rule(x: Array, n: int) -> Array:
+    return n * x
+
+
+with_rule.defvjp(lambda x, n: (n * x, None), lambda n, _, g: (n * g,))
 
 
 class Scale(mu.Param[Array]):
@@ -98,6 +126,10 @@ def transforms(net: Net, x: Array, mesh: jax.sharding.Mesh) -> None:
     assert_type(net.step(x, scale=2.0), Array)
     assert_type(net.repeated(x, times=2), tuple[Array, int])
     assert_type(net.sized(), Array)
+    # To mypy they are Any.
+    print(net.by_partial(x, 2), scaled(x, 3), in_lanes(x), again(x), with_rule(x, 2))
+    print(scaled.lower(x, 3).compile()(x), scaled.eval_shape(x, 3))
+    print(functools.partial(mu.grad, argnums=0)(square)(x[0]), functools.partial(mu.value_and_grad)(square)(x[0]))
     assert_type(Net.step(net, x), Array)
     assert_type(mu.jit(loss).lower(net, x).compile()(net, x), Array)
     assert_type(mu.vmap(loss, (None, 0))(net, x), Array)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -94,14 +96,50 @@ def test_one_trace_walks_over_a_model_once(first: bool, monkeypatch: pytest.Monk
     [
         ("dispatch", ["--states", "12", "--rounds", "1"]),
         ("calls", ["--states", "12", "--rounds", "1", "--growth", "12,30"]),
+        ("loops", ["--states", "12", "--rounds", "1", "--only", "captured list"]),
+        pytest.param("workloads", ["--rounds", "1", "--only", "LIF", "--peers"], marks=pytest.mark.slow),
+        pytest.param("spiking", ["--rounds", "1", "--only", "checks"], marks=pytest.mark.slow),
         ("imports", ["--rounds", "1"]),
+        pytest.param("eager", ["--rounds", "1"], marks=pytest.mark.slow),
+        pytest.param("pretraining", ["--rounds", "1"], marks=pytest.mark.slow),
+        pytest.param("decoding", ["--rounds", "1", "--sizes", "tiny"], marks=pytest.mark.slow),
     ],
 )
 def test_scripts_run(script: str, options: list[str]) -> None:
-    command = [sys.executable, str(FOLDER / f"{script}.py"), *options]
-    assert (
-        "12 states" in subprocess.run(command, check=True, capture_output=True, text=True).stdout or script == "imports"
-    )
+    shown = shown_by(script, *options)
+    assert "ratio" in shown or "figure" in shown
+    assert "12 states" in shown or "--states" not in options
+
+
+def test_counts_are_those_of_threading_by_hand() -> None:
+    shown = shown_by("counts")
+    assert "a sharded training step: all-gather" in shown
+    assert "missed" not in shown, shown
+
+
+def test_the_plot_is_that_of_the_figures(programs: ModuleType, tmp_path: Path) -> None:
+    """One that is stale is written anew by `make bench ARGS=--write`."""
+    report = importlib.import_module("report")
+    for drawn in report.plot(json.loads(report.DATA.read_text()), tmp_path):
+        assert drawn.read_bytes() == (report.PAGE.parent / drawn.name).read_bytes(), f"{drawn.name} is stale"
+
+
+def test_the_page_has_the_figures(programs: ModuleType) -> None:
+    report = importlib.import_module("report")
+    page = report.PAGE.read_text(encoding="utf-8")
+    for found in json.loads(report.DATA.read_text()).values():
+        assert report.table(report.rows_of(found)) in page
+
+
+def shown_by(script: str, *options: str) -> str:
+    strict = ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION")
+    return subprocess.run(
+        [sys.executable, str(FOLDER / f"{script}.py"), *options],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name not in strict},
+    ).stdout
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import pytest
 
 import mutatis as mu
 
+pytestmark = pytest.mark.once
+
 PAGE = Path(__file__).parents[2] / "docs" / "coming_from" / "nnx.md"
 ROWS = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", PAGE.read_text().partition("## Every name")[2], re.M))
 

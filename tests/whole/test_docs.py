@@ -86,7 +86,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", [once_if(path.parent.name == "nn", path) for path in MODULES], ids=module_name)
+@pytest.mark.once  # what a docstring shows is the same on both; what it shows of is tested on both
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_docstrings(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     import jax
@@ -139,6 +140,8 @@ def run_page(path: Path) -> None:
     [
         pytest.param(path, marks=pytest.mark.jax_leaks)  # JAX keeps the trace of a kept function
         if path.stem == "semantics"
+        else pytest.param(path, marks=pytest.mark.slow)  # many small trainings, of what is tested elsewhere
+        if path.parent.name in ("howto", "learn") and path.stem not in ("first_model", "debugging_nan", "recording")
         else once_if(path.stem != "README", path)
         for path in PAGES
     ],

@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import mutatis as mu
@@ -15,14 +16,15 @@ from mutatis._equivalents import EQUIVALENTS
 pytestmark = pytest.mark.once  # many alike; what JAX's versions differ in, the twins and traces of transforms show
 
 ROWS = [(place, name, instead) for place, names in EQUIVALENTS.items() for name, instead in names.items()]
-PLACES = {"mutatis": mu, "mutatis.nn": nn, "Variable": mu.Param(jnp.ones(2))}
+PLACES = {"mutatis": mu, "mutatis.nn": nn, "Variable": mu.Param(jnp.ones(2)), "jax.Array": jnp.ones(2)}
+PLACES |= {"Module": mu.Module(), "Optimizer": mu.Optimizer(mu.Param(1.0), optax.sgd(0.1)), "mutatis.optim": mu.optim}
 
 
 @pytest.mark.parametrize(("place", "name", "instead"), ROWS)
 def test_every_row(place: str, name: str, instead: str) -> None:
     with pytest.raises(AttributeError) as caught:
-        getattr(PLACES[place], name)
-    assert instead in str(caught.value)
+        mu.jit(lambda: getattr(PLACES[place], name))()  # what is said of arrays is said where they go through us
+    assert instead in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
     # What the row says exists: each dotted name in it leads somewhere.
     names = {"mu": mu, "nn": nn, "jax": jax, "v": PLACES["Variable"], "model": mu.Module(), "state": mu.State({}, {})}
     for dotted in re.findall(r"\b(?:mu|nn|jax|v|model|state)(?:\.\w+)+", instead):

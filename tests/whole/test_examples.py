@@ -66,14 +66,14 @@ def test_stopped_run_goes_on_to_the_same_bits(mnist: ModuleType, data: Any, tmp_
         args = mnist.parse_args([f"--out={tmp_path / name}", "--epochs=2", "--batch-size=20", *words])
         run = mnist.Training(epochs=2, steps=2, learning_rate=1e-3, seed=0)
         if resume:
-            mu.checkpoint.restore(tmp_path / resume, run)
+            mu.checkpoint.Manager(tmp_path / resume).restore(run, step=1)
         mnist.train(run, data, args)
         return run
 
     whole, stopped = train("whole"), train("stopped", "--stop-after=1")
     assert (int(whole.optimizer.step), int(stopped.optimizer.step)) == (4, 2)
     assert mnist.differing(whole, stopped)
-    assert mnist.differing(whole, train("resumed", resume="stopped/epoch_1")) == []
+    assert mnist.differing(whole, train("resumed", resume="stopped")) == []
     assert np.isfinite(whole.curve).all()
 
 

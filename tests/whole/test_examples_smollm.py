@@ -37,7 +37,7 @@ def smollm() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
         yield importlib.import_module("smollm")
-        for name in ("smollm", "smollm_tokenizer", "serve"):
+        for name in ("smollm", "smollm_tokenizer", "smollm_bench", "smollm_peers", "serve"):
             sys.modules.pop(name, None)
 
 
@@ -84,6 +84,29 @@ def test_rows_of_a_batch_are_alone(smollm: ModuleType, tiny: Any) -> None:
     rows = np.stack([*smollm.generate(model, [[7], prompt, [9] * 20], 10)], 1)
     assert rows[1].tolist() == arrays["tokens"][:10].tolist()
     assert rows[0].tolist() == [int(row[0]) for row in smollm.generate(model, [[7]], 10)]
+
+
+def test_programs_and_memory_are_those_by_hand(smollm: ModuleType, tiny: Any, traces: Any) -> None:
+    bench = importlib.import_module("smollm_bench")
+    model, rngs = mu.clone(tiny[0]), mu.Rngs(0)
+    prompts = [[5] * length for length in (3, 9, 16, 17, 30)]
+    for prompt in prompts:
+        smollm.step(model, rngs, smollm.start(model, rngs, [prompt], 8, smollm.GREEDY))
+    with traces.compilations() as compiled:
+        for prompt in prompts:
+            token = smollm.start(model, rngs, [prompt], 8, smollm.GREEDY)
+            for _ in range(6):
+                token = smollm.step(model, rngs, token)
+    assert compiled.count == 0, "one program for each length to read at, and one for a step"
+    length = model.blocks[0].attention.cache.max_length
+    weights, caches, _, step = bench.by_hand(model, length)
+    ours = smollm.step.lower(model, rngs, token).compile().memory_analysis()
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        hand = step.lower(weights, caches, token, jnp.int32(3)).compile().memory_analysis()
+    layers, stream = model.config.layers, 64  # each cache counts its own tokens; and there is a random stream
+    for what in ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes"):
+        assert getattr(ours, what) <= getattr(hand, what) + 8 * layers + stream, what
+    assert ours.alias_size_in_bytes + 4 >= hand.alias_size_in_bytes, "the caches keep their memory"
 
 
 @pytest.mark.parametrize("ahead", [1, 4])

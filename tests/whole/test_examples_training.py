@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import mutatis as mu
@@ -138,3 +139,65 @@ def test_pictures_as_a_whole(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "digits.png").stat().st_size > 5000
     if name == "vae":
         assert float(re.findall(r"-> ([\d.]+) nats", text)[0]) < 120
+
+
+def test_spikes_learn(tmp_path: Path) -> None:
+    spiking = load("spiking")
+    x = (jax.random.uniform(jax.random.key(0), (12, 784)) > 0.7).astype(jnp.float32)
+    y = jnp.arange(12) % 10
+    net = spiking.Net(8, mu.Rngs(0))
+    optimizer = mu.Optimizer(net, optax.adam(1e-2))
+    losses = [float(spiking.train(net, optimizer, x, y, 5)) for _ in range(15)]
+    assert losses[-1] < losses[0] and np.isfinite(losses).all()
+    assert 0 <= float(spiking.accuracy(net, x, y, 5)) <= 1
+    spiking.draw(net, x[0], 5, tmp_path / "raster.png")
+    assert (tmp_path / "raster.png").stat().st_size > 10_000
+    moved = spiking.shifted(jax.random.key(1), x)
+    assert moved.shape == x.shape and bool((moved.sum(1) == x.sum(1)).all())
+
+
+def test_spikes_are_those_by_hand() -> None:
+    """Logits and gradients of the spiking net beside plain JAX, with the same draws."""
+    spiking = load("spiking")
+    x = 5 * jax.random.uniform(jax.random.key(0), (6, 784))
+    net, steps = spiking.Net(8, mu.Rngs(0)), 12
+    params = mu.state(net, mu.Param).map(lambda path, value: jnp.array(value))
+    (stream,) = mu.state(net, mu.RngState).values()
+    key, count = jnp.array(stream["key"]), jnp.array(stream["count"])
+
+    def spike(u: jax.Array) -> jax.Array:
+        s = jax.nn.sigmoid(4.0 * u)
+        slope = jax.lax.stop_gradient(4.0 * s * (1 - s))
+        return jax.lax.stop_gradient((u >= 0).astype(u.dtype)) + slope * (u - jax.lax.stop_gradient(u))
+
+    def by_hand(p: mu.State) -> jax.Array:
+        def step(carry: Any, number: jax.Array) -> Any:
+            v, a, s, out = carry
+            draw = jax.random.uniform(jax.random.fold_in(key, count + number.astype(jnp.uint32)), x.shape)
+            sent = (draw < x * 200.0 * 1e-3).astype(jnp.float32)
+            current = 4.0 * (sent @ p["into", "kernel"] + p["into", "bias"])
+            a = (a + s) * jnp.exp(-1 / 80.0)
+            start = v - s
+            v = start + (current - start) * (1 - jnp.exp(-1 / 10.0))
+            s = spike(v - 1.0 - 0.1 * a)
+            arrived = s @ p["out", "kernel"] + p["out", "bias"]
+            out = out + (arrived - out) * (1 - jnp.exp(-1 / p["readout", "tau"]))
+            return (v, a, s, out), out
+
+        zeros = jnp.zeros((6, 8))
+        return jax.lax.scan(step, (zeros, zeros, zeros, jnp.zeros((6, 10))), jnp.arange(steps))[1].mean(0)
+
+    def loss(logits: jax.Array) -> jax.Array:
+        return (jax.nn.log_softmax(logits)[:, 3]).mean()
+
+    grads = mu.jit(mu.grad(lambda net: loss(net(x, steps))))(mu.clone(net))
+    for path, grad in jax.jit(jax.grad(lambda p: loss(by_hand(p))))(params).items():
+        assert path[-1] != "kernel" or float(jnp.abs(grad).max()) > 0
+        np.testing.assert_allclose(grads[path], grad, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(net(x, steps), by_hand(params), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_spikes_tell_digits(tmp_path: Path) -> None:
+    shown = run("spiking", f"--out={tmp_path}")
+    assert float(re.findall(r"held out ([\d.]+)%", shown)[-1]) >= 93

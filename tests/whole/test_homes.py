@@ -25,6 +25,8 @@ import mutatis as mu
 from mutatis import checkpoint, errors, nn
 from tests.whole.test_public import public_modules, public_names
 
+pytestmark = pytest.mark.once
+
 WRITTEN = Path(__file__).parents[1] / "data" / "written_before_folders"
 HOMES = [*public_modules(), importlib.import_module("mutatis.interop")]
 

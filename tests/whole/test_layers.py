@@ -29,9 +29,23 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tracing",),
     ("compilation",),
     ("transforms",),
-    ("random", "optim", "metrics", "interventions", "collecting", "accumulation", "functional", "effects"),
+    (
+        "random",
+        "optim",
+        "metrics",
+        "interventions",
+        "collecting",
+        "accumulation",
+        "functional",
+        "sharding",
+        "surrogate",
+        "recording",
+        "checks",
+        "exporting",
+        "effects",
+    ),
     ("nn", "checkpoint", "inspect", "interop"),
-    ("",),  # the package root
+    ("", "__main__"),  # the package root, and the command line
 )
 
 # Neighbours on one floor that know each other: (importer, imported).
@@ -41,6 +55,7 @@ NEIGHBOURS = {
     ("functional", "interventions"),
     ("functional", "random"),
     ("interop", "nn"),
+    ("checkpoint", "inspect"),
 }
 
 # A folder of pages, of which none knows another, but for those that are made of others.

@@ -344,6 +344,30 @@ def _() -> Any:
     return got, [jnp.ones(4), True, jnp.full(4, 6.0), True, 4] * 2
 
 
+@effect("for_loop progress")
+def _() -> Any:
+    told: list[tuple[int, int]] = []
+    mu.for_loop(Net(), jnp.ones(5), progress=lambda done, total: told.append((done, total)))
+    jax.effects_barrier()
+    return told, [(5, 5)]
+
+
+@effect("scan progress")
+def _() -> Any:
+    told: list[tuple[int, int]] = []
+    net = Net()
+    mu.scan(lambda c, x: (c, net(x)), None, jnp.ones(5), progress=lambda done, total: told.append((done, total)))
+    jax.effects_barrier()
+    return told, [(5, 5)]
+
+
+@effect("while_loop max_steps")
+def _() -> Any:
+    net = Net()
+    loop = lambda x: mu.while_loop(lambda x: x < 10, lambda x: x * 2 + 0 * net(1.0)[0], x, max_steps=3)  # noqa: E731
+    return [loop(1.0), int(net.n), mu.grad(loop)(1.0)], [8.0, 3, 8.0]
+
+
 @effect("fori_loop unroll")
 def _() -> Any:
     net = Net()

@@ -6,6 +6,7 @@ Annotations are left out: the type checker holds those.
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mutatis.model.elsewhere import Elsewhere
 
 LISTING = Path(__file__).with_name("public.txt")
 
@@ -43,9 +46,9 @@ def public_modules() -> list[types.ModuleType]:
 
 
 def public_names(module: types.ModuleType) -> list[str]:
-    """`__all__`; without one, what the module (or the package) defines itself."""
+    """`__all__` and what a star leaves out; without these, what the module (or the package) defines itself."""
     if hasattr(module, "__all__"):
-        return sorted(module.__all__)
+        return sorted([*module.__all__, *getattr(module, "_NOT_BY_STAR", ())])
     return sorted(
         name
         for name, value in vars(module).items()
@@ -93,7 +96,7 @@ def show_signature(value: Any) -> str:
 def show_members(cls: type) -> Iterator[str]:
     """The public methods and properties that a class defines itself."""
     for name, value in sorted(vars(cls).items()):
-        if name.startswith("_"):
+        if name.startswith("_") or isinstance(value, Elsewhere):  # it raises: the class does not have it
             continue
         if isinstance(value, staticmethod | classmethod):
             yield f"    {type(value).__name__} {name}{show_signature(getattr(cls, name))}"
@@ -145,6 +148,19 @@ def test_names_are_unique() -> None:
     for module in public_modules():
         names = list(getattr(module, "__all__", ()))
         assert len(names) == len(set(names)), module.__name__
+
+
+@pytest.mark.parametrize("module", public_modules(), ids=lambda module: module.__name__)
+def test_a_star_hides_no_builtin(module: types.ModuleType) -> None:
+    found: dict[str, Any] = {}
+    exec(f"from {module.__name__} import *", found)
+    assert {name for name in found if name in dir(builtins) and name != "__builtins__"} == set()
+    assert set(getattr(module, "__all__", ())) <= found.keys()
+
+
+def test_names_that_a_star_leaves_out_are_those_of_builtins() -> None:
+    left_out = importlib.import_module("mutatis")._NOT_BY_STAR
+    assert set(left_out) <= set(dir(builtins)) and set(left_out) <= set(dir(importlib.import_module("mutatis")))
 
 
 def test_public_objects_pickle() -> None:

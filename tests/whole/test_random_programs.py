@@ -29,6 +29,8 @@ import pytest
 
 import mutatis as mu
 
+pytestmark = pytest.mark.once
+
 F = np.float32
 LANES = 3  # of every `vmap`, and the number of stacked layers
 THRESHOLD = 0.1234

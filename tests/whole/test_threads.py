@@ -6,6 +6,7 @@ thread counts as hanging.
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import faulthandler
 import linecache
@@ -264,7 +265,8 @@ def read_table(net: Net) -> list[Any]:
 
 
 def read_snapshot(net: Net) -> list[Any]:
-    return jax.tree.leaves(list(mu.snapshot(net)._values.values()))
+    snapshot = mu.snapshot(net)  # held, or its arrays are the next step's
+    return [np.array(leaf) for leaf in jax.tree.leaves(list(snapshot._values.values()))]
 
 
 def read_pytree(net: Net) -> list[Any]:
@@ -678,3 +680,16 @@ def test_threads_use_every_transform(together: Together, steps: int) -> None:
         check_all(net, steps // 10)
 
     together(*(lambda n=n: run(n) for n in range(THREADS)))
+
+
+def test_no_key_is_drawn_twice() -> None:
+    """Draws in ordinary code, by four threads that take turns very often."""
+    rngs = mu.Rngs(0)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            keys = list(pool.map(lambda _: np.asarray(jax.random.key_data(rngs())).tobytes(), range(200)))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(set(keys)) == 200

@@ -11,6 +11,8 @@ import pytest
 
 import mutatis as mu
 
+pytestmark = pytest.mark.once
+
 
 class Model(mu.Module):
     def __init__(self, size: int = 3) -> None:

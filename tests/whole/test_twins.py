@@ -18,6 +18,8 @@ import pytest
 import mutatis as mu
 from tests.nets import Running as Model
 
+pytestmark = pytest.mark.once
+
 HALF = jnp.float32(0.5)
 
 

@@ -6,7 +6,10 @@ their numbers, a few narrow dtypes in a wider one, and an empty array not at all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +18,10 @@ import numpy as np
 
 from mutatis._packages import require
 from mutatis.checkpoint.manifest import Leaf
+from mutatis.core.placements import put
 from mutatis.errors import CheckpointError
+
+_FILE = 1 << 27  # bytes of a file, about: several are checked at a time
 
 # The dtypes that TensorStore, under Orbax, does not know, by those that they are stored in.
 _STORED_AS = {"uint2": "uint8", "uint4": "uint8", "float8_e4m3": "uint8"}
@@ -25,20 +31,71 @@ def _orbax() -> Any:
     return require("orbax.checkpoint", "mu.checkpoint")
 
 
+def _checkpointer(handler: Any) -> Any:
+    """What Orbax writes and reads with.
+
+    Several processes wait for each other through the service that connects them. By itself Orbax would run a program on all
+    devices, which comes between the programs of the training when it saves in the background.
+    """
+    orbax = _orbax()
+    if jax.process_count() == 1:
+        return orbax.Checkpointer(handler)
+    together = orbax.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    return orbax.Checkpointer(handler, multiprocessing_options=together)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Have Orbax not log the errors that it raises: pages of its own frames."""
+    logger = logging.getLogger("absl")
+
+    def is_no_error(record: logging.LogRecord) -> bool:
+        return record.exc_info is None or "orbax" not in record.pathname
+
+    logger.addFilter(is_no_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_error)
+
+
 def describe(value: jax.Array, number: int) -> Leaf:
     """The type of an array that is stored under a number."""
     impl = str(jax.random.key_impl(value)) if _is_key(value) else None
     return Leaf(tuple(value.shape), str(value.dtype), impl, number if value.size else None)
 
 
-def write_arrays(directory: str, arrays: Mapping[int, jax.Array]) -> None:
-    """Write arrays, by their numbers, into a new directory."""
+def write_arrays(directory: str, arrays: Mapping[int, Any], several: bool = False) -> None:
+    """Write arrays, by their numbers, into a new directory.
+
+    Args:
+      directory: the directory.
+      arrays: the arrays; those of NumPy are encoded already.
+      several: whether other processes write their parts of them. An array that this process has the whole of is written by
+        the first alone.
+    """
     if not arrays:
         return  # Orbax refuses an empty tree
     orbax = _orbax()
-    stored = {str(number): _encode(value) for number, value in arrays.items()}
-    with orbax.Checkpointer(orbax.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(directory, args=orbax.args.PyTreeSave(stored))
+    stored = {str(number): encode(value) for number, value in arrays.items()}
+    if several:
+        stored = {
+            name: np.asarray(value) if getattr(value, "is_fully_addressable", True) else value
+            for name, value in stored.items()
+        }
+    try:
+        # Weights are as good as random: to compress them takes longer than to write them.
+        handler = orbax.PyTreeCheckpointHandler(use_compression=False)
+        with _unlogged(), _checkpointer(handler) as checkpointer:
+            checkpointer.save(directory, args=orbax.args.PyTreeSave(stored, ocdbt_target_data_file_size=_FILE))
+    except OSError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise what they like
+        raise CheckpointError(
+            f"the arrays cannot be written to `{os.path.dirname(directory)}`",
+            got=f"{type(error).__name__}: {error}",
+            cure="Free some space, or save to another disk.",
+        ) from error
 
 
 def read_arrays(directory: str, wanted: list[tuple[Leaf, Any]]) -> list[jax.Array]:
@@ -59,7 +116,7 @@ def read_arrays(directory: str, wanted: list[tuple[Leaf, Any]]) -> list[jax.Arra
         arguments = {n: plain if s is None else orbax.ArrayRestoreArgs(sharding=s) for n, s in targets.items()}
         request = orbax.args.PyTreeRestore(dict.fromkeys(targets, 0), restore_args=arguments, partial_restore=True)
         try:
-            with orbax.Checkpointer(orbax.PyTreeCheckpointHandler()) as checkpointer:
+            with _unlogged(), _checkpointer(orbax.PyTreeCheckpointHandler()) as checkpointer:
                 stored = checkpointer.restore(directory, args=request)
         except Exception as error:  # Orbax and TensorStore raise what they like
             raise CheckpointError(
@@ -74,7 +131,8 @@ def read_arrays(directory: str, wanted: list[tuple[Leaf, Any]]) -> list[jax.Arra
             differences=[f"array {leaf.array}: expected {leaf}" for leaf in others],
             cure="Restore an earlier checkpoint.",
         )
-    return [_decode(leaf, stored.get(str(leaf.array)), like) for leaf, like in wanted]
+    # Each is let go of when it has been converted, so that no second copy of all is held.
+    return [_decode(leaf, stored.pop(str(leaf.array), None), like) for leaf, like in wanted]
 
 
 def _is_of(stored: Any, leaf: Leaf) -> bool:
@@ -91,7 +149,10 @@ def _is_key(value: jax.Array) -> bool:
     return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
 
 
-def _encode(value: jax.Array) -> jax.Array:
+def encode(value: Any) -> Any:
+    """An array as Orbax takes it."""
+    if isinstance(value, np.ndarray):
+        return value
     if _is_key(value):
         return jax.random.key_data(value)
     dtype = _STORED_AS.get(str(value.dtype))
@@ -108,13 +169,14 @@ def _decode(leaf: Leaf, stored: Any, like: Any) -> jax.Array:
         stored = _empty(leaf)
     if leaf.dtype in _STORED_AS:
         stored = stored.astype(leaf.dtype) if "int" in leaf.dtype else stored.view(leaf.dtype)
-    value = jax.random.wrap_key_data(jnp.array(stored), impl=leaf.impl) if leaf.impl else jnp.array(stored)
+    array = jax.device_put(stored)  # which copies nothing where that is not needed
+    value = jax.random.wrap_key_data(array, impl=leaf.impl) if leaf.impl else array
     return placed(value, like)
 
 
 def placed(value: jax.Array, like: Any) -> jax.Array:
     """An array where another one lives."""
-    return value if (sharding := _sharding(like)) is None else jax.device_put(value, sharding)
+    return value if (sharding := _sharding(like)) is None else put(value, sharding)
 
 
 def _empty(leaf: Leaf) -> Any:

@@ -72,6 +72,28 @@ def only_saver(path: str) -> Iterator[None]:
         _release(lock, descriptor)
 
 
+def lock_directory(directory: str, me: str) -> tuple[int | None, str]:
+    """Keep a directory for one job until `unlock`: a descriptor; or None, and who has it."""
+    lock = os.path.join(directory, _JOB)
+    descriptor = _acquire(lock, wait=False)
+    if descriptor is None:
+        with contextlib.suppress(OSError), open_file(lock) as file:
+            return None, file.read(200).decode(errors="replace")
+        return None, "a job that has just ended"
+    if descriptor >= 0:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, me.encode())
+    return descriptor, me
+
+
+def unlock(directory: str, descriptor: int | None) -> None:
+    """Let other jobs have a directory."""
+    _release(os.path.join(directory, _JOB), descriptor)
+
+
+_JOB = ".job.lock"
+
+
 def sweep_leftovers(path: str) -> None:
     """Remove what savers that died have left beside a checkpoint; what another saver is writing stays."""
     folder = os.path.dirname(path)

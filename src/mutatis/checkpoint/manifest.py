@@ -14,17 +14,21 @@ more is removed last.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from mutatis.checkpoint.disk import open_file, sync_directory
 from mutatis.core.naming import show_path
+from mutatis.core.showing import show_value
 from mutatis.errors import CheckpointError
 from mutatis.model.filters import Path
 from mutatis.model.variables import Variable
@@ -88,9 +92,9 @@ class ValueType:
 
     def fits(self, other: ValueType, cast: bool) -> bool:
         """Whether a value of this type can be written where one of the other type is."""
+        same = _same_structure(self.structure, other.structure) and len(self.leaves) == len(other.leaves)
         if not cast:
-            return self == other
-        same = self.structure == other.structure and len(self.leaves) == len(other.leaves)
+            return same and self.leaves == other.leaves
         return same and all(map(_casts, self.leaves, other.leaves))
 
     def build(self, leaves: Sequence[Any]) -> Any:
@@ -105,14 +109,14 @@ class ValueType:
 def _casts(leaf: Leaf, other: Leaf) -> bool:
     if leaf.dtype.startswith("key<") or other.dtype.startswith("key<"):
         return leaf == other
-    # A float would be cut to an integer, and a complex number to its real part.
+    # A float would be cut to an integer, a complex number to its real part, and an integer to whether it is zero.
     loses = _rank(leaf.dtype) > _rank(other.dtype)
     return leaf.shape == other.shape and not loses
 
 
 def _rank(dtype: str) -> int:
-    """0 for bools and integers, 1 for floats, 2 for complex numbers."""
-    return 2 if dtype.startswith("complex") else int("float" in dtype)
+    """0 for bools, 1 for integers, 2 for floats, 3 for complex numbers."""
+    return 0 if dtype == "bool" else 3 if dtype.startswith("complex") else 1 + int("float" in dtype)
 
 
 def structure_of(value: Any) -> Any:
@@ -120,7 +124,34 @@ def structure_of(value: Any) -> Any:
     entries = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
     if len(entries) == 1 and not entries[0][0]:
         return _LEAF
-    return [type(value).__name__, [[_plain_key(keys[0]), structure_of(inner)] for keys, inner in entries]]
+    return [_container(value), [[_plain_key(keys[0]), structure_of(inner)] for keys, inner in entries]]
+
+
+def _container(value: Any) -> str:
+    """The name of a container's class; with what else it is, such as a unit: ``Quantity[Unit("mV")]``."""
+    name = type(value).__name__
+    if name in _BUILDERS or isinstance(value, tuple | dict):
+        return name
+    _, more = jax.tree.structure(value).node_data()
+    return name if more is None or more == () else f"{name}[{show_value(more)}]"
+
+
+def _same_structure(saved: Any, other: Any) -> bool:
+    """Whether values of two structures can take each other's place; older files do not say what a container is besides."""
+    if saved == other or _LEAF in (saved, other):
+        return bool(saved == other)
+    (name, items), (other_name, others) = saved, other
+    if name != other_name and "[" in name and "[" in other_name:
+        return False
+    names = {name.partition("[")[0], other_name.partition("[")[0]}
+    return (
+        len(names) == 1
+        and len(items) == len(others)
+        and all(
+            key == other_key and _same_structure(inner, other_inner)
+            for (key, inner), (other_key, other_inner) in zip(items, others, strict=True)
+        )
+    )
 
 
 def _plain_key(key: Any) -> Any:
@@ -212,11 +243,13 @@ class Manifest:
       number: of the save: 1, and one more each time that the checkpoint is saved over.
       entries: the states.
       files: the size and CRC-32 of each file with arrays.
+      extra: what the user keeps beside the states, as JSON; None for nothing.
     """
 
     number: int
     entries: tuple[Entry, ...]
     files: Mapping[str, tuple[int, int]]
+    extra: Any = None
 
     @property
     def arrays(self) -> str:
@@ -226,8 +259,9 @@ class Manifest:
     def write(self, directory: str) -> None:
         """Write or replace the manifest of a directory, in one step."""
         states = [dataclasses.asdict(entry) for entry in self.entries]
-        head = {"format": FORMAT, "version": VERSION, "crc": _crc(self.number, self.files, states)}
+        head = {"format": FORMAT, "version": VERSION, "crc": _crc(self.number, self.files, states, self.extra)}
         head |= {"number": self.number, "files": self.files}
+        head |= {} if self.extra is None else {"extra": self.extra}
         lines = ",\n".join(map(json.dumps, states))
         unfinished = os.path.join(directory, f"{MANIFEST}.unfinished")
         with open(unfinished, "w", encoding="utf-8") as file:
@@ -237,25 +271,27 @@ class Manifest:
         os.replace(unfinished, os.path.join(directory, MANIFEST))
         sync_directory(directory)
 
-    def check_files(self, directory: str) -> None:
+    def check_files(self, directory: str, *, contents: bool = True) -> None:
         """Raise unless all files are as they were written.
+
+        Args:
+          directory: the checkpoint.
+          contents: whether they are read, to see that no byte has changed; without it only their sizes are compared.
 
         Raises:
           CheckpointError: some are missing, cut short or changed; all are listed.
         """
+        look = fingerprint if contents else size_of
+        paths = {name: os.path.join(directory, name) for name in self.files}
         problems = []
-        for name, expected in self.files.items():
-            try:
-                found = fingerprint(os.path.join(directory, name))
-            except FileNotFoundError:
+        for (name, expected), found in zip(self.files.items(), _several(look, paths.values()), strict=True):
+            if isinstance(found, FileNotFoundError):
                 problems.append(f"{name}: missing")
-                continue
-            except OSError as error:
-                problems.append(f"{name}: {error.strerror}")
-                continue
-            if found[0] != expected[0]:
+            elif isinstance(found, OSError):
+                problems.append(f"{name}: {found.strerror}")
+            elif found[0] != expected[0]:
                 problems.append(f"{name}: {expected[0]} bytes were written, {found[0]} are there")
-            elif found != expected:
+            elif contents and found != expected:
                 problems.append(f"{name}: its contents have changed")
         if problems:
             raise CheckpointError(
@@ -267,12 +303,33 @@ class Manifest:
 
 def fingerprints(directory: str, below: str) -> dict[str, tuple[int, int]]:
     """The size and CRC-32 of every file below a directory, by path from it."""
+    walk = os.walk(os.path.join(directory, below))
+    files = sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
     found = {}
-    for folder, _, names in os.walk(os.path.join(directory, below)):
-        for name in names:
-            file = os.path.join(folder, name)
-            found[os.path.relpath(file, directory).replace(os.sep, "/")] = fingerprint(file)
-    return dict(sorted(found.items()))
+    for file, was in zip(files, _several(fingerprint, files), strict=True):
+        if isinstance(was, OSError):
+            raise was
+        found[os.path.relpath(file, directory).replace(os.sep, "/")] = was
+    return found
+
+
+def _several(look: Callable[[str], tuple[int, int]], files: Iterable[str]) -> list[tuple[int, int] | OSError]:
+    """What looking at each file gives, or the error; several are read at a time."""
+
+    def one(file: str) -> tuple[int, int] | OSError:
+        try:
+            return look(file)
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(one, files))
+
+
+def size_of(file: str) -> tuple[int, int]:
+    """The size of a file, in place of its fingerprint."""
+    with open_file(file) as stream:
+        return os.fstat(stream.fileno()).st_size, 0
 
 
 def fingerprint(file: str) -> tuple[int, int]:
@@ -291,11 +348,12 @@ def read_manifest(directory: str) -> Manifest:
     Raises:
       CheckpointError: there is none, it is damaged, or it is of another format or version.
     """
+    # Looked at first: another process may put the checkpoint there after this one has found no manifest.
+    there = "no checkpoint of Mutatis" if os.path.lexists(directory) else "nothing"
     try:
         with open_file(os.path.join(directory, MANIFEST)) as file:
             data = json.loads(file.read().decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        there = "no checkpoint of Mutatis" if os.path.lexists(directory) else "nothing"
         raise CheckpointError(
             f"there is {there} at `{directory}`",
             expected=f"a directory with the file {MANIFEST}",
@@ -319,11 +377,11 @@ def read_manifest(directory: str) -> Manifest:
     states: Any = data.get("states")
     problem = None
     try:
-        if data.get("crc") != _crc(number, files, states):
+        if data.get("crc") != _crc(number, files, states, data.get("extra")):
             problem = "contents that are not what was written"
         else:
             entries = tuple(map(Entry.from_json, states))
-            manifest = Manifest(number, entries, {name: tuple(was) for name, was in files.items()})
+            manifest = Manifest(number, entries, {name: tuple(was) for name, was in files.items()}, data.get("extra"))
             problem = _problem_of(manifest)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(directory, "contents of another form than a manifest has") from error
@@ -342,6 +400,13 @@ def _problem_of(manifest: Manifest) -> str | None:
             return f"a file that is not among its arrays: {name!r}"
         if [*map(type, was)] != [int, int]:
             return f"{name!r}: a size and checksum that are none"
+    for entry in manifest.entries:
+        texts = [entry.path, entry.kind, entry.collection, *([] if entry.name is None else [entry.name])]
+        texts += [text for leaf in entry.type.leaves for text in (leaf.dtype, leaf.impl or "")]
+        if not all(type(text) is str for text in texts) or not all(isinstance(part, _PLAIN) for part in entry.parts):
+            return f"{entry.path!r}: a name that is none"
+        if (unknown := next((leaf.dtype for leaf in entry.type.leaves if not _is_dtype(leaf)), None)) is not None:
+            return f"{entry.label}: the dtype {unknown!r}"
     keys = [entry.key for entry in manifest.entries]
     if len({*keys}) < len(keys):
         return "two states of one path or name"
@@ -349,15 +414,24 @@ def _problem_of(manifest: Manifest) -> str | None:
     for entry in manifest.entries:
         if _leaves_in(entry.type.structure) != len(entry.type.leaves):
             return f"{entry.label}: another number of arrays than its structure has"
-    for leaf in leaves:
+    for number, leaf in enumerate(leaves):
         if not all(type(size) is int and size >= 0 for size in leaf.shape):
             return f"the shape {leaf.shape!r}"
         if (type(leaf.array) is not int) if math.prod(leaf.shape) else (leaf.array is not None):
             return f"an array of {leaf} under the number {leaf.array!r}"
-    numbers = [leaf.array for leaf in leaves if leaf.array is not None]
-    if len({*numbers}) < len(numbers):
-        return "two arrays under one number"
+        if leaf.array not in (None, number):  # they are numbered in the order in which they stand
+            return f"the {number}th array under the number {leaf.array}"
     return None
+
+
+def _is_dtype(leaf: Leaf) -> bool:
+    """Whether there is such a dtype, or such a random key."""
+    try:
+        if leaf.impl is not None:
+            return str(jax.eval_shape(functools.partial(jax.random.key, 0, impl=leaf.impl)).dtype) == leaf.dtype
+        return str(jnp.dtype(leaf.dtype)) == leaf.dtype
+    except (TypeError, ValueError):
+        return False
 
 
 def _leaves_in(structure: Any, depth: int = 0) -> int:
@@ -373,8 +447,9 @@ def _leaves_in(structure: Any, depth: int = 0) -> int:
     return sum(_leaves_in(inner, depth + 1) for _, inner in structure[1])
 
 
-def _crc(number: Any, files: Any, states: Any) -> int:
-    return zlib.crc32(json.dumps([number, files, states]).encode())
+def _crc(number: Any, files: Any, states: Any, extra: Any) -> int:
+    parts = [number, files, states] if extra is None else [number, files, states, extra]
+    return zlib.crc32(json.dumps(parts).encode())
 
 
 def _damaged(directory: str, found: str) -> CheckpointError:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,59 +19,92 @@ from jax.dtypes import canonicalize_dtype as canonicalize
 from mutatis.checkpoint.arrays import placed, read_arrays
 from mutatis.checkpoint.disk import os_errors
 from mutatis.checkpoint.manifest import Entry, Key, Leaf, Manifest, ValueType, label_of, read_manifest
+from mutatis.checkpoint.processes import Processes
 from mutatis.checkpoint.saving import by_key, check_call
 from mutatis.core import access
+from mutatis.core.avals import show_range
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import STACKED_PARTS, stacked_part
+from mutatis.core.showing import show_value
 from mutatis.core.transactions import Transaction
-from mutatis.errors import CheckpointError
+from mutatis.errors import ArgumentError, CheckpointError
 from mutatis.model.filters import Filter, FilterLike, Path, as_filter
 from mutatis.model.surgery import modules
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
 
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
-def restore(path: str | os.PathLike[str], node: Any, *filters: FilterLike, cast: bool = False) -> None:
-    """Put the states of a checkpoint back into a node. Everything is checked before anything is written.
 
-    A state with an explicit name is found by it, any other by its path. Values go where the model's states live
-    (device, sharding). A frozen state is restored like any other, and stays frozen: it gets back what it had. A state
-    without a value is created, and a model of shapes (`mu.eval_shape`) gets its arrays. A list of layers is restored from an
-    `nn.Stack` of them, and the other way round.
+def restore(
+    path: str | os.PathLike[str],
+    node: Any,
+    *filters: FilterLike,
+    at: str | int | tuple[str | int, ...] = "",
+    rename: Mapping[str, str] = NO_NAMES,
+    missing: Literal["error", "keep"] = "error",
+    unexpected: Literal["error", "ignore"] = "error",
+    cast: bool = False,
+    verify: Literal["checksum", "size"] = "checksum",
+) -> None:
+    """Write the states of a checkpoint into a model. Everything is checked before the first state is written.
+
+    First build the model as it was when you saved it. A state with an explicit name is found by its name, any other one by its
+    path. The values go to the devices and shardings of the model's states. Frozen states are restored too, and stay frozen.
+
+    States without a value are created, and a model of shapes (`mu.eval_shape`) gets its arrays. A list of layers can be restored
+    from an `nn.Stack` of them, and the other way round. In a job with several processes, all of them call it. The number of
+    processes and devices may differ from when it was saved.
 
     Args:
-      path: the directory that `save` wrote.
+      path: the directory that `mu.checkpoint.save` wrote.
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *filters: which states; all, if none is given. The checkpoint's other states are left alone.
-      cast: whether numbers of another dtype are converted; never floats to integers, or complex numbers to real ones.
+      *filters: which states of the node; all, if none is given. Other states of the checkpoint are ignored.
+      at: the path of the node in the checkpoint: ``at="model.encoder"`` restores an encoder from the checkpoint of a whole model,
+        and ``at=0`` the first of several objects that were saved together.
+      rename: a dictionary from paths in the checkpoint to paths in the node, with all that is below them:
+        ``{"head": "classifier", "blocks[0]": "stem"}``.
+      missing: for states that the checkpoint does not have: ``"error"``, or ``"keep"`` their present values.
+      unexpected: for states of the checkpoint that the node does not have: ``"error"`` or ``"ignore"``.
+      cast: whether to convert values of another dtype; never floats to integers, or complex numbers to real ones, and integers
+        only where they fit. A float may become infinite in a narrow dtype.
+      verify: the check of the files before they are read: ``"checksum"`` reads every byte, ``"size"`` does not.
 
     Raises:
-      CheckpointError: there is no checkpoint; it is damaged or not one of ours; or it does not fit the node: then all
-        states that are missing, unexpected or of another kind, structure, shape or dtype are listed. The node is as it
-        was. Also inside a transform, and in one of several processes.
+      CheckpointError: there is no checkpoint of Mutatis at the path; it is damaged; the call is inside a transform; or it does
+        not fit the node. The message then lists all states that are missing, unexpected, or of another kind, structure, shape or
+        dtype. The node does not change.
+      ArgumentError: an option has an unknown value.
 
     Example:
-      >>> from mutatis import checkpoint
-      >>> checkpoint.save("best", {"w": mu.Param(jnp.ones(2))})
-      >>> model = {"w": mu.Param(jnp.zeros(2))}
-      >>> checkpoint.restore("best", model)
-      >>> model["w"].value
-      Array([1., 1.], dtype=float32)
-      >>> checkpoint.restore("best", {"weight": mu.Param(jnp.zeros(3))})
-      Traceback (most recent call last):
-      ...
-      mutatis.errors.CheckpointError: the checkpoint at `...best` does not fit the model; nothing was restored
-        missing:    weight
-        unexpected: w
+      >>> import mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> mu.checkpoint.save("best", model)
+      >>> other = mu.nn.Linear(2, 1, rngs=mu.Rngs(1))
+      >>> mu.checkpoint.restore("best", other)
+      >>> bool((other.kernel == model.kernel).all())
+      True
+      >>> try:
+      ...     mu.checkpoint.restore("best", mu.nn.Linear(3, 1, rngs=mu.Rngs(0)))
+      ... except mu.errors.CheckpointError as error:
+      ...     print(error)
+      the checkpoint at `...best` does not fit the model; nothing was restored
+        kernel: expected float32[3,1], got float32[2,1]
       Restore it into a model that was built as the saved one was, or a part of it by a filter.
     """
     path = check_call(path, "restored")
+    _check_options(missing=(missing, "error", "keep"), unexpected=(unexpected, "error", "ignore"))
+    _check_options(verify=(verify, "checksum", "size"))
+    processes = Processes(f"restore {path}")
     while True:
         manifest = read_manifest(path)
-        slots = _match(path, manifest, node, as_filter(filters or ...), cast)
+        entries = moved_entries(path, manifest, at, rename)
+        selects = as_filter(filters or ...)
+        slots = _match(path, entries, node, selects, cast, missing == "keep", unexpected == "ignore")
         try:
             with os_errors(path, "read"):
+                processes.agree(functools.partial(manifest.check_files, path, contents=verify == "checksum"))
                 values = _read(path, manifest, slots)
             break
         except CheckpointError:
@@ -156,29 +192,106 @@ class _OtherForms:
         return (tuple(found), None, True) if alike else None
 
 
-def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool) -> list[_Slot]:
+def _check_options(**options: tuple[Any, str, str]) -> None:
+    for name, (given, *known) in options.items():
+        if given not in known:
+            raise ArgumentError(
+                f"`{name}` cannot be {show_value(given)}",
+                path=name,
+                expected=" or ".join(map(repr, known)),
+                got=show_value(given),
+                cure=f'`mu.checkpoint.restore(path, model, {name}="{known[1]}")`',
+            )
+
+
+def moved_entries(
+    path: str, manifest: Manifest, at: str | int | tuple[str | int, ...], rename: Mapping[str, str]
+) -> list[Entry]:
+    """The entries of a checkpoint that are below a path, by their paths from there, and under other names.
+
+    Raises:
+      CheckpointError: there is nothing at one of these paths.
+    """
+    entries = [*manifest.entries]
+    at = at if isinstance(at, str) else show_path(at if isinstance(at, tuple) else (at,))
+    if at:
+        entries = [moved for entry in entries if (moved := _moved(entry, at, "")) is not None]
+    found = dict.fromkeys(rename, False)
+    for number, entry in enumerate(entries):
+        for old, new in rename.items():
+            if (moved := _moved(entry, old, new)) is not None:
+                entries[number], found[old] = moved, True
+                break
+    twice = [key for key, count in collections.Counter(entry.key for entry in entries).items() if count > 1]
+    if twice and rename:
+        raise CheckpointError(
+            f"two states of the checkpoint at `{path}` would be `{twice[0][1]}`",
+            path=twice[0][1],
+            expected="one state for each path",
+            cure="Rename the other one too: `rename={'old': 'new', 'new': 'unused'}` with `unexpected='ignore'`.",
+        )
+    absent = [repr(at)] if at and not entries else [repr(old) for old, was in found.items() if not was]
+    if absent:
+        raise CheckpointError(
+            f"there is no {', '.join(absent)} in the checkpoint at `{path}`",
+            expected="a path of a state there, or the beginning of one",
+            cure="`print(mu.checkpoint.describe(path))` lists the states.",
+        )
+    return entries
+
+
+def _moved(entry: Entry, old: str, new: str) -> Entry | None:
+    """An entry that is below one path, below another; None if it is not."""
+    if entry.name is not None:
+        return entry if not new else None  # it goes by its name, wherever it is
+    for length in range(len(entry.parts) + 1):
+        if old in (show_path(entry.parts[:length]), ".".join(map(str, entry.parts[:length]))):
+            parts = (*_parse(new), *entry.parts[length:])
+            return dataclasses.replace(entry, parts=parts, path=show_path(parts))
+    return None
+
+
+def _parse(text: str) -> Path:
+    """The parts of a path that `show_path` prints so."""
+    pieces = re.findall(r"\[(\d+)\]|\['([^']*)'\]|([^.\[\]]+)", text)
+    return tuple(int(index) if index else key or name for index, key, name in pieces)
+
+
+def _match(
+    path: str,
+    found: Sequence[Entry],
+    node: Any,
+    selects: Filter,
+    cast: bool,
+    keeps: bool = False,
+    ignores: bool = False,
+) -> list[_Slot]:
     """Which cell gets which entry.
 
     Raises:
       CheckpointError: they do not fit; all differences are listed.
     """
     cells = by_key(variables(node))
-    entries = {entry.key: entry for entry in manifest.entries}
+    entries = {entry.key: entry for entry in found}
     forms = _OtherForms(node, entries)
     sources = {key: ((entries[key],), None, False) if key in entries else forms.find(*cells[key]) for key in cells}
     used = {entry.key for source in sources.values() if source is not None for entry in source[0]}
-    unexpected = [e for key, e in entries.items() if key not in used and selects(e.parts, _kind(e))]
+    unexpected = [] if ignores else [e for e in unused(entries, used) if selects(e.parts, kind_of(e))]
     others = {entry.key[1]: entry.label for entry in unexpected}
     missing: list[str] = []
+    lost: list[Path] = []
     mistyped: list[str] = []
     slots: list[_Slot] = []
     for key, (at, cell) in cells.items():
         if not selects(at, cell):
             continue
         source = sources[key]
+        if source is None and keeps:
+            continue
         if source is None:
             near = difflib.get_close_matches(key[1], others, 1) if len(missing) < 10 else ()
             hint = "".join(f" (the checkpoint has {others[found]})" for found in near)
+            lost.append(at)
             missing.append(f"missing:    {label_of(show_path(at), cell.name)}{hint}")
             continue
         value = access.load(cell)
@@ -187,14 +300,29 @@ def _match(path: str, manifest: Manifest, node: Any, selects: Filter, cast: bool
         slots.append(slot)
     differences = [*missing, *(f"unexpected: {entry.label}" for entry in unexpected), *mistyped]
     if differences:
+        above = _above(lost, found)
         castable = not cast and len([d for slot in slots for d in _differences(slot, True)]) < len(mistyped)
         raise CheckpointError(
             f"the checkpoint at `{path}` does not fit the model; nothing was restored",
             differences=differences,
-            cure="Restore it into a model that was built as the saved one was, or a part of it by a filter."
+            cure=(
+                "Restore it into a model that was built as the saved one was, or a part of it by a filter."
+                if above is None
+                else f'These states are below `{above}` there: `mu.checkpoint.restore(path, model, at="{above}")`.'
+            )
             + (" `cast=True` converts dtypes." if castable else ""),
         )
     return slots
+
+
+def _above(lost: Sequence[Path], entries: Sequence[Entry]) -> str | None:
+    """The path below which a checkpoint has all these paths, if there is one."""
+    there = {entry.parts for entry in entries if entry.name is None}
+    for parts in there if lost else ():
+        length = len(parts) - len(lost[0])
+        if length > 0 and parts[length:] == lost[0] and all((*parts[:length], *path) in there for path in lost):
+            return show_path(parts[:length])
+    return None
 
 
 def _differences(slot: _Slot, cast: bool) -> Iterator[str]:
@@ -213,7 +341,12 @@ def _differences(slot: _Slot, cast: bool) -> Iterator[str]:
         yield f"{entry.label}: has no value yet, and a {container} cannot be made from a file"
 
 
-def _kind(entry: Entry) -> type[Variable]:
+def unused(entries: Mapping[Key, Entry], used: Set[Key]) -> list[Entry]:
+    """Those that no state is restored from."""
+    return [entry for key, entry in entries.items() if key not in used]
+
+
+def kind_of(entry: Entry) -> type[Variable]:
     """The kind of a state that the model does not have, for filters: as near as the kinds of this program come."""
     kinds = [Variable]
     for kind in kinds:
@@ -223,12 +356,7 @@ def _kind(entry: Entry) -> type[Variable]:
 
 
 def _read(path: str, manifest: Manifest, slots: list[_Slot]) -> list[Any]:
-    """The values for slots.
-
-    Raises:
-      CheckpointError: the files are damaged.
-    """
-    manifest.check_files(path)
+    """The values for slots, from files that have been checked."""
     wanted: list[tuple[Leaf, Any]] = []
     for slot in slots:
         leaves = slot.entry.type.leaves
@@ -275,7 +403,26 @@ def _assemble(slot: _Slot, leaves: list[jax.Array]) -> Any:
         return slot.entry.type.build(leaves)
     old, treedef = jax.tree.flatten(slot.now)
     pairs = zip(leaves, old, strict=True)
-    new = [leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype) for leaf, like in pairs]
+    new = [leaf if leaf.dtype == like.dtype else _converted(slot, leaf, like.dtype) for leaf, like in pairs]
     if slot.index is not None or slot.stacks:
         new = [placed(leaf, like) for leaf, like in zip(new, old, strict=True)]
     return jax.tree.unflatten(treedef, new)
+
+
+def _converted(slot: _Slot, leaf: jax.Array, dtype: Any) -> jax.Array:
+    """An array in another dtype.
+
+    Raises:
+      CheckpointError: it holds integers that the dtype does not have.
+    """
+    new = leaf.astype(dtype)
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    if whole and bool(jnp.any((new.astype(leaf.dtype) != leaf) | ((new < 0) != (leaf < 0)))):
+        raise CheckpointError(
+            f"{slot.entry.label} cannot be converted to {dtype}: it holds integers that do not fit; nothing was restored",
+            path=slot.entry.path,
+            expected=f"integers from {jnp.iinfo(dtype).min} to {jnp.iinfo(dtype).max}",
+            got=show_range(leaf),
+            cure="Make the state of the model as wide as the saved one.",
+        )
+    return new

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,69 +25,110 @@ from mutatis.checkpoint.manifest import (
     read_manifest,
     structure_of,
 )
+from mutatis.checkpoint.processes import Processes
 from mutatis.core import access, naming
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.core.showing import show_class
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, CheckpointError, DeferredStateError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
 
 
-def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike) -> None:
-    """Write the states of a node to a directory, whole or not at all.
+def save(path: str | os.PathLike[str], node: Any, *filters: FilterLike, extra: Any = None) -> None:
+    """Save the states of a model to a directory: all of them, or nothing if it fails.
 
-    A checkpoint that is there already is replaced in one step, at the end: if the process dies before, the old one is
-    there as it was, and if there was none there is nothing. Of several that save to one path each waits for the one before.
-    What a dead one left is removed by the next that saves into the same directory.
+    All kinds of state are saved: parameters, statistics, the states of an optimizer, random streams. `mu.checkpoint.restore` puts
+    them back. An existing checkpoint is replaced in one step at the end. If the process dies before, the old checkpoint is
+    intact, and the next save into the same directory removes the remains.
+
+    Several saves to one path wait for one another. In a job with several processes, all of them call it, with the same path on a
+    disk that all of them see.
 
     Args:
-      path: the directory, on a file system of this machine; its parents are made, and `~` is the user's home.
+      path: the directory, on a file system of this machine. Its parents are made, and `~` is the home of the user.
       node: a Module, a Variable, or a list, tuple or dict of them, such as ``(model, optimizer)``.
-      *filters: which states; all, if none is given. One that is reached by several paths is saved once, at the first.
+      *filters: which states; all, if none is given. A state with several paths is saved once, at its first path.
+      extra: further data to keep, as JSON: ``{"epoch": 3}``. `mu.checkpoint.describe` reads it.
 
     Raises:
-      CheckpointError: something that is not a checkpoint is at the path, or it cannot be written to; two states have one
-        name; the call is inside a transform, in one of several processes, or in a signal handler that interrupts a save
-        to this path.
+      CheckpointError: something that is not a checkpoint is at the path, or it cannot be written to; two states have one name;
+        the call is inside a transform, or in a signal handler that interrupts a save to this path; another process has failed or
+        is late.
       DeferredStateError: states have no value yet.
+      ArgumentError: JSON cannot hold `extra`.
 
     Example:
-      >>> from mutatis import checkpoint
-      >>> model = {"w": mu.Param(jnp.ones(2)), "rngs": mu.Rngs(0)}
-      >>> checkpoint.save("step_100", model)
-      >>> checkpoint.save("step_100", model, mu.Param)  # replaces it
+      >>> import mutatis as mu, optax
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> optimizer = mu.Optimizer(model, optax.adam(1e-3))
+      >>> mu.checkpoint.save("step_100", {"model": model, "optimizer": optimizer})
+      >>> mu.checkpoint.restore("step_100", {"model": model, "optimizer": optimizer})
     """
     path = check_call(path, "saved")
+    check_extra(extra)
     cells = variables(node, *filters)
     keyed = [cell for _, cell in by_key(cells).values()]
     with access.lent(keyed) as values:
-        _save(path, *_collect(cells, values))
+        write(path, *collect(cells, values), extra, Processes(f"save {path}"))
 
 
-def _save(path: str, entries: tuple[Entry, ...], arrays: dict[int, jax.Array]) -> None:
-    with disk.os_errors(path, "written"):
-        parent = os.path.dirname(path)
-        os.makedirs(parent, exist_ok=True)
-        with disk.only_saver(path):
-            disk.sweep_leftovers(path)
-            number = _number_of(path) + 1
-            if number == 1:
-                unfinished = disk.unfinished(path)
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died
-                try:
-                    _write(unfinished, number, entries, arrays)
-                    os.rename(unfinished, path)
-                finally:
-                    shutil.rmtree(unfinished, ignore_errors=True)
-                disk.sync_directory(parent)
-            else:
-                _sweep(path)
-                try:
-                    _write(path, number, entries, arrays)
-                finally:
-                    _sweep(path)
+def check_extra(extra: Any) -> None:
+    """Raise if JSON would not give back what is to be kept beside the states.
+
+    Raises:
+      ArgumentError: it would not.
+    """
+    try:
+        if json.loads(json.dumps(extra, allow_nan=False)) == extra:
+            return
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise ArgumentError(
+        "what is kept beside the states cannot be read back as it is",
+        path="extra",
+        expected="numbers, strings, booleans, None, and lists and dictionaries (with strings as keys) of them",
+        got=show_value(extra),
+        cure='`mu.checkpoint.save(path, model, extra={"epoch": 3, "loss": float(loss)})`',
+    )
+
+
+def write(path: str, entries: tuple[Entry, ...], arrays: dict[int, Any], extra: Any, processes: Processes) -> None:
+    """Write a checkpoint, together with the other processes of the job: the first of them decides, and all write arrays."""
+    with contextlib.ExitStack() as held:
+        held.enter_context(disk.os_errors(path, "written"))
+        number = processes.agree(lambda: _begin(path, held))
+        target = path if number > 1 else disk.unfinished(path)
+        inside = os.path.join(target, f"arrays-{number}")
+        processes.each(lambda: write_arrays(inside, arrays, processes.count > 1))
+        processes.agree(lambda: _finish(path, target, Manifest(number, entries, {}, extra)))
+
+
+def _begin(path: str, held: contextlib.ExitStack) -> int:
+    """Get a place to write to, and nobody else does; the number of this save. What was not finished goes at the end."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    held.enter_context(disk.only_saver(path))
+    disk.sweep_leftovers(path)
+    number = _number_of(path) + 1
+    unfinished = disk.unfinished(path)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died
+    if number == 1:
+        held.callback(shutil.rmtree, unfinished, ignore_errors=True)
+        os.makedirs(unfinished)
+    else:
+        _sweep(path)
+        held.callback(_sweep, path)
+    return number
+
+
+def _finish(path: str, target: str, manifest: Manifest) -> None:
+    """Write the manifest, from when on the arrays are what the checkpoint holds."""
+    disk.sync(os.path.join(target, manifest.arrays))
+    dataclasses.replace(manifest, files=fingerprints(target, manifest.arrays)).write(target)
+    if target != path:
+        os.rename(target, path)
+        disk.sync_directory(os.path.dirname(path))
 
 
 def check_call(path: str | os.PathLike[str], what: str) -> str:
@@ -92,7 +136,7 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
 
     Raises:
       CheckpointError: the path is a URL; or the call is inside a transform, where values are tracers and files would be
-        touched once per trace; or in one of several processes, which would write over each other.
+        touched once per trace.
     """
     if isinstance(path, bytes):
         path = os.fsdecode(path)
@@ -109,12 +153,6 @@ def check_call(path: str | os.PathLike[str], what: str) -> str:
             f"states cannot be {what} while a function is traced",
             where=naming.where(),
             cure="Save and restore between the calls of a transformed function.",
-        )
-    if jax.process_count() > 1:
-        raise CheckpointError(
-            f"states cannot be {what} by one of several processes",
-            got=f"{jax.process_count()} processes",
-            cure="Hand `mu.state(model).to_pure_dict()` to Orbax, which lets processes write together.",
         )
     if "://" in os.fspath(path):
         raise CheckpointError(
@@ -142,7 +180,7 @@ def by_key(cells: Mapping[Path, Variable]) -> dict[Key, tuple[Path, Variable]]:
     return found
 
 
-def _collect(cells: Mapping[Path, Variable], loaded: Sequence[Any]) -> tuple[tuple[Entry, ...], dict[int, jax.Array]]:
+def collect(cells: Mapping[Path, Variable], loaded: Sequence[Any]) -> tuple[tuple[Entry, ...], dict[int, jax.Array]]:
     """The manifest's entries for these cells with these values, and the arrays by number.
 
     Raises:
@@ -191,15 +229,6 @@ def _number_of(path: str) -> int:
             got=error.problem,
             cure="Save to another path, or remove what is there.",
         ) from error
-
-
-def _write(directory: str, number: int, entries: tuple[Entry, ...], arrays: dict[int, jax.Array]) -> None:
-    """Write the arrays, then the manifest, from when on they are what the directory holds."""
-    os.makedirs(directory, exist_ok=True)
-    inside = os.path.join(directory, f"arrays-{number}")
-    write_arrays(inside, arrays)
-    disk.sync(inside)
-    Manifest(number, entries, fingerprints(directory, f"arrays-{number}")).write(directory)
 
 
 def _sweep(path: str) -> None:

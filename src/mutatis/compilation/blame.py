@@ -6,7 +6,6 @@ names one of them is rewritten in place, so that its class stays; where the reme
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import Any
 
@@ -18,6 +17,7 @@ from mutatis.core.naming import describe
 from mutatis.errors import ArgumentError, MutatisError, StructureError
 from mutatis.model.variables import spelled
 from mutatis.tracing.arguments import leaf_places
+from mutatis.tracing.blame import source
 
 _ARGUMENT = re.compile(r"flat\[(\d+)\]((?:\[[^\]]*\]|\.\w+)*)")
 _SOURCE = re.compile(rf" at {re.escape(program.__file__)}:\d+")
@@ -47,7 +47,7 @@ def explain(error: Exception, call: PendingCall, flat: list[Any]) -> None:
     if text.startswith("Received incompatible devices"):
         _refuse_devices(error, call, flat)
     new = _ARGUMENT.sub(lambda found: _name(call, found), text)
-    new = _SOURCE.sub(lambda _: _source(call.functions[0]), new)
+    new = _SOURCE.sub(lambda _: source(call.functions[0]), new)
     if new != text:
         error.args = (new, *error.args[1:])
 
@@ -76,12 +76,6 @@ def _argument(call: PendingCall, number: int, rest: str) -> str:
 def _describe(call: PendingCall, cell: Any) -> str:
     path = call.scope().locate(cell)
     return f"`{path}` ({type(cell).__name__})" if path else describe(cell)
-
-
-def _source(function: Any) -> str:
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    code = getattr(function, "__code__", None) or getattr(vars(type(function)).get("__call__"), "__code__", None)
-    return "" if code is None else f" at {code.co_filename}:{code.co_firstlineno}"
 
 
 def _refuse_deleted(error: Exception, call: PendingCall) -> None:

@@ -36,16 +36,17 @@ from mutatis.compilation.program import NeedsTraceError, Program, refuse_to_trac
 from mutatis.compilation.record import replay, shapes_of
 from mutatis.compilation.shardings import InShardings
 from mutatis.compilation.tracer import FoundStates, StaleBinding, StartsLate, trace
-from mutatis.core import access, avals, frames, naming, transactions
+from mutatis.core import access, avals, checks, frames, naming, transactions
 from mutatis.core.avals import types_of
 from mutatis.core.cells import UNSET
 from mutatis.core.committed import notify
 from mutatis.core.nodes import identity
+from mutatis.core.placements import mesh_of
 from mutatis.core.stamps import stamped
 from mutatis.core.statics import Identity, WeakIdentity
 from mutatis.core.structure import structure, structure_lock
 from mutatis.core.transactions import Transaction
-from mutatis.errors import ArgumentError, CapturedStateWarning, StructureError
+from mutatis.errors import ArgumentError, CapturedStateWarning, StructureError, see
 from mutatis.model import contexts
 from mutatis.model.modules import Module, known_bindings, watch_of
 from mutatis.model.variables import Variable
@@ -336,9 +337,13 @@ class Compiler:
             captures.ephemeral = captures.ephemeral or scope.encoder.ephemeral
             binding.keep_walk(scope, captures)
         said = self._in_shardings(call, layout, label)
-        placements = [
-            access.placement(cell) if said is None or cell not in said.by_cell else None for cell in scope.cells
-        ]
+        placed = [] if said is None else said.by_cell
+        placements = [None if cell in placed else access.placement(cell) for cell in scope.cells]
+        if any(placements) and access.is_outside():
+            apart = {*placed, *contexts.cells()}
+            pairs = zip(scope.cells, placements, strict=True)
+            if access.replicate([c for c, place in pairs if not place and c not in apart], mesh_of(placements)):
+                return self._bind(call, key, extras, program)
         binding.structural = (
             call.settings,
             layout.static_parts(call.args, call.kwargs),
@@ -491,7 +496,8 @@ class Compiler:
             warnings.warn(
                 f"state {naming.describe(cell)} was found while tracing `{binding.label}`, but neither its arguments "
                 "nor the names it uses lead to it. It is threaded, but binding its name to another state (a class attribute, "
-                "a registry, a cached factory) would not be noticed. Pass it as an argument, or name it in the function.",
+                "a registry, a cached factory) would not be noticed. Pass it as an argument, or name it in the function. "
+                f"{see(CapturedStateWarning)}",
                 CapturedStateWarning,
                 stacklevel=4,
             )
@@ -601,7 +607,12 @@ class Compiler:
         outside = call.outer is _compat.EVAL_TRACE and frames.recorder() is None
         if binding.plan is None and outside and all(map(avals.fits_program, map(access.peek_committed, cells), values)):
             self._prepare(call, flat, _types(binding.cells))  # for the next call
-        number, made, leaves = write_inside(program, cells, values, self._run_inline(program, values, flat))
+        returned = self._run_inline(program, values, flat)
+        if call.outer is _compat.EVAL_TRACE:  # it has run, and has not failed yet
+            (record,) = map(program.records.get, returned)
+            if record is not None and record.waits is not False:
+                checks.expect()
+        number, made, leaves = write_inside(program, cells, values, returned)
         return replay(program.records[number], cells, binding.live_objects(), binding.places, made, leaves)
 
     @staticmethod

@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from itertools import starmap
 from typing import Any
 
-import jax
-
 from mutatis import _compat
 from mutatis.compilation.binding import Binding
 from mutatis.compilation.plan import DispatchPlan, copy_values
 from mutatis.compilation.program import Program
 from mutatis.compilation.record import replay
-from mutatis.core import access
+from mutatis.core import access, checks
 from mutatis.core.cells import LANDED, Cell, Lease, commit_rest, expose, give_back, my_lease, settle
 from mutatis.core.interrupts import held_back
 from mutatis.core.structure import structure
@@ -112,7 +110,7 @@ def _launch(
             variant.called.add(first)
             plan.first = None
         if variant.waits:
-            jax.block_until_ready(box)
+            checks.wait_for(box)
         ((number, (new, made, leaves)),) = box[0].items()
         new = new if plan.program.records[number].new.plain else plan.results(box, values)
         landing = zip(written, new, strict=True)
@@ -169,6 +167,8 @@ def run_inside(plan: DispatchPlan, cells: Sequence[Cell], flat: list[Any]) -> tu
       flat: the values of the arguments.
     """
     values = access.load_many(cells)
+    if plan.variant.waits:
+        checks.expect()
     return write_inside(plan.program, cells, values, plan.program.undonated(*values, *flat))
 
 

@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,9 +24,9 @@ from mutatis import _compat
 from mutatis.compilation.pending import PendingCall
 from mutatis.core.avals import show_type
 from mutatis.core.nodes import is_node
-from mutatis.core.showing import show_structure
+from mutatis.core.showing import cut, show_count, show_structure
 from mutatis.core.statics import Static, StaticObject
-from mutatis.errors import CompilationError, RecompilationWarning
+from mutatis.errors import CompilationError, RecompilationWarning, see
 from mutatis.model import contexts
 from mutatis.model.modules import Module, is_training
 from mutatis.model.variables import Variable
@@ -38,23 +38,26 @@ from mutatis.tracing.scope import show_root_path
 _KEPT = 30  # compilations of one function that are remembered
 _MANY = 5  # compilations because of one fact after which there is a warning
 _MISSING = "nothing"
-_DEEP = 6  # functions in functions that are described
+_DEEP = 20  # functions in functions that are described
+_SHOWN = 3  # facts of one attribute in a warning
 _ONE_LEAF = jax.tree.structure(0)
+_WIDTH, _SCREEN = 120, 40  # columns and lines that the log shows unasked
 _SETTINGS = "JAX's configuration"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """One compilation of a function.
+    """One compilation of a function, as `mu.inspect.explain` lists them.
 
     Attributes:
-      number: which it is, from 1.
-      at: when tracing had ended.
-      tracing: the seconds that tracing took.
-      compiling: the seconds that lowering and compiling took.
-      facts: what decided about the program, by path.
-      nearest: the number of the earlier compilation that it has most in common with; None for the first.
-      changes: what differs from that one, by path: the text before and the text now.
+      number: its number, from 1.
+      at: the time at which tracing had ended.
+      tracing: the time of tracing in seconds.
+      compiling: the time of lowering and compiling in seconds.
+      facts: the properties of the call that decided about the program, by path.
+      nearest: the number of the earlier compilation that has most in common with this one; None for the first.
+      changes: the differences from that one: a dictionary from paths to pairs of the text before and the text now.
+      cure: the code to write to avoid the compilation, where it is known.
     """
 
     number: int
@@ -64,6 +67,7 @@ class Compilation:
     facts: Mapping[str, str] = dataclasses.field(repr=False)
     nearest: int | None
     changes: Mapping[str, tuple[str, str]]
+    cure: str | None = None
 
     def __str__(self) -> str:
         times = f"traced in {_seconds(self.tracing)}, compiled in {_seconds(self.compiling)}"
@@ -76,17 +80,54 @@ class Compilation:
         return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """Why a function was compiled: `print` it, or look at `compilations`."""
+    """The reasons for the compilations of a function, as `mu.inspect.explain` returns them.
+
+    `print` shows it as text, and a notebook as HTML that folds.
+
+    Attributes:
+      name: the name of the function.
+      compilations: a tuple of `Compilation`, in the order of time.
+    """
 
     name: str
     compilations: tuple[Compilation, ...]
 
+    def title(self) -> str:
+        """Return a line with the number of compilations, and with their time if there are several."""
+        head = f"{self.name}: {show_count(len(self.compilations), 'compilation')}"
+        if len(self.compilations) < 2:
+            return head
+        tracing, compiling = (sum(getattr(one, name) for one in self.compilations) for name in ("tracing", "compiling"))
+        return f"{head}, traced in {_seconds(tracing)}, compiled in {_seconds(compiling)}"
+
     def __str__(self) -> str:
-        count = len(self.compilations)
-        head = f"{self.name}: {count} compilation{'' if count == 1 else 's'}"
-        return "\n".join([head, *(f"  {compilation}" for compilation in self.compilations)])
+        cures = dict.fromkeys(entry.cure for entry in self.compilations if entry.cure is not None)
+        return "\n".join([self.title(), *(f"  {compilation}" for compilation in self.compilations), *cures])
+
+    def __repr__(self) -> str:
+        lines = str(self).split("\n")
+        if len(lines) > _SCREEN:
+            above, below = 6, _SCREEN - 7  # the latest say most
+            lines[above:-below] = [f"  ... {show_count(len(lines) - above - below, 'more line')}"]
+        return "\n".join(cut(line, _WIDTH) for line in lines)
+
+    def to_html(self) -> str:
+        """Return the compilations as HTML, without a style."""
+        from mutatis.core import markup
+
+        shown = []
+        for compilation in self.compilations:
+            first, *rest = map(markup.escape, str(compilation).split("\n"))
+            inside = "".join(f"<div>{line.strip()}</div>" for line in rest)
+            shown.append(markup.folding(first, inside) if rest else f'<div class="leaf">{first}</div>')
+        return markup.folding(markup.escape(self.title()), "".join(shown))
+
+    def _repr_html_(self) -> str:
+        from mutatis.core import markup
+
+        return markup.framed(self.to_html())
 
 
 class _Plan:
@@ -115,6 +156,28 @@ class _Plan:
         )
 
 
+class Facts(dict[str, str]):
+    """What decides about a program, by path.
+
+    Attributes:
+      owners: for what is inside of a value, the attribute or argument whose value that is.
+      cures: for such an attribute, what to write if it is another each time, where that is known.
+    """
+
+    def __init__(self, given: Mapping[str, str] | None = None) -> None:
+        super().__init__(given or {})
+        self.owners: dict[str, str] = {}
+        self.cures: dict[str, str] = {}
+
+    def add_value(self, path: str, value: Any, cure: str | None = None) -> None:
+        """Add what a static value says."""
+        found = dict(_static_facts(path, value))
+        self.update(found)
+        self.owners.update(dict.fromkeys(found, path))
+        if cure is not None:
+            self.cures[path] = cure
+
+
 class Log:
     """The latest compilations of one function."""
 
@@ -123,25 +186,33 @@ class Log:
         self._count = 0
         self._planned: list[_Plan] = []
         self._warned: set[str] = set()
+        self._owners: dict[str, str] = {}
 
-    def begin(self, name: str, facts: Mapping[str, str]) -> Compilation:
+    def begin(self, name: str, given: Facts) -> Compilation:
         """Describe a compilation that begins, and warn if there were many for one reason.
 
         Args:
           name: what is compiled.
-          facts: what decided about the program.
+          given: what decided about the program.
         """
-        facts = {sys.intern(path): sys.intern(text) for path, text in facts.items()}  # most are the same each time
+        facts = {sys.intern(path): sys.intern(text) for path, text in given.items()}  # most are the same each time
         differences = [(_differences(entry.facts, facts), entry.number) for entry in self.entries]
         changes, nearest = min(differences, key=lambda pair: (len(pair[0]), -pair[1]), default=({}, None))
         if len(changes) > 1:
             changes.pop(_SETTINGS, None)  # the others say it better
-        entry = Compilation(self._count + 1, datetime.datetime.now(), 0.0, 0.0, facts, nearest, changes)
+        self._owners.update(given.owners)
+        causes = self._causes(changes)
+        cure = next(filter(None, map(given.cures.get, causes)), None)
+        entry = Compilation(self._count + 1, datetime.datetime.now(), 0.0, 0.0, facts, nearest, changes, cure)
         for plan in self._planned:
             plan.count(name, entry)
-        if len(changes) == 1:
-            self._warn(name, next(iter(changes)), entry)
+        if len(causes) == 1:
+            self._warn(name, causes[0], entry)
         return entry
+
+    def _causes(self, changes: Mapping[str, Any]) -> list[str]:
+        """The attributes and arguments that changes are of."""
+        return [*dict.fromkeys(self._owners.get(path, path) for path in changes)]
 
     def end(self, entry: Compilation, tracing: float, compiling: float) -> None:
         """Note a compilation that has ended, and the seconds that it took."""
@@ -159,26 +230,50 @@ class Log:
         finally:
             self._planned.remove(plan)
 
-    def _warn(self, name: str, path: str, latest: Compilation) -> None:
-        for_it = [entry for entry in (*self.entries, latest) if [*entry.changes] == [path]]
-        if len(for_it) < _MANY or path in self._warned:
+    def _warn(self, name: str, cause: str, latest: Compilation) -> None:
+        for_it = [entry for entry in (*self.entries, latest) if self._causes(entry.changes) == [cause]]
+        if len(for_it) < _MANY or cause in self._warned:
             return
-        if latest.changes[path][1].startswith(("function ", "class ")):
+        if all(now.startswith(("function ", "class ")) for _, now in latest.changes.values()):
             return  # there are only so many of them
-        self._warned.add(path)
-        seen = list(dict.fromkeys(text for entry in for_it for text in entry.changes[path]))
-        shapes = all(re.fullmatch(r"\w+\[[\d,]*\].*", text) for text in seen)
-        cure = (
-            "Pad it to one shape, or to a few"
-            if shapes
-            else "Make it an array: an argument, or a state (`mu.Variable`)"
-        )
+        self._warned.add(cause)
+        paths = [*dict.fromkeys(path for entry in for_it for path in entry.changes)]
+        if len(paths) == 1:
+            seen = list(dict.fromkeys(text for entry in for_it for text in entry.changes[paths[0]]))
+            what = f"`{paths[0]}` was another: {', '.join(seen[:6])}{', ...' if len(seen) > 6 else ''}"
+        else:
+            seen = [now for _, now in latest.changes.values()]
+            parts = [f"`{path}` {before} -> {now}" for path, (before, now) in latest.changes.items()]
+            more = f", and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+            what = f"`{cause}` was another, as the last time: {', '.join(parts[:_SHOWN])}{more}"
+        cure = latest.cure
+        if cure is None and all(re.fullmatch(r"\w+\[[\d,]*\].*", text) for text in seen):
+            cure = "Pad it to one shape, or to a few."
+        cure = cure or "Make it an array: an argument, or a state (`mu.Variable`)."
         warnings.warn(
-            f"`{name}` was compiled {len(for_it)} times only because `{path}` was another: {', '.join(seen[:6])}"
-            f"{', ...' if len(seen) > 6 else ''}. {cure}. `mu.inspect.explain` lists the compilations.",
+            f"`{name}` was compiled again {len(for_it)} times only because {what}. {cure} "
+            f"`mu.inspect.explain` lists the compilations. {see(RecompilationWarning)}",
             RecompilationWarning,
             stacklevel=8,
         )
+
+
+_CURES: dict[tuple[type, str], str] = {}
+
+
+def advise(kind: type[Module], attribute: str, cure: str) -> None:
+    """Say what to write if a static attribute of a kind of modules is another each time a function is called.
+
+    Args:
+      kind: the kind of modules.
+      attribute: the name of the attribute.
+      cure: what to write, as text or code that runs.
+    """
+    _CURES[kind, attribute] = cure
+
+
+def _cure_of(obj: Any, attribute: str) -> str | None:
+    return next((cure for kind in type(obj).__mro__ if (cure := _CURES.get((kind, attribute))) is not None), None)
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
@@ -189,17 +284,17 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str,
     }
 
 
-def facts_of(call: PendingCall) -> dict[str, str]:
+def facts_of(call: PendingCall) -> Facts:
     """Everything of a call that decides which program it gets."""
     named = call.binding.captures.named
-    facts = {name: text if isinstance(text, str) else text() for name, text in named.items()}
+    facts = Facts({name: text if isinstance(text, str) else text() for name, text in named.items()})
     layout = call.binding.layout
     function = call.functions[0] if len(call.functions) == 1 else call.function
     names = argument_names(function, call.args, call.kwargs)
     entries = [*enumerate(call.args), *call.kwargs.items()]
     for name, (position, value) in zip(names, entries, strict=True):
         if position in layout.statics:
-            facts[name] = _show(value)
+            facts.add_value(name, value)
         elif not is_node(value):
             for path, leaf in jax.tree_util.tree_flatten_with_path(value, is_leaf=is_node)[0]:
                 if not is_node(leaf):
@@ -218,8 +313,9 @@ def facts_of(call: PendingCall) -> dict[str, str]:
             facts[place] = f"{len(held)} items"
             pairs = enumerate(held) if isinstance(held, list) else held.items()
             items = [(f"{place}[{key!r}]", value) for key, value in pairs]
-        for item in items:
-            facts.update(_static_facts(*item))
+        for path, value in items:
+            if not isinstance(value, list | dict):  # those are described by themselves
+                facts.add_value(path, value, _cure_of(obj, path.rpartition(".")[2]))
     for number, cell in enumerate(scope.cells):
         facts[show_root_path(scope.encoder.paths[number])] = _show_state(cell)
     for context, entry in contexts.active():
@@ -231,29 +327,51 @@ def facts_of(call: PendingCall) -> dict[str, str]:
     return facts
 
 
-def _static_facts(path: str, value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """What an attribute or entry says, unless it is described by itself: a node, a list or a dict."""
-    if depth > _DEEP:
+def _static_facts(path: str, value: Any, around: tuple[int, ...] = ()) -> Iterator[tuple[str, str]]:
+    """What an attribute, argument or entry says, and what is inside of it, unless it is a node, which is described by itself.
+
+    Args:
+      path: what it goes by.
+      value: its value.
+      around: the identities of what it is in: a function may name itself.
+    """
+    value = value.value if isinstance(value, StaticObject | Static) else value
+    if len(around) > _DEEP or id(value) in around or isinstance(value, Module | Variable):
         return
+    inside: Iterable[tuple[str, Any]] = ()
     if isinstance(value, Wrapped):
         yield path, type(value).__name__
     elif isinstance(value, tuple):
         yield path, f"tuple of {len(value)}"
         names = [f".{name}" for name in getattr(value, "_fields", ())] or [f"[{i}]" for i in range(len(value))]
-        for name, item in zip(names, value, strict=True):
-            yield from _static_facts(f"{path}{name}", item, depth + 1)
+        inside = zip(names, value, strict=True)
+    elif isinstance(value, list):
+        yield path, f"{len(value)} items"
+        inside = ((f"[{i}]", item) for i, item in enumerate(value))
+    elif isinstance(value, dict):
+        yield path, f"{len(value)} items"
+        inside = ((f"[{key!r}]", item) for key, item in value.items())
     elif isinstance(value, types.FunctionType):
         yield path, f"function {value.__qualname__}"
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            yield from _static_facts(f"{path}.{name}", contents(cell), depth + 1)
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        inside = [*_defaults(value), *((f".{name}", contents(cell)) for name, cell in cells)]
     elif isinstance(value, functools.partial):
-        yield from _static_facts(path, value.func, depth + 1)
-        for name, item in (*((f"[{i}]", x) for i, x in enumerate(value.args)), *value.keywords.items()):
-            yield from _static_facts(f"{path}.{name}", item, depth + 1)
+        inside = [("", value.func), *((f".[{i}]", item) for i, item in enumerate(value.args))]
+        inside += [(f".{name}", item) for name, item in value.keywords.items()]
     elif isinstance(value, jax.Array | np.ndarray):
         yield path, f"{show_type(value)} array"
-    elif not isinstance(value, Module | Variable | list | dict):
+    else:
         yield path, _show(value)
+    for name, item in inside:
+        yield from _static_facts(f"{path}{name}", item, (*around, id(value)))
+
+
+def _defaults(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The defaults of a function's parameters."""
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    yield from ((f".{name}", value) for name, value in zip(names, values, strict=True))
+    yield from ((f".{name}", value) for name, value in (function.__kwdefaults__ or {}).items())
 
 
 def _show_state(cell: Variable) -> str:

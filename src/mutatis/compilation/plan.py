@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mutatis.compilation.program import Program, Variant
@@ -125,5 +124,6 @@ def _copy_by_host(array: Any) -> Any:
 
 
 def _copy_shards(array: Any) -> Any:
-    shards = [jnp.copy(shard.data) for shard in array.addressable_shards]
+    # No program: under a mesh of all processes none runs on one device.
+    shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)

@@ -166,7 +166,7 @@ class Variant:
         self.called: set[int] = set()  # the numbers of the records for which it was called
         self.written = record.written
         self.retypes = len(record.same_type) < len(record.written)  # some cell holds another type afterwards
-        self.waits = record.waits
+        self.waits = bool(record.waits)
         donate = program.options.donate
         donates = donate is True or (donate == "auto" and not record.waits)
         self.donated = frozenset(record.donatable) if donates else frozenset()

@@ -156,7 +156,9 @@ class TraceRecord:
         self.restarted = restarted
         self.seen = seen
         self.plain = not (made or nodes or changes or moves or marks)
-        self.waits = False  # it calls back into Python, so it may fail at run time
+        self.waits: bool | None = (
+            None  # whether it calls back into Python, so that it may fail at run time; None: not known yet
+        )
 
     def take_arrays(self) -> tuple[list[Any], list[Any], list[Any]]:
         """What the program returns: the written values, those of the cells that were made, and the leaves of the result."""

@@ -16,6 +16,7 @@ from mutatis import _compat
 from mutatis.core import access, naming
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
+from mutatis.core.placements import constrain_leaf
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.state import State
@@ -123,11 +124,4 @@ def constrain(value: Any, sharding: Any) -> Any:
     """A traced value, placed; anything but a sharding leaves it where it is."""
     if sharding is None or sharding is _compat.UNSPECIFIED:
         return value
-    return jax.tree.map(lambda leaf: _constrain_leaf(leaf, sharding), value)
-
-
-def _constrain_leaf(leaf: Any, sharding: Any) -> Any:
-    mesh = jax.sharding.get_abstract_mesh() if isinstance(sharding, PartitionSpec) else getattr(sharding, "mesh", None)
-    if mesh is not None and any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
-        return jax.sharding.reshard(leaf, sharding)
-    return jax.lax.with_sharding_constraint(leaf, sharding)
+    return jax.tree.map(lambda leaf: constrain_leaf(leaf, sharding), value)

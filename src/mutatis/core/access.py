@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mutatis import _compat
-from mutatis.core import avals, cells, naming
+from mutatis.core import avals, cells, checks, naming
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.committed import load_committed, notify, observers, store_committed
 from mutatis.core.frames import innermost
+from mutatis.core.placements import kept, replicated
 from mutatis.core.structure import structure
 from mutatis.core.transactions import Transaction
 from mutatis.errors import TraceLevelError
@@ -119,6 +120,38 @@ def lent(states: Sequence[Cell]) -> Iterator[list[Any]]:
         loan.lent = False
 
 
+class Lending:
+    """Values that were lent to an object of ours: if it is dropped before anybody looks at them, no step has to copy them."""
+
+    __slots__ = ("_loan",)
+
+    def __init__(self, loan: cells.Loan) -> None:
+        self._loan: cells.Loan | None = loan
+
+    def keep(self) -> None:
+        """They count as held by user code for good."""
+        self._loan = None
+
+    def __del__(self) -> None:
+        if self._loan is not None:
+            self._loan.lent = False
+
+
+def lend(
+    states: Sequence[Cell], inside: Callable[[Sequence[Cell]], list[Any]] = read_many
+) -> tuple[list[Any], Lending | None]:
+    """The values of cells, and what to keep beside them until somebody looks at them.
+
+    Args:
+      states: the cells.
+      inside: what gives the values inside transforms and transactions, where nothing is lent.
+    """
+    if not is_outside():
+        return inside(states), None
+    loan = cells.Loan()
+    return cells.lend_many(states, loan), Lending(loan)
+
+
 def holds_value(cell: Cell) -> bool:
     """Whether a cell has a value (or a placeholder for one)."""
     return peek(cell) is not UNSET
@@ -192,14 +225,41 @@ def write_many(states: Sequence[Cell], values: Sequence[Any]) -> None:
         for cell, value in zip(states, values, strict=True):
             write(cell, value)
         return
+    checks.settle(values)
     pairs = zip(states, values, strict=True)
     others = [cell for cell, value in pairs if cell._birth is None and not avals.fits_program(cell._value, value)]
     if others:
+        changed = set(others)
+        values = [
+            kept(cell._value, value) if cell in changed else value for cell, value in zip(states, values, strict=True)
+        ]
         structure.changed(*others)
     cells.store_many(states, values)
     if others:
         structure.changed(*others)
     notify(states)
+
+
+def move(states: Sequence[Cell], values: Sequence[Any]) -> None:
+    """Give cells, from outside of transforms, the same values in other places."""
+    structure.changed(*states)
+    cells.store_many(states, values)
+    structure.changed(*states)
+
+
+def replicate(states: Sequence[Cell], mesh: Any) -> bool:
+    """Put states, of which nobody has said where they are to be, on all devices of a mesh; whether there were any.
+
+    A program over the mesh would bring them back there, and be traced again for that at its second call.
+    """
+    found = []
+    for cell in states if mesh is not None else ():
+        value = None if cell._birth is not None else replicated(cell._value, mesh)
+        if value is not None:
+            found.append((cell, value))
+    if found:
+        move([cell for cell, _ in found], [value for _, value in found])
+    return bool(found)
 
 
 def restart(cell: Cell) -> None:
@@ -210,6 +270,7 @@ def restart(cell: Cell) -> None:
 
 def create(cell: Cell, value: Any) -> None:
     """Give a cell that was made just now its first value."""
+    cell._shape = getattr(value, "shape", None)
     tx: Transaction | None = innermost()
     trace = _compat.current_trace()
     if tx is not None and (trace is tx.trace or trace is _compat.EVAL_TRACE):

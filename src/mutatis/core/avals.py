@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from mutatis import _compat
 from mutatis.core.cells import UNSET
@@ -97,9 +99,19 @@ def placement(value: Any) -> tuple[Any, ...] | None:
     return tuple(spread) if spread else None
 
 
+def numbers_of(leaf: Any) -> Any:
+    """An array, or what an array of random keys is made of."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
 def is_concrete(value: Any) -> bool:
     """Whether no leaf of a value is a tracer; nodes are not looked into."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value, is_leaf=is_node))
+
+
+def shapes_of(value: Any) -> Any:
+    """A value's structure and shapes, to compare: the structure holds a unit, if it has one."""
+    return jax.tree.structure(value), [jnp.shape(leaf) for leaf in jax.tree.leaves(value)]
 
 
 def show_type(value: Any) -> str:
@@ -108,3 +120,14 @@ def show_type(value: Any) -> str:
         return "no value"
     leaves, treedef = jax.tree.flatten(value)
     return notation(treedef, map(show_leaf_type, leaves))
+
+
+def show_range(value: Any) -> str:
+    """An array by its type and the range of its numbers: ``float32[3] from -1 to 2``."""
+    kind = show_type(jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value)))
+    numbers = np.asarray(value) if jnp.issubdtype(jnp.result_type(value), jnp.number) else np.zeros(0)
+    numbers = numbers[~np.isnan(numbers)] if np.isrealobj(numbers) else np.zeros(0)
+    if not numbers.size:
+        return kind
+    low, high = float(numbers.min()), float(numbers.max())
+    return f"{kind} {low:g}" if low == high else f"{kind} from {low:g} to {high:g}"

@@ -9,16 +9,23 @@ library.
 from __future__ import annotations
 
 import functools
+import inspect
+import os
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
 
+from mutatis.core import checks
 from mutatis.core.naming import PACKAGE
 from mutatis.core.nodes import is_node
-from mutatis.core.showing import show_class
+from mutatis.core.notes import annotate
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
+
+_JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,6 +78,80 @@ def _not_taken(
     )
 
 
+def constructs(cls: type, home: str, renamed: Mapping[str, str]) -> None:
+    """Have the constructor of a public class say how it is called, with the arguments that it was given.
+
+    Args:
+      cls: the class.
+      home: where users find it: ``nn``.
+      renamed: what parameters that other libraries have are called here.
+
+    Raises (by the constructor):
+      ArgumentError: it has no place for the arguments of a call, or needs others.
+    """
+    init = cls.__dict__.get("__init__")
+    if not isinstance(init, types.FunctionType):
+        return
+
+    @functools.wraps(init)
+    def __init__(
+        self: Any,
+        *args: Any,
+        _init: Any = init,
+        _name: str = f"{home}.{cls.__name__}",
+        _new: Any = renamed,
+        **kwargs: Any,
+    ) -> None:
+        try:
+            _init(self, *args, **kwargs)
+        except TypeError as error:
+            if type(error) is TypeError and not _got_inside(error):
+                raise _not_constructed(_init, _name, error, args, kwargs, _new) from None
+            raise
+
+    cls.__init__ = __init__  # type: ignore[misc]
+
+
+def _not_constructed(
+    init: Any, name: str, error: TypeError, args: tuple[Any, ...], kwargs: dict[str, Any], renamed: Mapping[str, str]
+) -> ArgumentError:
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    unknown = [key for key in kwargs if key not in known]
+    new = {renamed.get(key, key): value for key, value in kwargs.items()}
+    if "rngs" in known:
+        new.setdefault("rngs", _Code("mu.Rngs(0)"))
+    needed = [
+        p.name if p.kind is not p.KEYWORD_ONLY else f"{p.name}={p.name}" for p in parameters if p.default is p.empty
+    ]
+    usage = f"{name}({', '.join(part for part in needed if not part.startswith(('args', 'kwargs')))})"
+    try:
+        inspect.signature(init).bind(None, *args, **new)
+        shown = [*map(_as_code, args, known), *(f"{key}={_as_code(value, key)}" for key, value in new.items())]
+        cure = f"`{name}({', '.join(shown)})`"
+    except TypeError:
+        cure = f"`{usage}`"
+    return ArgumentError(
+        f"`{name}` is not called like this: {str(error).partition('() ')[2]}",
+        path=next(iter(unknown), None),
+        expected=usage,
+        got=", ".join([*map(show_value, args), *(f"{key}={show_value(value)}" for key, value in kwargs.items())]),
+        cure=cure,
+    )
+
+
+class _Code(str):
+    """An argument as code."""
+
+
+def _as_code(value: Any, name: str) -> str:
+    """An argument as it would be written, or the name of the parameter."""
+    plain = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, _Code):
+        return value
+    return repr(value) if all(item is None or type(item) in (bool, int, float, str) for item in plain) else name
+
+
 def check_function(function: Any, name: str, parameter: str, cure: str) -> None:
     """Raise unless an argument is a function.
 
@@ -93,24 +174,38 @@ def check_function(function: Any, name: str, parameter: str, cure: str) -> None:
         )
 
 
+def is_count(given: Any, least: int = 1) -> bool:
+    """Whether an argument is an int from `least` on, and no bool."""
+    return isinstance(given, int) and not isinstance(given, bool) and given >= least
+
+
 def check_transformed(function: Any, name: str) -> None:
     """`check_function` for what a transform that gives a function is applied to."""
     check_function(function, name, "f", f"Give the function itself, and call what comes back: `mu.{name}(f)`.")
 
 
 def without_own_frames(error: Exception) -> Exception:
-    """An error whose traceback leaves out what lies between the user's call and the user's code.
+    """An error whose traceback leaves out what lies between the user's call and the user's code; of a failed check its own.
 
     With ``JAX_TRACEBACK_FILTERING=off`` it shows everything, as JAX's do.
     """
+    error = checks.cause(error)
+    annotate(error)
     if jax.config.jax_traceback_filtering == "off":
         return error
     kept = []
+    ours = False
     trace = error.__traceback__
     while trace is not None:
-        if not trace.tb_frame.f_code.co_filename.startswith(PACKAGE):
+        ours = trace.tb_frame.f_code.co_filename.startswith(PACKAGE)
+        if not ours:
             kept.append(trace)
         trace = trace.tb_next
+    while ours and kept and kept[-1].tb_frame.f_code.co_filename.startswith(_JAX):
+        kept.pop()  # JAX had only called this library, which raised the error
+    sys._getframe(1).f_locals["__tracebackhide__"] = (
+        True  # the line that is left of us: IPython and pytest leave it out
+    )
     shown = None
     for trace in reversed(kept):
         shown = types.TracebackType(shown, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)

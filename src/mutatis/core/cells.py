@@ -166,18 +166,21 @@ _MISSED = 0.05  # seconds after which who waits looks again: an interrupt may ha
 class Cell:
     """A place that holds one committed value."""
 
-    __slots__ = ("__weakref__", "_birth", "_epoch", "_lease", "_value")
+    __slots__ = ("__weakref__", "_birth", "_epoch", "_lease", "_shape", "_value")
 
     _value: Any
     _lease: Lease | None
     _birth: Any  # weak reference to the raw JAX trace the cell was made in; None for an ordinary cell
     _epoch: int  # another one after each change of its type or marks: see `structure`
+    _shape: tuple[int, ...] | None  # of the array that it was made with; only messages ask for it
+    sharding: Any = None  # where a state says that it lives; other cells say nothing
 
     def __init__(self) -> None:
         self._value = UNSET
         self._lease = None
         self._birth = None
         self._epoch = 0
+        self._shape = None
 
     def admit(self, value: Any) -> Any:
         """A value as the cell stores it."""
@@ -213,6 +216,10 @@ def _expose_values(cells: Sequence[Cell]) -> list[Any]:
 
 def lend_many(cells: Sequence[Cell], loan: Loan) -> list[Any]:
     """The committed values of cells, which count as held by user code until the loan is over."""
+    values = [cell._value for cell in cells]
+    leased = [cell for cell in cells if cell._lease is not None]
+    if not leased and all(map(is_, [cell._value for cell in cells], values)):  # as `load` looks again
+        return values
     settle(_thread.lease)
     with mutex:
         return _lend_values(cells, loan)

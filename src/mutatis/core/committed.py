@@ -9,40 +9,45 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 from mutatis import _compat
 from mutatis.core import avals, naming
 from mutatis.core.cells import Cell, load, store
+from mutatis.core.placements import kept
 from mutatis.core.stamps import keep_constant, retire
 from mutatis.core.structure import structure
 from mutatis.errors import TraceLevelError
 
 _NOW = object()
 # By the identity of cells, whose `==` compares values: with a reference that takes the entry away when the cell dies.
-observers: dict[int, tuple[weakref.ref[Cell], tuple[Callable[[], None], ...]]] = {}
+Observer: TypeAlias = Callable[[list[Any]], None]  # is given those of its cells that one commit has written
+observers: dict[int, tuple[weakref.ref[Cell], tuple[Observer, ...]]] = {}
 
 
-def observe(cell: Cell, notices: tuple[Callable[[], None], ...]) -> None:
+def observe(cell: Cell, those: tuple[Observer, ...]) -> None:
     """Say what is called when a cell has been given a value."""
-    if notices:
-        number = id(cell)
-        observers[number] = weakref.ref(cell, lambda _: observers.pop(number, None)), notices
+    if those:
+        number, forget = id(cell), observers.pop  # at the end of a program the names of this module are gone
+        observers[number] = weakref.ref(cell, lambda _: forget(number, None)), those
     else:
         observers.pop(id(cell), None)
 
 
-def observers_of(cell: Cell) -> tuple[Callable[[], None], ...]:
+def observers_of(cell: Cell) -> tuple[Observer, ...]:
     """What is called when a cell has been given a value."""
     entry = observers.get(id(cell))
     return () if entry is None else entry[1]
 
 
 def notify(cells: Iterable[Cell]) -> None:
-    """Tell the observers of cells that these have been given values, all of them."""
+    """Tell the observers of cells that these have been given values, all of them: each observer once."""
+    told: dict[int, tuple[Observer, list[Cell]]] = {}
     for cell in cells if observers else ():
-        for notice in observers_of(cell):
-            notice()
+        for observer in observers_of(cell):
+            told.setdefault(id(observer), (observer, []))[1].append(cell)
+    for observer, its_cells in told.values():
+        observer(its_cells)
 
 
 def load_committed(cell: Cell, trace: Any, stamp: Any = _NOW) -> Any:
@@ -72,6 +77,7 @@ def store_committed(cell: Cell, value: Any, trace: Any) -> None:
         raise write_refused(cell, trace)
     same = cell._birth is not None or avals.fits_program(cell._value, value)
     if not same:
+        value = kept(cell._value, value)
         structure.changed(cell)
     store(cell, value)
     if not same:

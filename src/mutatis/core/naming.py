@@ -11,6 +11,7 @@ import gc
 import inspect
 import keyword
 import os
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ def where() -> str | None:
     labels: list[str] = []
     frame = frames.innermost()
     while frame is not None:
-        labels.append(frame.label)
+        if labels[-1:] != [frame.label]:  # a loop in ordinary code is a program and the loop in it
+            labels.append(frame.label)
         frame = frame.parent
     return " > ".join(reversed(labels)) or None
 
@@ -152,3 +154,32 @@ def caller() -> tuple[str, int, str]:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
+
+
+def show_place(place: tuple[str, int, str]) -> str:
+    """A file, line and function as messages show them: ``model.py:41 in Net.__init__``, ``Cell In[3]:2 in Net.__init__``."""
+    file, line, function = place
+    return f"{show_cell(file) or os.path.basename(file)}:{line} in {show_name(function)}"
+
+
+_CELL = re.compile(r"<ipython-input-(\d+)-\w+>|ipython-input-(\d+)-\w+\.py|ipykernel_\d+[/\\]\w+\.py")
+
+
+def show_cell(file: str) -> str | None:
+    """The cell of a notebook that a file name stands for; None for any other file.
+
+    Example:
+      >>> from mutatis.core.naming import show_cell
+      >>> show_cell("<ipython-input-3-0d1f>"), show_cell("model.py")
+      ('Cell In[3]', None)
+    """
+    found = _CELL.search(file)
+    if found is None:
+        return None
+    if (number := found[1] or found[2]) is not None:
+        return f"Cell In[{number}]"
+    try:  # the number is not in the name; IPython knows it
+        named = sys.modules["IPython"].get_ipython().compile.format_code_name(file)
+        return " ".join(named)
+    except Exception:  # not in a notebook, or another IPython
+        return "Cell"

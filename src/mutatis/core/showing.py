@@ -21,6 +21,7 @@ from mutatis.core.nodes import is_node
 
 _MOST = 100  # characters
 _INSIDES = re.compile(r"Traced<|Tracer|ShapedArray|PyTreeDef")
+_ASIDE = re.compile(r" at 0x[0-9a-fA-F]+|  # [^\n]*")  # an address, a comment
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
@@ -34,7 +35,7 @@ def show_value(value: Any) -> str:
       "{'a': float32[3], 'b': (1, 'text')}"
     """
     text = _SHORT.repr(value)
-    return text if len(text) <= _MOST else f"{text[: _MOST - 3]}..."
+    return cut(text, _MOST)
 
 
 def show_class(value: Any) -> str:
@@ -42,6 +43,31 @@ def show_class(value: Any) -> str:
     if isinstance(value, type):
         return "a class"
     return show_value(value) if value is None or _is_array(value) else type(value).__name__
+
+
+def show_bytes(count: int) -> str:
+    """A number of bytes.
+
+    Example:
+      >>> from mutatis.core.showing import show_bytes
+      >>> show_bytes(12), show_bytes(1_500)
+      ('12 B', '1.5 kB')
+    """
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def show_count(count: int, what: str) -> str:
+    """How many there are of something that takes an s: ``1 state``, ``1,234 states``."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def cut(text: str, most: int) -> str:
+    """A text of so many characters at most."""
+    return text if len(text) <= most else f"{text[: max(0, most - 3)]}..."
 
 
 def show_structure(treedef: Any) -> str:
@@ -100,6 +126,9 @@ class _Short(reprlib.Repr):
             return f"the function {show_name(x.__qualname__)}"
         if isinstance(x, type):
             return f"the class {show_name(x.__qualname__)}"
+        if hasattr(x, "dtype") and not jax.tree_util.all_leaves([x]):
+            leaves, treedef = jax.tree.flatten(x)
+            return notation(treedef, map(show_leaf_type, leaves))
         if isinstance(x, tuple) and hasattr(x, "_fields"):
             items = (f"{name}={self.repr1(item, level - 1)}" for name, item in zip(x._fields, x, strict=True))
             return f"{type(x).__name__}({', '.join(items)})"
@@ -108,12 +137,12 @@ class _Short(reprlib.Repr):
     def repr_instance(self, x: Any, level: int) -> str:
         """Any other object: its own words, unless they are about memory or JAX's insides."""
         try:
-            text = " ".join(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(x)).split())
+            text = " ".join(_ASIDE.sub("", repr(x)).split())
         except Exception:  # users' classes raise what they like
             text = ""
         if not text or text.startswith("<") or _INSIDES.search(text):
             return f"a {type(x).__name__}"
-        return text if len(text) <= self.maxother else f"{text[: self.maxother - 3]}..."
+        return cut(text, self.maxother)
 
 
 def _is_array(x: Any) -> bool:
@@ -121,7 +150,8 @@ def _is_array(x: Any) -> bool:
     if is_node(x) or isinstance(x, type | np.generic):
         return False
     try:
-        return hasattr(x, "dtype") and isinstance(getattr(x, "shape", None), tuple)
+        like_one = hasattr(x, "dtype") and isinstance(getattr(x, "shape", None), tuple)
+        return like_one and jax.tree_util.all_leaves([x])  # and no array with a unit
     except Exception:  # users' classes raise what they like, and so do random streams
         return False
 

@@ -55,14 +55,25 @@ class StaticObject:
 
 
 def static(obj: T) -> T:
-    """Mark an object as static when it is assigned to an attribute: kept by identity, its changes unseen.
+    """Mark an object as static, so that it can be an attribute of a module although it is mutable.
+
+    Assign the result to an attribute of a module; the attribute then reads as the object itself. A jitted function takes the
+    object for a constant. It compares objects by identity: another object compiles another program, but a change inside the
+    object goes unnoticed.
+
+    Args:
+      obj: any object, such as a configuration or a tokenizer.
+
+    Returns:
+      A wrapper for the assignment, which type checkers take for `obj`.
 
     Example:
       >>> import mutatis as mu
       >>> class Net(mu.Module):
       ...     def __init__(self, config):
       ...         self.config = mu.static(config)
-      >>> Net({"a", "b"}).config == {"a", "b"}
+      >>> net = Net({"width", "depth"})  # a set is mutable, so it is not static by itself
+      >>> "width" in net.config
       True
     """
     kept: T = StaticObject(obj)  # type: ignore[assignment]  # as the attribute, which unwraps it

@@ -1,17 +1,17 @@
-"""Effects: the local state of layers as a dictionary that goes in and comes out.
+"""Effects: the local state of layers as a dictionary that goes in as an argument and comes out as a result.
 
 A layer of any pytree type (a dataclass, an Equinox or Penzai module, a dict) asks for state by an attribute that holds an
-`InitialLocalStateRequest`. `handle_local_states` puts a reference in the place of each request and gives the values as a
-dictionary; the handled layer maps ``(argument, states)`` to ``(output, new_states)``. `freeze_local_states` puts values back.
+`InitialLocalStateRequest`. `handle_local_states` replaces each request by a reference, and returns the values as a dictionary.
+The handled layer maps ``(argument, states)`` to ``(output, new_states)``. `freeze_local_states` puts values back into the layer.
 
-A handled call is a transaction whose overlay is filled from the dictionary. In the place of a reference stands a `Variable`
-that has no value outside of it, so every transform of Mutatis understands the state, and a write that would leak is refused.
-The states of a Mutatis `Module` are its Variables: the overlay lies on the model's own cells, and nothing else differs. What
-the layer writes of other states is written where it was called; with handlers around handlers that is the next one's overlay.
+A handled call is a transaction whose overlay is filled from the dictionary. A reference acts as a `Variable` that has no value
+outside of the call, so every transform of Mutatis understands the state, and refuses a write that would leak. The states of a
+Mutatis `Module` are its Variables: the overlay lies on the cells of the model itself, and nothing else differs. If the layer
+writes other states, the write goes to the place of the call; with handlers around handlers, that is the next handler's overlay.
 
-**Names.** A state with an explicit name goes by it: moving its layer does not change it, `rename` does. Any other goes by its
-position in the tree when it was handled, with the names of the classes on the way there: ``Chain.parts[1]/Total.state``; that
-of a Module's state ends in its path in the Module. Renaming does not change a position.
+**Names.** A state with an explicit name goes by it: the name stays when its layer moves, and `rename` changes it. Any other state
+goes by its position in the tree when it was handled, with the names of the classes on the way there:
+``Chain.parts[1]/Total.state``. The name of a Module's state ends in its path in the Module. Renaming does not change a position.
 """
 
 from mutatis import _homes

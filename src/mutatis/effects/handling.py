@@ -45,21 +45,24 @@ from mutatis.tracing.call_site import CallSite
 
 
 class LocalStateEffectImpl(Variable):
-    """What stands for a state while a handled layer runs: a Variable whose value is in the call's transaction only."""
+    """The object that stands for a state while a handled layer runs: a Variable whose value is only in the transaction of the
+    call.
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a function to JAX: hashed by identity
 class WithFunctionalLocalState:
     """A layer whose states go in and come out: ``handled((argument, states)) -> (output, new_states)``.
 
-    A pytree, made by `handle_local_states`. As a function of ``(argument, states)`` it goes through raw JAX transforms. A Module
-    in it is live: its other states are read and written as anywhere, so raw `jax.jit` refuses those that are neither
-    handled nor frozen, unless the handled object is one of its arguments. Its states are looked up by name or path at each call.
+    `handle_local_states` makes it. It is a pytree, and a function of ``(argument, states)`` that goes through raw JAX transforms.
+    A Module in it is live: states of the Module that are not handled are read and written as anywhere else. So raw `jax.jit`
+    refuses these, unless they are frozen or the handled layer is one of its arguments. Handled states are looked up by name or
+    path at each call.
 
     Args:
-      handler_id: tells its references from those of other handlers.
-      body: the layer, with references in the place of the requests.
-      variables: the states in the Modules of the body.
+      handler_id: the id that tells its references from those of other handlers.
+      body: the layer, with references in place of the requests.
+      variables: references to the handled states in the Modules of the body.
     """
 
     handler_id: str
@@ -70,11 +73,11 @@ class WithFunctionalLocalState:
         """Run the layer.
 
         Args:
-          argument: ``(argument, states)``, or the layer's argument if the states are given beside it.
-          states: the states.
+          argument: a pair ``(argument, states)``; or the argument alone, if the states are given separately.
+          states: the dictionary of states.
 
         Returns:
-          The output, and what the states are then.
+          A pair: the output of the layer, and the dictionary of the new states.
 
         Raises:
           EffectError: the states are not those of the layer.
@@ -101,7 +104,7 @@ class WithFunctionalLocalState:
                 return site.commit(end, [*written.values()], leaves), new
 
     def with_renamed_parameters(self, rename_fn: Rename) -> WithFunctionalLocalState:
-        """The same with other explicit names, as `rename` gives it."""
+        """Make a copy with other explicit names, as `mu.rename` does."""
         return rename(self, rename_fn)
 
     @property
@@ -156,26 +159,29 @@ def handle_local_states(
     state_sharing: Literal["forbidden", "allowed", "unsafe"] = "forbidden",
     handler_id: str | None = None,
 ) -> tuple[WithFunctionalLocalState, Any]:
-    """Make the states of a layer an argument and a result.
+    """Turn the states of a layer into an argument and a result, so that the layer becomes a pure function.
 
     Args:
-      body: any pytree. It is not changed.
-      category: which requests, by equality; of the Variables in Modules those that it selects as a filter.
-      category_predicate: which categories, in place of `category`. A Variable is asked for by its `collection`.
-      lazy: whether the initializers run later.
-      state_sharing: whether states may have one name. ``"allowed"`` accepts shared requests after the place with the value, and
-        initial requests with the same initializer object; ``"unsafe"`` anything, and takes the last.
-      handler_id: tells its references from those of other handlers; found if not given.
+      body: the layer, any pytree with requests or Modules in it. It is not changed.
+      category: which states to handle: the requests whose category is equal to it, and the Variables in Modules that it selects
+        as a filter, such as `mu.Param`.
+      category_predicate: a function from a category to a bool, in place of `category`. For a Variable it gets the `collection`.
+      lazy: whether to return a function that makes the initial states, instead of the states.
+      state_sharing: whether several requests may have one name: ``"forbidden"``; ``"allowed"`` for shared requests after the one
+        with the value, and for initial requests with the same initializer object; or ``"unsafe"`` for any, of which the last
+        counts.
+      handler_id: the id that tells its references from those of other handlers. By default a free one is found.
 
     Returns:
-      The handled layer and the initial dictionary, or a function that gives it if `lazy`.
+      A pair: the handled layer (`WithFunctionalLocalState`), and the dictionary of the initial states, or with `lazy` a function
+      that returns it.
 
     Raises:
       EffectError: requests contradict each other, or two states have one name.
-      ArgumentError: an argument means nothing, or both `category` and `category_predicate` are given, or neither.
+      ArgumentError: an argument has a wrong value, or not exactly one of `category` and `category_predicate` is given.
 
     Example:
-      >>> import dataclasses
+      >>> import dataclasses, jax, jax.numpy as jnp
       >>> from mutatis import effects
       >>> @jax.tree_util.register_dataclass
       ... @dataclasses.dataclass
@@ -230,13 +236,29 @@ def handle_local_states(
 
 
 def freeze_local_states(handled: WithFunctionalLocalState, states: Mapping[str, Any]) -> Any:
-    """The layer of a handler with these values in it, and without the handler.
+    """Put values into a handled layer and take the handler away; the inverse of `handle_local_states`.
 
-    Requests come back as `FrozenLocalStateRequest`, the later places of a shared name as `SharedLocalStateRequest`. A Module is
-    copied, and its handled Variables are frozen; `mu.thaw` makes them live. The result can be saved, and handled again.
+    Requests come back as `FrozenLocalStateRequest`, and the later places of a shared name as `SharedLocalStateRequest`. A Module
+    is copied, and its handled Variables are frozen; `mu.thaw` makes them writable. You can save the result, and handle it again.
+
+    Args:
+      handled: the handled layer.
+      states: the dictionary of its states.
+
+    Returns:
+      A layer like the original one, with these values.
 
     Raises:
       EffectError: the states are not those of the layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mutatis import effects
+      >>> layer = {"total": effects.InitialLocalStateRequest(lambda: jnp.zeros(()), category="sums")}
+      >>> handled, states = effects.handle_local_states(layer, category="sums")
+      >>> layer = effects.freeze_local_states(handled, {name: value + 1 for name, value in states.items()})
+      >>> layer["total"].get()
+      Array(1., dtype=float32)
     """
     handled._check(states)
     seen: set[str] = set()

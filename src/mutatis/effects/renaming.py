@@ -15,20 +15,23 @@ T = TypeVar("T")
 
 
 def add_parameter_prefix(prefix: str, tree: T, delimiter: str = ".") -> T:
-    """Put a prefix in front of the explicit names of states: `rename` for layers that are put into another.
+    """Put a prefix in front of the explicit names of states, for instance of a layer that becomes part of another.
+
+    It is `mu.rename` with the new name ``prefix + delimiter + name``.
 
     Args:
-      prefix: what comes first in the new names.
-      tree: as for `rename`, which says what is renamed in place.
-      delimiter: what stands between the prefix and the old name.
+      prefix: the text in front of each name.
+      tree: a Module, a Variable, or any pytree of them and of requests, as in `mu.rename`.
+      delimiter: the text between the prefix and the old name.
 
     Returns:
-      The node itself, or the renamed tree.
+      The node itself, or the renamed tree, as in `mu.rename`.
 
     Raises:
-      EffectError: two names become one. Then nothing has changed.
+      EffectError: two states would have one name. Then nothing has changed.
 
     Example:
+      >>> import jax.numpy as jnp, mutatis as mu
       >>> from mutatis import effects
       >>> request = effects.SharedLocalStateRequest("mean", category="statistics")
       >>> effects.add_parameter_prefix("encoder", request).name
@@ -38,20 +41,21 @@ def add_parameter_prefix(prefix: str, tree: T, delimiter: str = ".") -> T:
 
 
 def rename(node: T, fn: Rename) -> T:
-    """Change the explicit names of states; a state without one keeps going by its position.
+    """Change the explicit names of states. A state without an explicit name stays without one.
 
-    A Variable is renamed in place, like a mark: compiled programs take notice, and a transaction that fails takes it back.
-    Requests, references and handlers are values, so they are renamed in the tree that is returned.
+    A Variable is renamed in place. Jitted functions notice the new name, and a transaction that fails takes it back. The
+    requests, references and handlers of `mu.effects` are values, so these are renamed in the tree that is returned.
 
     Args:
-      node: a Module, a Variable, or any pytree of them and of requests, handled or not.
-      fn: gives the new name for an explicit name; it is asked once for each.
+      node: a Module, a Variable, or any pytree of them and of requests of `mu.effects`, handled or not.
+      fn: a function from an explicit name to the new name. It is called once for each name.
 
     Returns:
-      The node itself, or the renamed tree.
+      A tree like `node` with the renamed requests; it has the same modules and variables. A Module or Variable is returned
+      itself.
 
     Raises:
-      EffectError: two names become one, or a name is no string. Then nothing has changed.
+      EffectError: two states would have one name, or a new name is not a string. Then nothing has changed.
 
     Example:
       >>> import mutatis as mu

@@ -23,27 +23,39 @@ Rename: TypeAlias = Callable[[str], str]
 
 @runtime_checkable
 class LocalStateEffect(Protocol[T]):
-    """What a layer may do with a state that it asked for."""
+    """The methods of a state that a layer asked for: a protocol, for annotations.
+
+    Example:
+      >>> import dataclasses, jax
+      >>> from mutatis import effects
+      >>> @jax.tree_util.register_dataclass
+      ... @dataclasses.dataclass
+      ... class Total:
+      ...     state: effects.LocalStateEffect
+      ...     def __call__(self, x):
+      ...         self.state.set(self.state.get() + x)
+      ...         return self.state.get()
+    """
 
     def get(self) -> T:
-        """The value."""
+        """Return the value of the state."""
 
     def set(self, value: T) -> None:
-        """Give the state another value."""
+        """Give the state a new value."""
 
 
 class Effect:
-    """What stands in a tree for a state."""
+    """Base class of the objects that stand for a state in a tree."""
 
     name: str | None
     category: Category
 
     def get(self) -> Any:
-        """The value, in a layer that is called by its handler."""
+        """Return the value, in a layer that is called by its handler."""
         raise self._unhandled("read")
 
     def set(self, value: Any) -> None:
-        """Give the state another value, in a layer that is called by its handler."""
+        """Give the state a new value, in a layer that is called by its handler."""
         raise self._unhandled("written")
 
     def _unhandled(self, what: str) -> EffectError:
@@ -58,7 +70,7 @@ class Effect:
         )
 
     def with_renamed_parameters(self: E, rename_fn: Rename) -> E:
-        """The same with another explicit name, if it has one."""
+        """Make a copy with another explicit name; without an explicit name, return the object itself."""
         return self if self.name is None else dataclasses.replace(self, name=rename_fn(self.name))  # type: ignore[type-var]
 
 
@@ -67,12 +79,18 @@ E = TypeVar("E", bound=Effect)
 
 @dataclasses.dataclass(frozen=True)
 class InitialLocalStateRequest(Effect, Generic[T]):
-    """Asks for a state that has yet to start.
+    """A request for a state that has no value yet. A layer holds it in an attribute.
 
     Args:
-      state_initializer: a function of no arguments that makes the first value.
-      category: what the state is for; a handler takes the states of its category.
-      name: an explicit name.
+      state_initializer: a function without arguments that returns the first value, an array or a pytree of arrays.
+      category: the purpose of the state, any hashable value. A handler takes the states of one category.
+      name: an explicit name of the state. Without one it goes by its position in the tree.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> request = mu.effects.InitialLocalStateRequest(lambda: jnp.zeros(2), category="cache", name="last")
+      >>> request.as_frozen().get()
+      Array([0., 0.], dtype=float32)
     """
 
     state_initializer: Callable[[], T]
@@ -80,21 +98,27 @@ class InitialLocalStateRequest(Effect, Generic[T]):
     name: str | None = None
 
     def as_frozen(self) -> FrozenLocalStateRequest[T]:
-        """The same with its first value."""
+        """Make a `FrozenLocalStateRequest` with the first value."""
         return FrozenLocalStateRequest(self.state_initializer(), self.category, self.name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # it holds arrays, which are compared as whole values
 class FrozenLocalStateRequest(Effect, Generic[T]):
-    """Asks for a state that has a value, which can be read without a handler.
+    """A request for a state that has a value. The value can be read without a handler.
 
-    Two of them are equal if their names, categories and values are: arrays of one type with the same elements. In a traced
-    function, where values are not known, an array is equal to itself only.
+    `freeze_local_states` makes it. Two requests are equal if their names, categories and values are equal. Arrays are equal if
+    they have the same type and elements. In a traced function, where elements are not known, an array is equal only to itself.
 
     Args:
       state: the value: an array or a pytree of arrays.
-      category: what the state is for.
-      name: an explicit name.
+      category: the purpose of the state, any hashable value. A handler takes the states of one category.
+      name: an explicit name of the state. Without one it goes by its position in the tree.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> request = mu.effects.FrozenLocalStateRequest(jnp.ones(2), category="cache")
+      >>> request.get()
+      Array([1., 1.], dtype=float32)
     """
 
     state: T
@@ -102,7 +126,7 @@ class FrozenLocalStateRequest(Effect, Generic[T]):
     name: str | None = None
 
     def get(self) -> T:
-        """The value."""
+        """Return the value."""
         return self.state
 
     def __eq__(self, other: object) -> bool:
@@ -132,11 +156,19 @@ def _same_value(a: Any, b: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class SharedLocalStateRequest(Effect):
-    """Asks for a state that another request, earlier in the tree, defines.
+    """A request for a state that another request, earlier in the tree, defines.
 
     Args:
-      name: the explicit name of both.
-      category: the category of both.
+      name: the explicit name of both requests.
+      category: the category of both requests.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> first = mu.effects.InitialLocalStateRequest(lambda: jnp.zeros(2), category="cache", name="last")
+      >>> second = mu.effects.SharedLocalStateRequest("last", category="cache")
+      >>> _, states = mu.effects.handle_local_states([first, second], category="cache", state_sharing="allowed")
+      >>> states
+      {'last': Array([0., 0.], dtype=float32)}
     """
 
     name: str
@@ -145,13 +177,13 @@ class SharedLocalStateRequest(Effect):
 
 @dataclasses.dataclass(frozen=True)
 class HandledLocalStateRef(Effect):
-    """Stands in a handled tree for a state.
+    """A reference to a state in a handled tree. `handle_local_states` makes it.
 
     Args:
-      handler_id: the handler that fills it.
-      category: what the state is for; of a Variable, its kind.
-      name: its key in the dictionary of states.
-      was_explicitly_named: whether that is an explicit name, else a position.
+      handler_id: the id of the handler that gives it its value.
+      category: the purpose of the state; for a Variable, its kind.
+      name: the key of the state in the dictionary of states.
+      was_explicitly_named: whether `name` is an explicit name; else it is a position.
     """
 
     handler_id: str
@@ -160,7 +192,7 @@ class HandledLocalStateRef(Effect):
     was_explicitly_named: bool
 
     def with_renamed_parameters(self, rename_fn: Rename) -> HandledLocalStateRef:
-        """The same with another explicit name, if it has one."""
+        """Make a copy with another explicit name; without an explicit name, return the reference itself."""
         return super().with_renamed_parameters(rename_fn) if self.was_explicitly_named else self
 
 

@@ -30,13 +30,23 @@ def hoist_shared_state_requests(tree: Any, unsafe: bool = False) -> tuple[Any, d
 
     Args:
       tree: any pytree. Variables that Modules share are left alone: a Module can be moved as it is.
-      unsafe: whether definitions may differ; the last one is taken.
+      unsafe: whether the definitions of one name may differ; the last one is then taken.
 
     Returns:
-      The tree with a `SharedLocalStateRequest` at every place of a name that has several, and the definitions by name.
+      A pair: the tree, with a `SharedLocalStateRequest` in place of each request whose name occurs several times, and a
+      dictionary from these names to the definitions.
 
     Raises:
-      EffectError: the places of a name have several categories or definitions.
+      EffectError: the requests of one name have several categories or definitions.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mutatis import effects
+      >>> first = effects.InitialLocalStateRequest(lambda: jnp.zeros(()), category="sums", name="total")
+      >>> tree = [first, effects.SharedLocalStateRequest("total", category="sums")]
+      >>> tree, definitions = effects.hoist_shared_state_requests(tree)
+      >>> [type(part).__name__ for part in tree], [*definitions]
+      (['SharedLocalStateRequest', 'SharedLocalStateRequest'], ['total'])
     """
     requests = [part for _, part in parts_of(tree) if isinstance(part, REQUESTS) and part.name is not None]
     names = [request.name for request in requests]
@@ -58,14 +68,27 @@ def hoist_shared_state_requests(tree: Any, unsafe: bool = False) -> tuple[Any, d
 
 
 def embed_shared_state_requests(tree: Any, state_requests: Mapping[str, Request]) -> Any:
-    """Put the definitions of shared states into a tree, each at its first place.
+    """Put the definitions of shared states back into a tree, each at the first request of its name.
 
     Args:
       tree: any pytree.
-      state_requests: the definitions by name; names that the tree does not share are passed over.
+      state_requests: a dictionary from names to definitions, as `hoist_shared_state_requests` returns it. Names that do not occur
+        in the tree are ignored.
+
+    Returns:
+      The tree with the definitions.
 
     Raises:
-      EffectError: a definition has another name or category than its places, or the tree has one already.
+      EffectError: a definition has another name or category than its requests, or the tree already has a definition.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mutatis import effects
+      >>> request = effects.SharedLocalStateRequest("total", category="sums")
+      >>> definition = effects.InitialLocalStateRequest(lambda: jnp.zeros(()), category="sums", name="total")
+      >>> tree = effects.embed_shared_state_requests([request, request], {"total": definition})
+      >>> [type(part).__name__ for part in tree]
+      ['InitialLocalStateRequest', 'SharedLocalStateRequest']
     """
     pending: dict[Any, Any] = dict(state_requests)
     for name, request in pending.items():

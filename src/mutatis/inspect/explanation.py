@@ -13,21 +13,30 @@ from mutatis.transforms.jit import Jitted
 
 
 def explain(step: Any) -> Explanation:
-    """The compilations of a jitted function: when they were, what they took, and what differed from the nearest earlier one.
+    """Explain why a jitted function was compiled: each compilation, its time, and its difference from the nearest earlier one.
+
+    Use it if a training step is slow because it compiles again and again.
 
     Args:
-      step: what `mu.jit` returned, or such a method of an object.
+      step: a function that `mu.jit` returned, or a method that is one.
+
+    Returns:
+      An object that `print` shows as text and a notebook as HTML. Its `compilations` have the same facts as data.
 
     Raises:
-      ArgumentError: it is something else.
+      ArgumentError: `step` is something else.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> step = mu.jit(lambda x: x + 1)
+      >>> @mu.jit
+      ... def step(x):
+      ...     return x + 1
       >>> _ = step(jnp.ones(3)), step(jnp.ones(4)), step(jnp.ones(3))
-      >>> explanation = mu.inspect.explain(step)
-      >>> [dict(compilation.changes) for compilation in explanation.compilations]
-      [{}, {'x': ('float32[3]', 'float32[4]')}]
+      >>> print(mu.inspect.explain(step))
+      step: 2 compilations, traced in ..., compiled in ...
+        1. at ..., traced in ..., compiled in ...
+        2. at ..., traced in ..., compiled in ...; compared with 1:
+           x: float32[3] -> float32[4]
     """
     function = step.__func__ if isinstance(step, types.MethodType) else step
     if not isinstance(function, Jitted):

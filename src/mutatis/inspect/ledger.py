@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from mutatis.core import access, frames, naming
-from mutatis.core.avals import show_type
+from mutatis.core.avals import shapes_of, show_type
+from mutatis.core.showing import show_bytes, show_count
 from mutatis.core.transactions import Transaction
-from mutatis.inspect.tables import Table, show_bytes
+from mutatis.inspect.tables import Table
 from mutatis.model.modules import Module, is_training
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import argument_names, function_name, named_nodes
@@ -32,22 +32,22 @@ from mutatis.transforms.jit import jit
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a function does with one state.
+    """The use that a function makes of one state, a row of `mu.inspect.ledger`.
 
     Attributes:
-      path: where the state is, from the name that the function has for its owner.
+      path: the path of the state, from the name that the function has for its owner.
       kind: the name of its kind.
       type: its shape and dtype, or those of its leaves, when the function begins (when it ends, if it makes the state).
-      bytes: the size of its arrays.
+      bytes: the size of its arrays in bytes.
       read: whether the function reads it.
       updates: how often a call writes it; None if that is not known.
       made: whether the function makes it.
-      frozen: whether it can be read only.
-      training: what `training` of the module is that it is in.
+      frozen: whether it is read-only.
+      training: the value of `training` of the module that holds it.
       sharding: how it is spread over devices; empty for one device.
-      through: the transforms that it goes through on the way to the code that uses it, from the outside in, each with
-        what it does: ``"scan(body): carried"``. *carried*: from one iteration to the next. *split*: each iteration, lane or
-        device has a part. *shared*: all of them have the same. *a stream each*: each lane draws from a stream of its own.
+      through: the transforms that it goes through on the way to the code that uses it, from the outside in, each with its effect:
+        ``"scan(body): carried"``. *carried*: from one iteration to the next. *split*: each iteration, lane or device has a part.
+        *shared*: all of them have the same. *a stream each*: each lane draws from a stream of its own.
     """
 
     path: str
@@ -64,23 +64,23 @@ class Entry:
 
     @property
     def changed(self) -> bool:
-        """Whether its value is another one after a call."""
+        """Whether a call makes the state or gives it another value."""
         return self.made or self.updates != 0
 
     @property
     def unused(self) -> bool:
-        """Whether the function can reach it and leaves it alone."""
+        """Whether the function can reach the state, but neither reads nor writes it."""
         return not self.read and not self.changed
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An operation in which devices exchange data.
+    """An operation in which devices exchange data, as `Ledger.collectives` lists them.
 
     Attributes:
-      name: what it is in XLA: ``"all-reduce"``, ...
-      type: what each device receives.
-      count: how many there are in the program.
+      name: the name of the operation in XLA, such as ``"all-reduce"``.
+      type: the shape and dtype of the data that each device receives.
+      count: the number of such operations in the program.
     """
 
     name: str
@@ -88,13 +88,15 @@ class Collective:
     count: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Ledger(Table):
-    """What a function does with each state that it can reach; `print` shows it as text, `rich.print` as a table.
+    """The use that a function makes of each state that it can reach, as `mu.inspect.ledger` returns it.
+
+    `print` shows it as text, `rich.print` as a table. ``ledger["model.bias"]`` is the entry of a path.
 
     Attributes:
       label: the name of the function.
-      entries: the states, in the order of their paths.
+      entries: the states, in the order of their paths, a tuple of `Entry`.
     """
 
     label: str
@@ -103,8 +105,12 @@ class Ledger(Table):
     header = ("state", "kind", "type", "size", "read", "updates", "through")
     left = ("state", "kind", "type", "through")
 
+    def title(self) -> str:
+        """Return the line that stands above the table in a notebook."""
+        return f"{self.label}: {show_count(len(self.entries), 'state')}, {len(self.changed):,} changed"
+
     def __getitem__(self, path: str) -> Entry:
-        """The entry of a path."""
+        """Return the entry of a path."""
         for entry in self.entries:
             if entry.path == path:
                 return entry
@@ -112,11 +118,11 @@ class Ledger(Table):
 
     @property
     def changed(self) -> tuple[Entry, ...]:
-        """What a call changes or makes: what a checkpoint has to hold, the rest being as it was made."""
+        """The entries of the states that a call changes or makes. A checkpoint has to hold these."""
         return tuple(entry for entry in self.entries if entry.changed)
 
     def why(self, path: str) -> str:
-        """Why a state is, or is not, updated: a sentence."""
+        """Return a sentence that says why the state at this path is, or is not, updated."""
         if path not in {entry.path for entry in self.entries}:
             known = ", ".join(entry.path for entry in self.entries) or "none"
             return f"`{self.label}` cannot reach a state `{path}`: pass its owner, or name it. It reaches: {known}."
@@ -131,14 +137,16 @@ class Ledger(Table):
         return f"`{path}` is not updated: `{self.label}` {used} it.{reason}"
 
     def collectives(self) -> tuple[Collective, ...]:
-        """What devices exchange in a call, under the present shardings. Compiles the function, and does not run it."""
+        """List the data exchanges between devices in a call, under the present shardings. Compiles the function, but does not run
+        it.
+        """
         found: Counter[tuple[str, str]] = Counter()
         for kind, name in _COLLECTIVE.findall(self._compile()):
             found[name, re.sub(r"\{[^}]*\}", "", kind)] += 1
         return tuple(Collective(name, kind, count) for (name, kind), count in sorted(found.items()))
 
     def diff(self, other: Ledger) -> LedgerDiff:
-        """What is different in another ledger, state by state."""
+        """Compare this ledger with another one, state by state."""
         mine = {entry.path: entry for entry in self.entries}
         theirs = {entry.path: entry for entry in other.entries}
         changes = []
@@ -154,7 +162,7 @@ class Ledger(Table):
         return LedgerDiff(self.label, other.label, tuple(changes))
 
     def cells(self) -> list[Sequence[str]]:
-        """The text of each row; states that are left alone are not shown."""
+        """Return the text of each row. States that the function neither reads nor writes are left out."""
         return [
             (
                 entry.path,
@@ -170,7 +178,7 @@ class Ledger(Table):
         ]
 
     def footer(self) -> Sequence[str]:
-        """The sums."""
+        """Return the text of the sums."""
         used = [entry for entry in self.entries if not entry.unused]
         changed = sum(entry.bytes for entry in self.changed)
         left = len(self.entries) - len(used)
@@ -185,12 +193,14 @@ class Ledger(Table):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LedgerDiff(Table):
-    """The differences of two ledgers.
+    """The differences of two ledgers, as `Ledger.diff` returns them. It is false if there are none.
 
     Attributes:
-      changes: (path, what, before, after); what is ``"state"`` where one of them does not have the state.
+      before: the name of the function of the first ledger.
+      after: the name of the function of the second ledger.
+      changes: tuples (path, field, before, after); the field is ``"state"`` where one of the ledgers does not have the state.
     """
 
     before: str
@@ -203,35 +213,39 @@ class LedgerDiff(Table):
         return bool(self.changes)
 
     def cells(self) -> Sequence[Sequence[str]]:
-        """The text of each row."""
+        """Return the text of each row."""
         return self.changes
 
 
 def ledger(f: Callable[..., Any]) -> Callable[..., Ledger]:
-    """A function that gives the ledger of a call of `f`: what it reads, writes and makes. Nothing is run or allocated.
+    """Make a function that lists the states that a call of `f` reads, writes and makes. Nothing is run or allocated.
 
     Args:
       f: a function, also a transformed one, or a callable Module.
 
     Returns:
-      A function of the arguments of `f` (`jax.ShapeDtypeStruct` will do for arrays).
+      A function of the arguments of `f` that returns a `Ledger`; a `jax.ShapeDtypeStruct` may stand for an array. `print` shows
+      the Ledger as a table. The column `updates` says how often a call writes a state, and `through` by which transforms a state
+      reaches the code that uses it.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> norm, total = mu.nn.BatchNorm(4), mu.Variable(0.0)
-      >>> def step(x):
-      ...     def body(carry, row):
-      ...         total.value += norm(row).sum()
-      ...         return carry, None
-      ...     mu.scan(body, None, x)
-      >>> print(mu.inspect.ledger(step)(jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)))
+      >>> norm, calls = mu.nn.BatchNorm(4), mu.Variable(0)
+      >>> @mu.jit
+      ... def step(x):
+      ...     calls.value += 1
+      ...     return norm(x)
+      >>> ledger = mu.inspect.ledger(step)(jnp.ones((8, 4)))
+      >>> print(ledger)
       state       kind       type          size  read  updates  through
-      norm.bias   Param      float32[4]    16 B   yes           scan(step.body): shared
-      norm.mean   BatchStat  float32[4]    16 B   yes        8  scan(step.body): carried
-      norm.scale  Param      float32[4]    16 B   yes           scan(step.body): shared
-      norm.var    BatchStat  float32[4]    16 B   yes        8  scan(step.body): carried
-      total       Variable   float32[]      4 B   yes        8  scan(step.body): carried
+      calls       Variable   int32[]        4 B   yes        1  jit(step)
+      norm.bias   Param      float32[4]    16 B   yes           jit(step)
+      norm.mean   BatchStat  float32[4]    16 B   yes        1  jit(step)
+      norm.scale  Param      float32[4]    16 B   yes           jit(step)
+      norm.var    BatchStat  float32[4]    16 B   yes        1  jit(step)
       5 states               36 B updated  68 B     5        3
+      >>> ledger.why("calls")
+      '`calls` is updated: a call writes it once.'
     """
 
     @functools.wraps(f)
@@ -360,7 +374,7 @@ def _role(tx: Transaction, cell: Any, value: Any) -> str:
     if isinstance(tx, LaneTransaction) and tx.is_forked(cell):
         return "a stream each"
     outside = access.peek(cell)
-    if outside is not None and jax.tree.map(np.shape, _shapes(outside)) != jax.tree.map(np.shape, _shapes(value)):
+    if outside is not None and shapes_of(outside) != shapes_of(value):
         return "split"
     return "carried" if cell in tx.written and not lanes else "shared"
 

@@ -8,22 +8,21 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
-from mutatis.core import access
-from mutatis.inspect.tables import Table, show_bytes
+from mutatis.core.showing import show_bytes, show_count
+from mutatis.inspect.tables import Table
+from mutatis.model.tally import tally
 from mutatis.model.walks import variables
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The states of one kind.
+    """The states of one kind, a row of `mu.inspect.state_table`.
 
     Attributes:
       kind: the name of the kind.
-      states: how many there are; shared ones count once.
-      elements: the elements of their arrays; a random key is one.
-      bytes: the size of their arrays.
+      states: the number of states; a shared one counts once.
+      elements: the number of elements of their arrays; a random key is one.
+      bytes: the size of their arrays in bytes.
     """
 
     kind: str
@@ -35,13 +34,23 @@ class Row:
         return Row(self.kind, self.states + other.states, self.elements + other.elements, self.bytes + other.bytes)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StateTable(Table):
-    """States by kind; `print` shows it as text, `rich.print` as a table."""
+    """The states of a model by kind, as `mu.inspect.state_table` returns them.
+
+    `print` shows it as text, `rich.print` as a table.
+
+    Attributes:
+      rows: one row for each kind, with `kind`, `states`, `elements` and `bytes`.
+    """
 
     rows: tuple[Row, ...]
     header = ("kind", "states", "elements", "size")
     left = ("kind",)
+
+    def title(self) -> str:
+        """Return the line that stands above the table in a notebook."""
+        return f"{show_count(self.total.states, 'state')}, {show_bytes(self.total.bytes)}"
 
     @property
     def total(self) -> Row:
@@ -49,11 +58,11 @@ class StateTable(Table):
         return sum(self.rows, Row("total"))
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The text of each row."""
+        """Return the text of each row."""
         return [*map(_cells, self.rows)]
 
     def footer(self) -> tuple[str, ...]:
-        """The text of the sums."""
+        """Return the text of the sums."""
         return _cells(self.total)
 
 
@@ -62,12 +71,15 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def state_table(node: Any) -> StateTable:
-    """The states of a node by kind, in the order of their paths.
+    """Make a table of the states of a model by kind: how many there are, their elements and their size.
 
-    Reads sizes only: nothing is computed, and a state that has not been created yet counts without elements.
+    It reads sizes only: nothing is computed. A state that has not been created yet counts without elements.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
+
+    Returns:
+      A `StateTable`. `print` shows it, and `rows` and `total` have the numbers.
 
     Example:
       >>> import mutatis as mu
@@ -79,8 +91,6 @@ def state_table(node: Any) -> StateTable:
     """
     rows: dict[str, Row] = {}
     for cell in variables(node).values():
-        leaves = jax.tree.leaves(access.load(cell))
-        kind = type(cell).__name__
-        one = Row(kind, 1, sum(leaf.size for leaf in leaves), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
-        rows[kind] = rows.get(kind, Row(kind)) + one
+        kind, found = type(cell).__name__, tally([cell])
+        rows[kind] = rows.get(kind, Row(kind)) + Row(kind, 1, found.numbers, found.bytes)
     return StateTable(tuple(rows.values()))

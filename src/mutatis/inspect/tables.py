@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from mutatis._packages import require
-from mutatis.errors import MissingPackageError
+from mutatis.core import markup
+from mutatis.core.showing import cut, show_count
+
+SCREEN, WIDTH = 40, 120  # lines and columns of what a table looks like unasked
+_AT_ONCE = 200  # rows that a notebook is given
 
 
 class Table:
@@ -50,21 +52,32 @@ class Table:
             shown.add_row(*map(_plain, footer), style="bold")
         return shown
 
+    def title(self) -> str:
+        """What it is a table of, in a line: above it in notebooks."""
+        return f"{type(self).__name__}: {show_count(len(self.cells()), 'row')}"
+
+    def __repr__(self) -> str:
+        """The text, of at most a screen."""
+        lines = str(self).split("\n")
+        if len(lines) > SCREEN:
+            above, below = SCREEN // 2, SCREEN // 2 - 1
+            lines[above:-below] = [f"... {show_count(len(lines) - above - below, 'more row')}"]
+        return "\n".join(cut(line, WIDTH) for line in lines)
+
     def to_html(self) -> str:
-        """The table as HTML.
+        """The table as HTML that folds, with all of its rows."""
+        return markup.framed(self.inner_html())
 
-        Raises:
-          MissingPackageError: the package `rich` is not installed.
-        """
-        console = require("rich.console", "to_html").Console(record=True, file=io.StringIO(), width=240)
-        console.print(self)
-        return str(console.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
+    def _repr_html_(self) -> str:
+        return markup.framed(self.inner_html(_AT_ONCE))
 
-    def _repr_html_(self) -> str | None:
-        try:
-            return self.to_html()
-        except MissingPackageError:
-            return None  # a notebook shows the text then
+    def inner_html(self, most: int | None = None) -> str:
+        """The table as HTML without its style, with so many of its rows at most."""
+        rows = self.cells()
+        table = markup.table(self.header, rows[:most], self.footer(), self.left)
+        if most is not None and len(rows) > most:
+            table += markup.escape(f"... {show_count(len(rows) - most, 'more row')}")
+        return markup.folding(markup.escape(self.title()), table, is_open=len(rows) <= SCREEN)
 
 
 def _plain(text: str) -> Any:
@@ -72,12 +85,3 @@ def _plain(text: str) -> Any:
     from rich.text import Text
 
     return Text(text)
-
-
-def show_bytes(count: int) -> str:
-    """``1.5 kB``."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"

@@ -15,7 +15,8 @@ import numpy as np
 from mutatis.core import access
 from mutatis.core.avals import show_type
 from mutatis.core.naming import show_path
-from mutatis.inspect.tables import Table, show_bytes
+from mutatis.core.showing import show_bytes, show_count
+from mutatis.inspect.tables import Table
 from mutatis.interventions import intercept
 from mutatis.model.graphdef import describe_graph
 from mutatis.model.kinds import Param
@@ -31,18 +32,18 @@ from mutatis.transforms.jit import jit
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a layer.
+    """One call of a layer, a row of `mu.inspect.tabulate`.
 
     Attributes:
-      path: where the layer is in the model; empty for the model itself.
+      path: the path of the layer in the model; empty for the model itself.
       layer: the name of its class.
       inputs: the shapes and dtypes of the arrays that it is called with.
-      output: those of what it returns.
-      kinds: how many states of each kind it holds, with what is inside it.
-      parameters: the elements of its parameters.
-      bytes: the size of all its states.
-      flops: the floating point operations of the call, as XLA counts them before it optimizes; None if it does not say.
-        Inside a `vmap` or a loop they are those of one lane or iteration, as inputs and output are.
+      output: the shapes and dtypes of its result.
+      kinds: the number of states of each kind in the layer and in all layers inside it.
+      parameters: the number of elements of its parameters.
+      bytes: the size of all its states in bytes.
+      flops: the number of floating point operations of the call, as XLA counts them before it optimizes; None if it does not say.
+        Inside a `vmap` or a loop it is the number of one lane or iteration, as inputs and output are.
     """
 
     path: str
@@ -55,16 +56,26 @@ class Call:
     flops: float | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Tabulation(Table):
-    """The calls of the layers of a model, in order, each before those inside it."""
+    """The calls of the layers of a model, as `mu.inspect.tabulate` returns them.
+
+    `print` shows it as text, `rich.print` as a table, and a notebook as HTML.
+
+    Attributes:
+      calls: the calls in order, a tuple of `Call`. The call of a layer comes before those of the layers inside it.
+    """
 
     calls: tuple[Call, ...]
     header = ("layer", "class", "inputs", "output", "states", "parameters", "size", "flops")
     left = ("layer", "class", "inputs", "output", "states")
 
+    def title(self) -> str:
+        """Return the line that stands above the table in a notebook."""
+        return show_count(len(self.calls), "call")
+
     def cells(self) -> list[Sequence[str]]:
-        """The text of each row; layers of a list that are alike share theirs, as ``layers[0..11]``."""
+        """Return the text of each row. Equal layers of a list share one row, such as ``layers[0..11]``."""
         rows = [
             (
                 call.path,
@@ -118,31 +129,29 @@ def _split(row: Sequence[str]) -> tuple[tuple[str, int | None], Sequence[str]]:
 
 
 def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: Any) -> Tabulation:
-    """A table of the layers of a model, for a call with these inputs. Nothing is computed, allocated or written.
+    """Make a table of the layers of a model, for a call with given inputs. Nothing is computed, allocated or written.
 
-    A layer counts with all that is inside it, and has a row for each of its calls. Printed, layers of a list that are alike are
-    one.
+    Each row is one call of a layer, with its shapes, states, size and floating point operations. The numbers of a layer include
+    all layers inside it. In the printed table, equal layers of a list share one row.
 
     Args:
-      net: the model; one of shapes, ``mu.eval_shape(lambda: Net(...))``, will do.
-      *inputs: what it is called with; `jax.ShapeDtypeStruct` will do for arrays.
-      depth: how deep in the model a layer may be to get a row; any, if None.
-      **kwargs: further inputs.
+      net: the model. It may be one of shapes, ``mu.eval_shape(lambda: Net(...))``.
+      *inputs: the inputs of the call. A `jax.ShapeDtypeStruct` may stand for an array.
+      depth: how deep in the model a layer may be to get a row, an int. None means any depth.
+      **kwargs: further inputs, by keyword.
+
+    Returns:
+      A `Tabulation`, which `print` shows as text and a notebook as HTML. Its `calls` have the same facts as data.
 
     Example:
-      >>> import jax.numpy as jnp, mutatis as mu
-      >>> from mutatis import nn
-      >>> class Net(mu.Module):
-      ...     def __init__(self, rngs):
-      ...         self.layers = [nn.Linear(None, 128, rngs=rngs), nn.Linear(128, 10, rngs=rngs)]
-      ...     def __call__(self, x):
-      ...         return self.layers[1](self.layers[0](x))
-      >>> net = mu.eval_shape(lambda: Net(mu.Rngs(0)))
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> rngs = mu.Rngs(0)
+      >>> net = mu.nn.Sequential(mu.nn.Linear(784, 128, rngs=rngs), mu.nn.relu, mu.nn.Linear(128, 10, rngs=rngs))
       >>> print(mu.inspect.tabulate(net, jax.ShapeDtypeStruct((32, 784), jnp.float32)))
-      layer      class   inputs           output           states   parameters      size      flops
-      .          Net     float32[32,784]  float32[32,10]   4 Param     101,770  407.1 kB  6,508,864
-      layers[0]  Linear  float32[32,784]  float32[32,128]  2 Param     100,480  401.9 kB  6,426,624
-      layers[1]  Linear  float32[32,128]  float32[32,10]   2 Param       1,290    5.2 kB     82,240
+      layer      class       inputs           output           states   parameters      size      flops
+      .          Sequential  float32[32,784]  float32[32,10]   4 Param     101,770  407.1 kB  6,512,960
+      layers[0]  Linear      float32[32,784]  float32[32,128]  2 Param     100,480  401.9 kB  6,426,624
+      layers[2]  Linear      float32[32,128]  float32[32,10]   2 Param       1,290    5.2 kB     82,240
     """
     rows = []
     calls: deque[tuple[Any, ...]] = deque()  # a list that the functions name would be put back after a trace

@@ -1,27 +1,28 @@
 """Modules and weights of other libraries in Mutatis models, and Mutatis modules in theirs.
 
-*Weights* come in by `load`, from files (safetensors, PyTorch, GGUF, Orbax) and live models, and go out by `save` and `export`;
-rules say how names and layouts differ. *Modules* come and go by eight doors:
+`load` reads *weights* from files (safetensors, PyTorch, GGUF, Orbax) and live models, and `save` and `export` write them; rules
+say how names and layouts differ. Eight classes wrap *modules*:
 
-| library | theirs as a part of ours | ours as a part of theirs |
+| library | their module as a part of a Mutatis model | a Mutatis module as a part of their model |
 |---|---|---|
 | `flax.linen` | `FromLinen(module, rngs=rngs)` | `ToLinen(constructor)`, a `linen.Module` |
 | `flax.nnx` | `FromNnx(module)` | `ToNnx(model)`, an `nnx.Module` |
 | `equinox` | `FromEquinox(module)` | `ToEquinox(model)`, an `equinox.Module` |
 | `haiku` | `FromHaiku(function, rngs=rngs)` | `ToHaiku(constructor)`, a `haiku.Module` |
 
-What comes *from* another library is a `Module` whose states stand in the nested dictionary `variables`, by the names that
-the other library gives them, each of the kind that its collection or type says. A call hands their values to the other
-library's pure function and writes back what changed; so it is threaded, differentiated, mapped, scanned, frozen and saved
-like any module. In training each call gives the other module fresh random keys from the streams of the module; after
-`eval()` it draws none, and what is still random needs keys with the call.
+A wrapped module *from* another library is a `Module`. Its states are in the nested dictionary `variables`, by the names that the
+other library gives them, each of the kind that its collection or type says. A call passes their values to the pure function of
+the other library and writes the changed ones back. So it is differentiated, mapped, scanned, frozen and saved like any module. In
+training each call gives the other module fresh random keys from the streams of the module. After `eval()` it draws none, and a
+module that is still random then needs keys with the call.
 
-What goes *to* another library is a real module of that library. Where modules are objects (NNX, Equinox) it takes a model;
-where they are recipes (Linen, Haiku) a function ``constructor(rngs)`` that makes one. Its states are held by the other
-library's means, by collection; the model is put together around them for each call, and taken apart after it. So sharing
-holds, and every transform of the other library sees values only. Frozen states are with the buffers: there they are not trained.
+A wrapped module *to* another library is a real module of that library. Where modules are objects (NNX, Equinox) the wrapper takes
+a model; where they are recipes (Linen, Haiku) it takes a function ``constructor(rngs)`` that makes one. The other library holds
+its states, by collection. The wrapper puts the model together around them for each call, and takes it apart afterwards. So
+sharing is kept, and the transforms of the other library see values only. Frozen states are with the buffers, so they are not
+trained.
 
-The other library is imported when its door is first used.
+The other library is imported when its wrapper is first used.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ __all__ = [
     "Layout",
     "Reshape",
     "Split",
+    "Sum",
     "Transpose",
     "Weights",
     "export",
     "load",
     "read",
+    "recurrent",
     "save",
     "equinox",
     "haiku",

@@ -11,6 +11,7 @@
 | `Embed` | `embedding` | `weight` |
 | norms | `scale`, `mean`, `var` | `weight`, `running_mean`, `running_var` |
 | `PReLU` | `negative_slope` () | `weight` (1,) |
+| `SimpleCell`, `GRUCell`, `OptimizedLSTMCell` | `dense_i.kernel`, `dense_h.kernel` | by the rules of `interop.recurrent` |
 
 What is no weight is not in a file and stays to be said where the layer is made: the momentum of batch norm is the weight of the
 *new* value in PyTorch, of the old one here (0.1 there is 0.9 here), and its epsilon and that of layer norm have another default.

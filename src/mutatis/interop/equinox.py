@@ -65,26 +65,26 @@ class Skeleton:
 class FromEquinox(Module):
     """An `equinox` module as a part of a Mutatis model.
 
-    The leaves that `filter` selects are `Param`s, its other arrays `Buffer`s, and the leaves of its `eqx.nn.State` are
-    `BatchStat`s, at the paths where they are found. A call passes the state as ``state=`` and writes the new one back, and
-    returns the rest. In training it passes a fresh key as ``key=``; after `eval()` the module is called in its inference
-    mode, and without a key.
+    The leaves that `filter` selects become `Param`s, the other arrays `Buffer`s, and the leaves of the `eqx.nn.State` of the
+    module `BatchStat`s, at the paths where they are found. A call passes the state to the module as ``state=``, writes the new
+    state back, and returns the rest of the result. In training it passes a fresh key as ``key=``. After `eval()` it calls the
+    module in inference mode and without a key.
 
-    As in Equinox, an array that stands at two places is two leaves; what `eqx.nn.Shared` ties is one state. As in Equinox,
-    many modules are for one example: `mu.vmap` them.
+    As in Equinox, an array at two places is two leaves, and `eqx.nn.Shared` ties them to one state. Many modules of Equinox work
+    on one example; use `mu.vmap` for a batch.
 
     Args:
       module: the Equinox module.
-      state: its `eqx.nn.State`, if `eqx.nn.make_with_state` took that out.
+      state: its `eqx.nn.State`, if `eqx.nn.make_with_state` has taken it out.
       filter: which leaves are trained, as in `eqx.partition`.
-      rngs: random streams, which are forked; keys are from the stream `dropout`, else from the default stream. Leave it out
-        for a module that takes no ``key=``.
+      rngs: a `mu.Rngs`, which is forked. Keys come from the stream `dropout`, or from the default stream if there is none of this
+        name. Leave it out for a module that takes no ``key=``.
 
     Attributes:
       variables: the states in nested dictionaries, ``variables["layers"][0]["weight"]``.
 
     Example:
-      >>> import equinox as eqx
+      >>> import jax, jax.numpy as jnp, mutatis as mu, equinox as eqx
       >>> net = mu.interop.FromEquinox(eqx.nn.Linear(5, 3, key=jax.random.key(0)))
       >>> mu.vmap(net)(jnp.ones((2, 5))).shape, net.variables["weight"].shape
       ((2, 3), (3, 5))
@@ -121,7 +121,7 @@ class FromEquinox(Module):
 
     @property
     def module(self) -> Any:
-        """An Equinox module with the present values; with its `eqx.nn.State`, as a pair, if it has one."""
+        """An Equinox module with the present values. If it has an `eqx.nn.State`, a pair of the module and the state."""
         cells = bridge.flatten(self.variables)
         module, state = self._filled({path: cell.value for path, cell in cells.items()})
         return (module, state) if self.stateful else module
@@ -130,15 +130,15 @@ class FromEquinox(Module):
         """Call the Equinox module.
 
         Args:
-          *args: arguments, without the state.
+          *args: its arguments, without the state.
           method: the name of the method to call.
-          **kwargs: keyword arguments; a `key` goes before one from the module's stream.
+          **kwargs: its keyword arguments; a `key` among them is used in place of one from the stream.
 
         Returns:
-          What the Equinox module returns, without the state.
+          The result of the Equinox module, without the state.
 
         Raises:
-          StructureError: it has a state, and does not return a pair of something and the new state.
+          StructureError: the module has a state, and does not return a pair of a result and the new state.
         """
         if self.training and self.rngs is not None and "key" not in kwargs:
             kwargs["key"] = stream_of(self.rngs, "dropout").draw()
@@ -200,31 +200,31 @@ def _paths_in_state(module: Any, treedef: Any) -> list[Path]:
 class ToEquinox(_StatefulLayer):
     """A Mutatis module as an `equinox.Module`.
 
-    Its parameters are its leaves: that is what `eqx.filter_grad` differentiates and `eqx.apply_updates` updates. If it holds
-    anything else, statistics, caches, buffers, frozen parameters, it is a stateful layer and is used like one::
+    Its leaves are its parameters: `eqx.filter_grad` differentiates them and `eqx.apply_updates` updates them. If the module holds
+    other states too (statistics, caches, buffers, frozen parameters), it is a stateful layer of Equinox and is used like one::
 
         net, state = eqx.nn.make_with_state(mu.interop.ToEquinox)(model)
         out, state = net(x, state, key=key)
 
-    A module of parameters only is called as ``net(x)`` and gives ``out``. Random streams start anew in each call, from
+    A module with parameters only is called as ``net(x)`` and returns ``out``. Random streams start anew in each call, from
     ``key=``. ``eqx.nn.inference_mode`` sets `training` of the module to False.
 
     Args:
-      model: the module; it is copied, and all of its states have values.
-      inference: whether `training` is False for its calls.
+      model: the module, whose states all have values; it is copied.
+      inference: whether `training` is False in its calls.
 
     Attributes:
       params: the parameters in nested dictionaries, ``params["layers"]["0"]["kernel"]``.
-      index: the `eqx.nn.StateIndex` of all else, or None.
+      index: the `eqx.nn.StateIndex` of all other states, or None.
 
     Raises:
       DeferredStateError: a state has no value yet.
       RandomStreamError: a call draws random numbers without a `key`.
-      ArgumentError: a call has no state where there is one.
-      StructureError: a call changes what the module is made of.
+      ArgumentError: the module is stateful, and a call has no state.
+      StructureError: a call changes the structure of the module.
 
     Example:
-      >>> import equinox as eqx
+      >>> import jax.numpy as jnp, mutatis as mu, equinox as eqx
       >>> net = mu.interop.ToEquinox(mu.nn.Linear(5, 3, rngs=mu.Rngs(0)))
       >>> grads = eqx.filter_grad(lambda net, x: net(x).sum())(net, jnp.ones((2, 5)))
       >>> grads.params["bias"].tolist()
@@ -250,7 +250,7 @@ class ToEquinox(_StatefulLayer):
         self.streams = tuple((path, parts.values[path]["count"].shape) for path in parts.streams)
 
     def is_stateful(self) -> bool:
-        """Whether a call takes and returns an `eqx.nn.State`."""
+        """Say whether a call takes and returns an `eqx.nn.State`."""
         return self.index is not None
 
     def __call__(
@@ -259,14 +259,14 @@ class ToEquinox(_StatefulLayer):
         """Call the module.
 
         Args:
-          *args: its arguments; if it is stateful, then the state.
+          *args: its arguments; for a stateful module the state comes last.
           state: the `eqx.nn.State`, if it is not the last of `args`.
-          key: a random key, from which the module's streams start.
+          key: a random key, from which the random streams of the module start.
           method: the name of the method to call.
           **kwargs: its keyword arguments.
 
         Returns:
-          What the module returns; if it is stateful, a pair of that and the new state.
+          The result of the module; for a stateful module a pair of it and the new state.
         """
         held: dict[Any, Any] = {}
         if self.is_stateful():

@@ -21,12 +21,24 @@ from mutatis.model.strangers import plain_value
 
 
 class Weights(dict[str, Any]):
-    """Arrays by dotted name.
+    """A dictionary from dotted names to arrays, as `read` and `export` return it.
+
+    Args:
+      arrays: the arrays by name.
+      source: the file that they come from, for messages.
+      metadata: the further content of the file: the fields of a GGUF file, the texts of a safetensors file, and for other formats
+        the values that are not arrays.
 
     Attributes:
-      source: the file that they were read from, for messages.
-      metadata: what the file says besides: of a GGUF file its fields, of a safetensors file its texts, of others the values
-        that are no arrays.
+      source: as above.
+      metadata: as above, a dictionary.
+
+    Example:
+      >>> import numpy as np, mutatis as mu
+      >>> weights = mu.interop.Weights({"fc.weight": np.ones((3, 2), np.float32)})
+      >>> mu.interop.save("fc.safetensors", weights, metadata={"author": "me"})
+      >>> mu.interop.read("fc.safetensors").metadata
+      {'author': 'me'}
     """
 
     def __init__(
@@ -38,26 +50,26 @@ class Weights(dict[str, Any]):
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
-    """The arrays in a file, by the names that it gives them.
+    """Read the arrays of a file, by the names that the file gives them.
 
-    Reads safetensors; what ``torch.save`` wrote (a state dict, or dictionaries that hold one), for which torch is not needed;
-    GGUF, whose quantized tensors become float32; and directories that Orbax wrote, as of Flax NNX and Linen models.
+    It reads safetensors files; files of `torch.save` with a state dict, or dictionaries that hold one, without torch; GGUF files,
+    whose quantized tensors become float32; and directories of Orbax, such as checkpoints of Flax NNX and Linen models.
 
     Args:
-      path: the file, or directory.
+      path: the file, or the directory.
 
     Returns:
-      NumPy arrays by dotted name, ``"layers.0.kernel"``, with what else the file says as `metadata`. Random keys of an
-      Orbax checkpoint stay `jax` arrays.
+      A `Weights`: a dictionary from dotted names, such as ``"layers.0.kernel"``, to NumPy arrays, with the further content of the
+      file as `metadata`. Random keys of an Orbax checkpoint stay `jax` arrays.
 
     Raises:
-      CheckpointError: there is none, it is damaged, of an unknown format, or holds more than plain data.
+      CheckpointError: there is no file; it is damaged, of an unknown format, or holds more than plain data.
       MissingPackageError: the package that reads the format is not installed.
 
     Example:
-      >>> from mutatis import interop
-      >>> interop.save("net.safetensors", mu.nn.Linear(2, 3, rngs=mu.Rngs(0)))
-      >>> {name: array.shape for name, array in interop.read("net.safetensors").items()}
+      >>> import mutatis as mu
+      >>> mu.interop.save("net.safetensors", mu.nn.Linear(2, 3, rngs=mu.Rngs(0)))
+      >>> {name: array.shape for name, array in mu.interop.read("net.safetensors").items()}
       {'bias': (3,), 'kernel': (2, 3)}
     """
     path = os.path.abspath(os.fspath(path))

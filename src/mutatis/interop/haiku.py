@@ -32,22 +32,22 @@ _Module: Any = hk.Module
 class FromHaiku(Module):
     """A function of `haiku` modules as a part of a Mutatis model.
 
-    Its states are created at the first call, in the current transaction, or by `lazy_init`: Haiku's parameters as `Param`s, its
-    state as `BatchStat`s, by module and name.
+    Its states are created at the first call, in the current transaction, or by `lazy_init`. The parameters of Haiku become
+    `Param`s and its state becomes states of `kind`, by the names of the module and of the value.
 
     Args:
-      function: the function, or what `hk.transform` or `hk.transform_with_state` made of it.
-      rngs: random streams, which are forked: the parameters are drawn from `params`; in training each call gets a key from
-        `dropout`, if there is one of that name or a default stream. May be left out if nothing is drawn, and `params` are given.
-      params: the parameters, if they have been made.
-      state: the state, if it has been made.
+      function: the function, or the result of `hk.transform` or `hk.transform_with_state` for it.
+      rngs: a `mu.Rngs`, which is forked. The parameters are drawn from the stream `params`. In training each call gets a key from
+        the stream `dropout` or the default stream, if there is one. May be left out if nothing is drawn and `params` are given.
+      params: the parameters, if they exist already.
+      state: the state, if it exists already.
       kind: the kind of the state.
 
     Attributes:
       variables: the states in nested dictionaries, ``variables["params"]["linear"]["w"]``.
 
     Example:
-      >>> import haiku as hk
+      >>> import jax.numpy as jnp, mutatis as mu, haiku as hk
       >>> net = mu.interop.FromHaiku(lambda x: hk.Linear(3)(x), rngs=mu.Rngs(0))
       >>> net(jnp.ones((2, 5))).shape, net.variables["params"]["linear"]["w"].shape
       ((2, 3), (5, 3))
@@ -92,12 +92,12 @@ class FromHaiku(Module):
         """Call the function.
 
         Args:
-          *args: arguments.
-          rng: a random key in place of one from the module's stream; the only one after `eval()`.
-          **kwargs: keyword arguments; how a function is told of training and evaluation is among them.
+          *args: its arguments.
+          rng: a random key in place of one from the stream. After `eval()` there is no other.
+          **kwargs: its keyword arguments, such as the one that tells a function whether it is in training.
 
         Returns:
-          What the function returns.
+          The result of the function.
 
         Raises:
           RandomStreamError: the states have yet to be created, and there are no random streams.
@@ -139,21 +139,22 @@ def _two_levels(tree: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
 class ToHaiku(_Module):
     """A Mutatis module as a `haiku.Module`.
 
-    Its parameters are Haiku's parameters, all its other states Haiku's state, by path: ``params["net"]["layers.0.kernel"]``.
-    Random streams are neither: each starts anew in each call, from `hk.next_rng_key`.
+    Its parameters are parameters of Haiku, and all its other states are state of Haiku, by path:
+    ``params["net"]["layers.0.kernel"]``. Random streams are neither: each starts anew in each call, from `hk.next_rng_key`.
 
     Args:
       constructor: a function ``constructor(rngs)`` that makes the module, with the same structure each time.
       name: the name of the Haiku module.
 
     Raises:
-      RandomStreamError: a call draws and is given no key.
-      StructureError: values are missing, or the call changes what the module is made of.
+      RandomStreamError: a call draws random numbers and has no key.
+      StructureError: values are missing, or a call changes the structure of the module.
 
     Example:
-      >>> import haiku as hk
-      >>> layer = lambda rngs: mu.nn.Linear(None, 3, rngs=rngs)
-      >>> net = hk.transform(lambda x: mu.interop.ToHaiku(layer, name="net")(x))
+      >>> import jax, jax.numpy as jnp, mutatis as mu, haiku as hk
+      >>> def forward(x):
+      ...     return mu.interop.ToHaiku(lambda rngs: mu.nn.Linear(None, 3, rngs=rngs), name="net")(x)
+      >>> net = hk.transform(forward)
       >>> params = net.init(jax.random.key(0), jnp.ones((2, 5)))
       >>> params["net"]["kernel"].shape, net.apply(params, None, jnp.ones((2, 5))).shape
       ((5, 3), (2, 3))
@@ -169,12 +170,12 @@ class ToHaiku(_Module):
 
         Args:
           *args: its arguments.
-          is_training: if not, `training` is False for its call.
+          is_training: whether `training` of the module is True in this call.
           method: the name of the method to call.
           **kwargs: its keyword arguments.
 
         Returns:
-          What the module returns.
+          The result of the module.
         """
         new = hk.running_init() and not self.created
         shapes = bridge.take_apart(eval_shape(lambda: bridge.construct(self.constructor, Rngs(0))))

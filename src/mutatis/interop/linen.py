@@ -35,23 +35,23 @@ _STATE: Any = flax.core.DenyList(("params", "intermediates"))
 class FromLinen(Module):
     """A `flax.linen` module as a part of a Mutatis model.
 
-    Its states are created at the first call, in the current transaction, or by `lazy_init`. The values in its collections are
-    states by the paths that Linen gives them, each of the kind that declares the collection; for a collection that no
-    kind declares, one is made, and the collection's name selects it: ``mu.state(model, "spikes")``.
+    Its states are created at the first call, in the current transaction, or by `lazy_init`. Each value in its collections becomes
+    a state, at the path that Linen gives it and of the kind that declares the collection. For a collection that no kind declares,
+    a kind is made, and the name of the collection selects it: ``mu.state(model, "spikes")``.
 
     Args:
       module: the Linen module.
-      rngs: random streams, which are forked: Linen's ``make_rng(name)`` gets its keys from the stream of that name, else
-        from the default stream. May be left out if nothing is drawn, and the states are given by `variables`.
-      variables: the collections, if the module has been initialized: what ``module.init`` gave.
-      mutable: the collections that a call may write, as `mutable` in Linen. The default is all but `params` and
-        `intermediates`; with `intermediates` among them, what the module sows is kept as `Intermediate` states of the last call.
+      rngs: a `mu.Rngs`, which is forked. ``make_rng(name)`` of Linen gets its keys from the stream of that name, or from the
+        default stream if there is none. May be left out if nothing is drawn and `variables` are given.
+      variables: the collections, if the module has been initialized: the result of ``module.init``.
+      mutable: the collections that a call may write, as `mutable` in Linen. The default is all but `params` and `intermediates`.
+        With `intermediates` among them, the sown values of the last call are kept as `Intermediate` states.
 
     Attributes:
       variables: the states in nested dictionaries, ``variables["params"]["Dense_0"]["kernel"]``.
 
     Example:
-      >>> import flax.linen
+      >>> import jax.numpy as jnp, mutatis as mu, flax.linen
       >>> net = mu.interop.FromLinen(flax.linen.Dense(3), rngs=mu.Rngs(0))
       >>> net(jnp.ones((2, 5))).shape
       (2, 3)
@@ -79,10 +79,10 @@ class FromLinen(Module):
             self._create(bridge.flatten(variables))
 
     def lazy_init(self, /, *args: Any, **kwargs: Any) -> Self:
-        """Create the states now, if there are none, for a call with these arguments; `jax.ShapeDtypeStruct` will do for arrays.
+        """Create the states now, if there are none, for a call with these arguments.
 
         Args:
-          *args: the arguments of the call.
+          *args: the arguments of the call; a `jax.ShapeDtypeStruct` may stand for an array.
           **kwargs: its keyword arguments.
 
         Returns:
@@ -103,15 +103,15 @@ class FromLinen(Module):
         return self
 
     def __call__(self, /, *args: Any, rngs: Rngs | Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """Call the Linen module, or the method of it that `method` says.
+        """Call the Linen module, or the method of it that `method` names.
 
         Args:
-          *args: arguments.
-          rngs: random streams, or keys by name, in place of the module's own; the only ones after `eval()`.
-          **kwargs: keyword arguments; how a Linen module is told of training and evaluation is among them.
+          *args: its arguments.
+          rngs: a `mu.Rngs`, or keys by name, in place of the streams of the module. After `eval()` there are no others.
+          **kwargs: its keyword arguments, such as the one that tells a Linen module whether it is in training.
 
         Returns:
-          What the Linen module returns.
+          The result of the Linen module.
 
         Raises:
           RandomStreamError: the states have yet to be created, and there are no random streams.
@@ -154,20 +154,21 @@ def _keys(rngs: Rngs) -> dict[str, Any]:
 class ToLinen(_Module):
     """A Mutatis module as a `flax.linen.Module`.
 
-    Its states are in the collections that their kinds declare, by their paths: ``variables["params"]["layers"]["0"]["kernel"]``.
-    As in Linen, a write to a collection that is not mutable is an error, and a `mu.sow` into one does nothing. Random
-    streams are in no collection: each starts anew in each call, from ``make_rng`` of its name (its tag; of `params`, if
-    Linen has no rng of the name).
+    Its states are in the collections of their kinds, by their paths: ``variables["params"]["layers"]["0"]["kernel"]``. As in
+    Linen, a write to a collection that is not mutable is an error, and a `mu.sow` into such a collection does nothing. Random
+    streams are in no collection. Each starts anew in each call, from ``make_rng`` of its name (its tag), or of `params` if Linen
+    has no rng of this name.
 
-    Attributes:
+    Args:
       constructor: a function ``constructor(rngs)`` that makes the module, with the same structure each time.
-      deterministic: whether `training` is False for the module's calls.
+      deterministic: whether `training` is False in the calls of the module.
 
     Raises:
-      RandomStreamError: a call draws from a stream that it is given no key for.
-      StructureError: variables are missing, or the call changes what the module is made of.
+      RandomStreamError: a call draws from a stream for which it has no key.
+      StructureError: variables are missing, or a call changes the structure of the module.
 
     Example:
+      >>> import jax, jax.numpy as jnp, mutatis as mu
       >>> layer = mu.interop.ToLinen(lambda rngs: mu.nn.Linear(None, 3, rngs=rngs))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 5)))
       >>> jax.tree.map(jnp.shape, variables)
@@ -189,7 +190,7 @@ class ToLinen(_Module):
           **kwargs: its keyword arguments.
 
         Returns:
-          What the module returns.
+          The result of the module.
         """
         shapes = bridge.take_apart(eval_shape(lambda: bridge.construct(self.constructor, Rngs(0))))
         names = bridge.named(shapes.collections)

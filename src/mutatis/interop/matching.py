@@ -193,6 +193,9 @@ class Match:
         """What to do about all of it."""
         if self._castable and not self._strange and self._needed <= self._met:
             return "`cast=True` converts dtypes; another shape needs another model."
+        of_torch = {"weight", "running_mean", "running_var", "in_proj_weight"}
+        if self._convention == "flax" and of_torch & {name.rpartition(".")[2] for _, name in self._strange}:
+            return "These are names of PyTorch: `convention='torch'` translates them and the layouts; `rules=` other names."
         return "Say how the names differ: `rules={'encoder.layer.{i}': 'blocks.{i}', 'pooler': None}`. A filter loads a part."
 
     def values(self) -> dict[Variable, Any]:

@@ -44,24 +44,25 @@ _FLAGS = ("deterministic", "use_running_average")  # that `nnx.Module.eval` sets
 class FromNnx(Module):
     """A `flax.nnx` module as a part of a Mutatis model.
 
-    Each `nnx.Variable` becomes a state at the path that NNX gives it: of the kind of the same meaning, for a subclass too
-    (its name is then a tag: ``mu.state(model, "LoRAParam")``), else of the kind that declares the type's registered name as
-    its collection. A random stream becomes one `RngState`, which draws what NNX would. Arrays become `Buffer`s. A
-    variable that is shared stays one state. Whatever a call does to the NNX module, new variables and
-    attributes too, is there at the next.
+    Each `nnx.Variable` becomes a state, at the path that NNX gives it and of the kind with the same meaning. For a subclass, its
+    name becomes a tag: ``mu.state(model, "LoRAParam")``. For another type, it is the kind whose collection is the registered name
+    of the type. A random stream becomes one `RngState`, which draws the same keys as in NNX. Arrays become `Buffer`s. A shared
+    variable stays one state. Changes that a call makes to the NNX module, such as new variables and attributes, are there in the
+    next call.
 
-    Attributes and methods of the NNX module are reached as there: ``net.init_cache(shape)`` calls, ``net.decode = True`` sets,
-    ``net.kernel`` is the state, ``net.layers[0]`` a part that is reached on in the same way. A name that `FromNnx` itself has,
-    such as `variables`, stands for its own.
+    Attributes and methods of the NNX module are reached as in NNX: ``net.init_cache(shape)`` calls a method,
+    ``net.decode = True`` sets an attribute, ``net.kernel`` is a state, and ``net.layers[0]`` is a part that is used in the same
+    way. Names that `FromNnx` itself has, such as `variables`, come first.
 
     Args:
-      module: the NNX module. It is copied; `module` gives it back.
+      module: the NNX module. It is copied; the attribute `module` returns it.
 
     Attributes:
       variables: the states in nested dictionaries, ``variables["layers"][0]["kernel"]``.
       graphdef: the `nnx.GraphDef`.
 
     Example:
+      >>> import jax.numpy as jnp, mutatis as mu
       >>> from flax import nnx
       >>> net = mu.interop.FromNnx(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
       >>> mu.jit(net)(jnp.ones((2, 5))).shape, net.variables["kernel"].shape
@@ -80,15 +81,15 @@ class FromNnx(Module):
         return self._merged({path: cell.value for path, cell in bridge.flatten(self.variables).items()})
 
     def __call__(self, /, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        """Call the NNX module, in its evaluation mode after `eval()`, else as it was made.
+        """Call the NNX module, after `eval()` in its evaluation mode, and otherwise in the mode in which it was made.
 
         Args:
-          *args: arguments.
+          *args: its arguments.
           method: the name of the method to call.
-          **kwargs: keyword arguments.
+          **kwargs: its keyword arguments.
 
         Returns:
-          What the NNX module returns.
+          The result of the NNX module.
         """
         return self._run(lambda module: getattr(module, method)(*args, **kwargs))
 
@@ -277,23 +278,24 @@ def _maker(kind: type[Variable], **options: Any) -> Callable[[Any], Variable]:
 class ToNnx(_Module):
     """A Mutatis module as a `flax.nnx.Module`.
 
-    Its states are `nnx.Variable`s at their paths, of the type that is registered under the collection of their kind:
-    `nnx.Param`, `nnx.BatchStat`, ...; for other collections a type is registered. Random streams are `nnx.RngStream`s, so
-    `nnx.reseed` and `nnx.split_rngs` find them. The parameters and all other states are updated in place, as in NNX.
+    Its states are `nnx.Variable`s at their paths, of the type that is registered for the collection of their kind: `nnx.Param`,
+    `nnx.BatchStat`, and so on; for other collections a type is registered. Random streams are `nnx.RngStream`s, so `nnx.reseed`
+    and `nnx.split_rngs` find them. A call updates the states in place, as in NNX.
 
     Args:
-      model: the module; it is copied, and all of its states have values.
+      model: the module, whose states all have values; it is copied.
 
     Attributes:
       variables: the variables in nested dictionaries, ``variables["layers"]["0"]["kernel"]``.
-      deterministic: whether `training` is False for the module's calls; ``train()`` and ``eval()`` of NNX set it.
-      intermediates: what `mu.sow` kept in the last call, as `nnx.Intermediate`s.
+      deterministic: whether `training` is False in the calls of the module; ``train()`` and ``eval()`` of NNX set it.
+      intermediates: the values that `mu.sow` kept in the last call, as `nnx.Intermediate`s.
 
     Raises:
       DeferredStateError: a state has no value yet.
-      StructureError: a call changes what the module is made of.
+      StructureError: a call changes the structure of the module.
 
     Example:
+      >>> import jax.numpy as jnp, mutatis as mu
       >>> from flax import nnx
       >>> net = mu.interop.ToNnx(mu.nn.Linear(5, 3, rngs=mu.Rngs(0)))
       >>> grads = nnx.grad(lambda net, x: net(x).sum())(net, jnp.ones((2, 5)))
@@ -326,7 +328,7 @@ class ToNnx(_Module):
           **kwargs: its keyword arguments.
 
         Returns:
-          What the module returns.
+          The result of the module.
         """
         held = {path: bridge.fetch(self.variables, name) for path, name in bridge.named(self.definition.paths).items()}
         values = {path: _value(variable) for path, variable in held.items()}

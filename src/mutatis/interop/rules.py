@@ -1,12 +1,12 @@
-"""Rules: how the names and arrays of a file become those of a model, said as data and checked, forwards and backwards.
+"""Rules: how the names and arrays of a file differ from those of a model, as data that is checked, in both directions.
 
-A name is dotted: ``encoder.layer.3.attention.query.weight``. A rule has a pattern of their names and one of ours, in which
-``{i}`` stands for one part of a name, the same on both sides, and ``*``, in what is left out, for anything. A pattern may end
-before the name
-does: the rest is handed on. Of the rules that match a name the first counts; a name that none matches stays as it is.
+A name is dotted: ``encoder.layer.3.attention.query.weight``. A rule has a pattern of the names in the file and one of those in
+the model. In a pattern ``{i}`` stands for one part of a name, the same on both sides. In a rule that leaves arrays out, ``*``
+stands for anything. A pattern may end before the name does: the rest of the name is kept. Of the rules that match a name the
+first counts; a name that no rule matches stays as it is.
 
-Where arrays are cut, joined or turned, a *layout* says so. Each is one step with its way back, so that what a rule
-reads it can also write.
+Where arrays are cut, joined or turned, the rule has a *layout*. Each layout is one step with an inverse, so that a rule that
+reads an array can also write it.
 """
 
 from __future__ import annotations
@@ -26,28 +26,48 @@ Arrays: TypeAlias = list[Any]
 
 
 class Layout:
-    """How the arrays that a rule takes become those that it gives, and the way back.
+    """Base class of layouts: how the arrays that a rule takes from a file become those of a model, and the way back.
 
-    `read` and `write` take and give lists of NumPy arrays. A `ValueError` says why arrays do not fit.
+    A rule is a pair of names and a layout, as in ``{"qkv": (("query", "key", "value"), Split(axis=0))}``. To write a layout of
+    your own, define `read` and `write`, which take and return lists of NumPy arrays. Raise a `ValueError` if arrays do not fit;
+    its text becomes part of the message.
+
+    Example:
+      >>> import numpy as np, mutatis as mu
+      >>> class Scaled(mu.interop.Layout):
+      ...     def read(self, arrays):
+      ...         return [x / 8 for x in arrays]
+      ...     def write(self, arrays):
+      ...         return [x * 8 for x in arrays]
+      >>> layer = mu.nn.Linear(2, 1, use_bias=False, rngs=mu.Rngs(0))
+      >>> mu.interop.load(layer, {"w": np.full((2, 1), 16.0, np.float32)}, rules={"w": ("kernel", Scaled())})
+      >>> layer.kernel.value[0, 0]
+      Array(2., dtype=float32)
     """
 
     def read(self, arrays: Arrays) -> Arrays:
-        """Ours for theirs."""
+        """Return the arrays of the model for those of the file."""
         raise NotImplementedError
 
     def write(self, arrays: Arrays) -> Arrays:
-        """Theirs for ours."""
+        """Return the arrays of the file for those of the model."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Transpose(Layout):
-    """The axes in another order: `read` is ``x.transpose(axes)``; without axes they are reversed.
+    """A layout that puts the axes into another order.
+
+    Args:
+      *axes: the order, as in ``x.transpose(axes)`` from the file to the model. Without axes the order is reversed.
 
     Example:
-      >>> from mutatis.interop import Transpose
-      >>> Transpose(1, 2, 0).read([np.ones((2, 3, 4))])[0].shape
+      >>> import numpy as np, mutatis as mu
+      >>> mu.interop.Transpose(1, 2, 0).read([np.ones((2, 3, 4))])[0].shape
       (3, 4, 2)
+      >>> layer = mu.nn.Linear(2, 3, use_bias=False, rngs=mu.Rngs(0))
+      >>> weights = {"weight": np.ones((3, 2), np.float32)}
+      >>> mu.interop.load(layer, weights, rules={"weight": ("kernel", mu.interop.Transpose())})
     """
 
     axes: tuple[int, ...]
@@ -65,11 +85,17 @@ class Transpose(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Reshape(Layout):
-    """Another shape for the same numbers in the same order.
+    """A layout that gives the same numbers, in the same order, another shape.
 
     Args:
-      ours: the shape in the model; one axis may be -1.
-      theirs: the shape in the file; one axis may be -1.
+      ours: the shape in the model, a tuple of ints; one of them may be -1.
+      theirs: the shape in the file, likewise.
+
+    Example:
+      >>> import numpy as np, mutatis as mu
+      >>> layout = mu.interop.Reshape(ours=(2, 4, -1), theirs=(2, -1))
+      >>> layout.read([np.ones((2, 12))])[0].shape, layout.write([np.ones((2, 4, 3))])[0].shape
+      ((2, 4, 3), (2, 12))
     """
 
     ours: tuple[int, ...]
@@ -84,11 +110,22 @@ class Reshape(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Split(Layout):
-    """One array of theirs, cut into several of ours: a fused projection.
+    """A layout that cuts one array of the file into several of the model, such as a fused projection.
 
     Args:
       axis: the axis to cut along.
-      sizes: the sizes of the parts; parts are equal if none are given.
+      sizes: the sizes of the parts, a tuple of ints. Without sizes the parts are equal.
+      parts: the number of parts, which the rule fills in.
+
+    Example:
+      >>> import numpy as np, mutatis as mu
+      >>> [x.shape for x in mu.interop.Split(axis=0, sizes=(4, 2)).read([np.ones((6, 3))])]
+      [(4, 3), (2, 3)]
+      >>> model = {"q": mu.Param(np.zeros(2)), "k": mu.Param(np.zeros(2))}
+      >>> weights = {"qk": np.arange(4, dtype=np.float32)}
+      >>> mu.interop.load(model, weights, rules={"qk": (("q", "k"), mu.interop.Split())})
+      >>> model["k"].value
+      Array([2., 3.], dtype=float32)
     """
 
     axis: int = 0
@@ -107,11 +144,20 @@ class Split(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Join(Layout):
-    """Several arrays of theirs, put together to one of ours.
+    """A layout that puts several arrays of the file together to one of the model.
 
     Args:
-      axis: the axis along which they are put one after the other.
-      sizes: their sizes, for the way back; they are equal if none are given.
+      axis: the axis along which the arrays are put one after the other.
+      sizes: their sizes along this axis, for the way back. Without sizes they are equal.
+      parts: the number of arrays, which the rule fills in.
+
+    Example:
+      >>> import numpy as np, mutatis as mu
+      >>> model = {"qk": mu.Param(np.zeros(4))}
+      >>> weights = {"q": np.ones(2, np.float32), "k": np.zeros(2, np.float32)}
+      >>> mu.interop.load(model, weights, rules={("q", "k"): ("qk", mu.interop.Join())})
+      >>> model["qk"].value
+      Array([1., 1., 0., 0.], dtype=float32)
     """
 
     axis: int = 0
@@ -126,17 +172,45 @@ class Join(Layout):
 
 
 @dataclasses.dataclass(frozen=True)
-class Halves(Layout):
-    """Rows for rotary positions: theirs turn neighbours (0, 1), (2, 3), ..., ours one half against the other.
+class Sum(Layout):
+    """A layout that adds several arrays of the file, for arrays that the other library only ever adds, such as two biases.
 
-    GGUF files of the Llama family hold query and key projections in this order.
+    On the way back the first array gets the sum, and the others get zeros.
 
     Args:
-      heads: the number of heads that the first axis holds.
+      parts: the number of arrays, which the rule fills in.
 
     Example:
-      >>> from mutatis.interop import Halves
-      >>> Halves(1).read([np.arange(6)])[0].tolist()
+      >>> import numpy as np, mutatis as mu
+      >>> mu.interop.Sum().read([np.ones(2), np.ones(2)])[0].tolist()
+      [2.0, 2.0]
+    """
+
+    parts: int = dataclasses.field(default=0, repr=False)
+
+    def read(self, arrays: Arrays) -> Arrays:
+        if len({x.shape for x in arrays}) != 1:
+            raise ValueError("what is added has one shape")
+        return [sum(arrays[1:], arrays[0])]
+
+    def write(self, arrays: Arrays) -> Arrays:
+        (x,) = arrays
+        return [x, *(np.zeros_like(x) for _ in range(self.parts - 1))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(Layout):
+    """A layout of the rows of a projection for rotary positions.
+
+    In the file, rotation turns neighbouring elements of a head, (0, 1), (2, 3), ...; in the model it turns the first half of a
+    head against the second. GGUF files of the Llama family hold query and key projections in the first order.
+
+    Args:
+      heads: the number of heads along the first axis.
+
+    Example:
+      >>> import numpy as np, mutatis as mu
+      >>> mu.interop.Halves(1).read([np.arange(6)])[0].tolist()
       [0, 2, 4, 1, 3, 5]
     """
 
@@ -147,6 +221,53 @@ class Halves(Layout):
 
     def write(self, arrays: Arrays) -> Arrays:
         return [x.reshape(self.heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape) for x in arrays]
+
+
+def recurrent(theirs: str, ours: str, cell: Any, *, layer: int | None = 0, reverse: bool = False) -> dict[Any, Any]:
+    """Make the rules for the weights of one layer of `torch.nn.RNN`, `GRU` or `LSTM`, or of their cells.
+
+    Use them with ``convention="torch"``. PyTorch has two biases where `SimpleCell` and `OptimizedLSTMCell` have one: the rules
+    add them. In a GRU the second bias is inside of the reset gate: make the `GRUCell` with ``use_recurrent_bias=True``.
+
+    Args:
+      theirs: the name of the PyTorch module, such as ``"encoder.lstm"``.
+      ours: the name of the cell in the model, such as ``"encoder.cell"``; this is also the name of the cell of an `nn.RNN`.
+      cell: the cell in the model or its class: `SimpleCell`, `GRUCell` or `OptimizedLSTMCell`.
+      layer: the number of the layer; None for a cell of PyTorch, whose names have no number.
+      reverse: whether it is the backward direction of a bidirectional layer.
+
+    Returns:
+      A dictionary of rules for `load` and `save`. Join several by ``|``.
+
+    Raises:
+      ArgumentError: `cell` is of another class.
+
+    Example:
+      >>> import mutatis as mu
+      >>> rules = mu.interop.recurrent("lstm", "cell", mu.nn.OptimizedLSTMCell)
+      >>> rules["lstm.weight_ih_l0"]
+      'cell.dense_i.weight'
+    """
+    end = ("" if layer is None else f"_l{layer}") + ("_reverse" if reverse else "")
+    bias = {"SimpleCell": "dense_i", "OptimizedLSTMCell": "dense_h", "GRUCell": None}
+    kind = cell if isinstance(cell, type) else type(cell)
+    name = next((base.__name__ for base in kind.__mro__ if base.__name__ in bias), None)
+    if name is None:
+        raise ArgumentError(
+            "there are no rules for the weights of such a cell",
+            path="cell",
+            expected="`nn.SimpleCell`, `nn.GRUCell` or `nn.OptimizedLSTMCell`",
+            got=kind.__name__,
+            cure="Make the model with `nn.OptimizedLSTMCell`, whose weights lie side by side as in PyTorch.",
+        )
+    names = {part: f"{theirs}.{part}{end}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    rules: dict[Any, Any] = {
+        names["weight_ih"]: f"{ours}.dense_i.weight",
+        names["weight_hh"]: f"{ours}.dense_h.weight",
+    }
+    if bias[name] is None:
+        return rules | {names["bias_ih"]: f"{ours}.dense_i.bias", names["bias_hh"]: f"{ours}.dense_h.bias"}
+    return rules | {(names["bias_ih"], names["bias_hh"]): (f"{ours}.{bias[name]}.bias", Sum())}
 
 
 RulesLike: TypeAlias = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
@@ -200,9 +321,10 @@ def _rule(theirs: Any, given: Any) -> Rule:
         raise _refused(theirs, given, "what `*` stands for is left out, and has no name")
     if layout is None and (len(sources), len(targets)) not in ((1, 1), (1, 0)):
         raise _refused(theirs, given, "several names need a layout that says how they become others")
-    if isinstance(layout, Split | Join):
+    if isinstance(layout, Split | Join | Sum):
         one, several = (sources, targets) if isinstance(layout, Split) else (targets, sources)
-        if len(one) != 1 or len(several) < 2 or len(layout.sizes) not in (0, len(several)):
+        sizes = () if isinstance(layout, Sum) else layout.sizes
+        if len(one) != 1 or len(several) < 2 or len(sizes) not in (0, len(several)):
             raise _refused(
                 theirs, given, f"`{type(layout).__name__}` stands between one name and several, with a size for each"
             )

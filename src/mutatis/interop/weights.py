@@ -31,16 +31,32 @@ from mutatis.interop.rules import (
     Reshape,
     RulesLike,
     Split,
+    Sum,
     Transpose,
     as_rules,
     inverse,
+    recurrent,
     translate,
 )
 from mutatis.model.filters import FilterLike
 from mutatis.model.state import State
 from mutatis.model.strangers import door
 
-__all__ = ["Halves", "Join", "Layout", "Reshape", "Split", "Transpose", "Weights", "export", "load", "read", "save"]
+__all__ = [
+    "Halves",
+    "Join",
+    "Layout",
+    "Reshape",
+    "Split",
+    "Sum",
+    "Transpose",
+    "Weights",
+    "export",
+    "load",
+    "read",
+    "recurrent",
+    "save",
+]
 
 
 def load(
@@ -51,41 +67,43 @@ def load(
     convention: str = "flax",
     cast: bool = False,
 ) -> None:
-    """Write weights from elsewhere into the states of a model. Everything is checked before anything is written.
+    """Write weights from elsewhere into the states of a model. Everything is checked before the first state is written.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      source: a file or directory that `read` reads; or arrays by name or in nested dictionaries; a Flax NNX module or its
-        state; what ``init`` of a Linen module gave; a PyTorch module or its state dict.
-      *filters: which states; each that is selected has to get a value, and arrays for others are passed over. Without filters it
-        is all states, but those of random streams, caches, recurrent layers, optimizers, metrics and activations may be lacking.
-      rules: how names and arrays differ, from theirs to ours: a dictionary, or pairs. ``{"encoder.layer.{i}": "blocks.{i}"}``
-        renames what begins so; ``{"pooler": None}`` leaves out; ``{"qkv": (("q", "k", "v"), Split(axis=0))}`` also changes
-        arrays, by a `Layout`: `Transpose`, `Reshape`, `Split`, `Join`, `Halves`. The first rule that matches a name counts.
-      convention: how names and layouts of layers are once the rules are done: ``"flax"`` as here, ``"torch"`` as in `torch.nn`,
-        for GGUF too: ``weight`` for ``kernel``, transposed, and so on.
-      cast: whether numbers of another dtype are converted. 64-bit integers need no `cast` if JAX has none, but have to fit.
+      source: the weights: a file or directory that `read` reads; arrays by name or in nested dictionaries; a Flax NNX module or
+        its state; the result of `init` of a Linen module; a PyTorch module or its state dict.
+      *filters: which states. Each selected state has to get a value, and arrays for other states are ignored. Without filters it
+        is all states, but those of random streams, caches, recurrent layers, optimizers, metrics and activations may be missing.
+      rules: the differences of names and arrays, from theirs to ours: a dictionary or pairs.
+        ``{"encoder.layer.{i}": "blocks.{i}"}`` renames every name that begins so, ``{"pooler": None}`` leaves arrays out, and
+        ``{"qkv": (("q", "k", "v"), Split(axis=0))}`` changes arrays by a `Layout`: `Transpose`, `Reshape`, `Split`, `Join`, `Sum`
+        or `Halves`. The first rule that matches a name counts. `recurrent` makes the rules for recurrent layers of PyTorch.
+      convention: the names and layouts of layers after the rules: ``"flax"`` as in Mutatis, or ``"torch"`` as in `torch.nn`, also
+        for GGUF: ``weight`` in place of ``kernel``, transposed, and so on.
+      cast: whether to convert numbers of another dtype. 64-bit integers need no `cast` if JAX has none, but have to fit.
 
     Note:
-      Two arrays may come to one state, as those of tied layers do, if they are equal. A frozen state is loaded, and stays frozen.
-      A state without a value is created; a model of shapes (`mu.eval_shape`) gets its arrays.
+      Two arrays may go to one state, as those of tied layers do, if they are equal. A frozen state is loaded, and stays frozen. A
+      state without a value is created; a model of shapes (`mu.eval_shape`) gets its arrays.
 
     Raises:
       CheckpointError: the file cannot be read, or does not fit: arrays are missing, unexpected or of another type, or rules
-        contradict. All of it is listed, with the nearest names. The model is as it was.
-      ArgumentError: a rule or the convention is none.
+        contradict each other. The message lists all of it, with the nearest names. The model does not change.
+      ArgumentError: a rule or the convention is not valid.
 
     Example:
-      >>> from mutatis import interop
+      >>> import numpy as np, mutatis as mu
       >>> theirs = {"fc1.weight": np.ones((3, 2), np.float32), "fc1.bias": np.zeros(3, np.float32)}
       >>> net = {"layers": [mu.nn.Linear(2, 3, rngs=mu.Rngs(0))]}
-      >>> interop.load(net, theirs, rules={"fc{n}": "layers.0"}, convention="torch")
+      >>> mu.interop.load(net, theirs, rules={"fc{n}": "layers.0"}, convention="torch")
       >>> net["layers"][0].kernel.value.shape, float(net["layers"][0].kernel.value.sum())
       ((2, 3), 6.0)
-      >>> interop.load(net, theirs, convention="torch")
-      Traceback (most recent call last):
-      ...
-      mutatis.errors.CheckpointError: the weights do not fit the model; nothing was loaded
+      >>> try:
+      ...     mu.interop.load(net, theirs, convention="torch")
+      ... except mu.errors.CheckpointError as error:
+      ...     print(error)
+      the weights do not fit the model; nothing was loaded
         missing:    layers[0].bias, as `layers.0.bias` (nearest: fc1.bias)
         missing:    layers[0].kernel, as `layers.0.weight` (nearest: fc1.weight)
         unexpected: fc1.weight (nearest: layers.0.weight)
@@ -114,25 +132,26 @@ def load(
 
 
 def export(node: Any, *filters: FilterLike, rules: RulesLike = (), convention: str = "flax") -> Weights:
-    """The arrays of a model by the names, and in the layout, that they have elsewhere: the way back of `load`.
+    """Return the arrays of a model under the names, and in the layouts, of another library; the inverse of `load`.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
       *filters: which states. Without filters it is all but random streams, caches, and the states of recurrent layers,
         optimizers, metrics and activations.
-      rules: those that `load` takes: they are gone through the other way, from ours to theirs.
-      convention: ``"flax"`` or ``"torch"``, as in `load`.
+      rules: the same rules as in `load`, from theirs to ours; they are applied the other way round.
+      convention: the names and layouts of layers: ``"flax"`` or ``"torch"``, as in `load`.
 
     Returns:
-      NumPy arrays by dotted name. A state that is shared is there once. Random keys are the numbers that they are made of.
+      A `Weights`: a dictionary from dotted names to NumPy arrays. A shared state occurs once. For a random key it has the numbers
+      of the key.
 
     Raises:
-      CheckpointError: rules contradict, or two arrays would get one name.
+      CheckpointError: rules contradict each other, two arrays would get one name, or a state has no value.
 
     Example:
-      >>> from mutatis import interop
+      >>> import mutatis as mu
       >>> layer = mu.nn.Linear(2, 3, rngs=mu.Rngs(0))
-      >>> {name: array.shape for name, array in interop.export(layer, convention="torch").items()}
+      >>> {name: array.shape for name, array in mu.interop.export(layer, convention="torch").items()}
       {'bias': (3,), 'weight': (3, 2)}
     """
     check_convention(convention)
@@ -163,25 +182,25 @@ def save(
     convention: str = "flax",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the weights of a model as a safetensors file, for other programs. It is there whole, or not at all.
+    """Write the weights of a model to a safetensors file, for other programs. The file is written completely or not at all.
 
-    To go on with training, use `mu.checkpoint`: it keeps kinds, streams and optimizers.
+    To go on with training, use `mu.checkpoint`: it also keeps kinds, random streams and optimizers.
 
     Args:
-      path: the file, whose name ends with ``.safetensors``.
-      node: a Module, a Variable, or a list, tuple or dict of them; or arrays by name.
-      *filters, rules, convention: as in `export`.
-      metadata: texts to keep with the arrays.
+      path: the file; its name ends with ``.safetensors``.
+      node: a Module, a Variable, or a list, tuple or dict of them; or a `Weights`.
+      *filters, rules, convention: as in `export`: which states, and under which names and layouts.
+      metadata: a dictionary of texts to keep with the arrays.
 
     Raises:
-      ArgumentError: the name is another, or an array is none.
-      CheckpointError: rules contradict, or a state has no value.
+      ArgumentError: the name of the file has another ending, or a value is not a NumPy array.
+      CheckpointError: rules contradict each other, or a state has no value.
       MissingPackageError: `safetensors` is not installed.
 
     Example:
-      >>> from mutatis import interop
-      >>> interop.save("layer.safetensors", mu.nn.Linear(2, 3, rngs=mu.Rngs(0)), convention="torch")
-      >>> [*interop.read("layer.safetensors")]
+      >>> import mutatis as mu
+      >>> mu.interop.save("layer.safetensors", mu.nn.Linear(2, 3, rngs=mu.Rngs(0)), convention="torch")
+      >>> [*mu.interop.read("layer.safetensors")]
       ['bias', 'weight']
     """
     plain = isinstance(node, Weights)

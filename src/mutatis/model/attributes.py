@@ -6,6 +6,7 @@ holds arrays, becomes a `Buffer` behind the attribute. Everything else is static
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from mutatis.core.showing import show_class
 from mutatis.core.statics import PLAIN, StaticObject, check_static, static_key
 from mutatis.errors import StaticAttributeError, StructureError
 from mutatis.model.behind import install
+from mutatis.model.elsewhere import Setting
 from mutatis.model.kinds import Buffer
 from mutatis.model.strangers import door, refuse_stranger
 
@@ -35,7 +37,10 @@ def admit(owner: type, name: str, value: Any, old: Any) -> Any:
     Raises:
       StaticAttributeError: it is static and cannot be, or a number that changes inside a compiled transform.
       StructureError: a container cannot be part of a model, or holds bare arrays.
+      AttributeError: to set it would change nothing: `optimizer.lr`.
     """
+    if isinstance(setting := owner.__dict__.get(name), Setting):
+        raise setting.missing(owner)
     if type(value) not in PLAIN:
         if isinstance(value, ARRAYS):
             return _behind(owner, name, value)
@@ -73,14 +78,20 @@ def _is_pytree_of_arrays(item: Any) -> bool:
 
 
 def holds_arrays(value: Any) -> bool:
-    """Whether a value is a registered pytree with arrays among its leaves."""
+    """Whether a value is a registered pytree with arrays among its leaves, or of numbers and cannot be static: with a unit."""
     if jax.tree_util.default_registry.flatten_one_level(value) is None:
         return False  # a leaf
-    return any(isinstance(leaf, ARRAYS) for leaf in jax.tree.leaves(value, is_leaf=is_node))
+    leaves = jax.tree.leaves(value, is_leaf=is_node)
+    if any(isinstance(leaf, ARRAYS) for leaf in leaves):
+        return True
+    numbers = bool(leaves) and all(isinstance(leaf, int | float | complex | np.number) for leaf in leaves)
+    return numbers and not isinstance(value, list | tuple | dict) and type(value).__hash__ is None
 
 
 def _check_counting(owner: type, name: str, value: Any, old: Any) -> None:
     tx = transactions.current()
+    if tx is not None and tx.compiled and not isinstance(old, int | float):
+        old = inspect.getattr_static(owner, name, old)  # a default of the class
     if tx is None or not tx.compiled or not isinstance(old, int | float) or isinstance(old, bool):
         return
     if static_key(old) != static_key(value):

@@ -21,6 +21,7 @@ from mutatis.core.nodes import identity, is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject, check_static
 from mutatis.errors import ContextError, StaticAttributeError
+from mutatis.model.attributes import holds_arrays
 from mutatis.model.variables import Variable, detached
 
 
@@ -31,16 +32,18 @@ class ContextValue(Variable):
 
 
 class Context:
-    """An ambient value: `get` reads it, and ``with context.set(value):`` changes it for a while, on this thread.
+    """A setting that any function can read without having it as an argument, and that a ``with`` block changes.
 
-    A raw `jax.jit` knows nothing of contexts: it keeps a static value that it read when it traced.
+    `get` reads the value, and ``with context.set(value):`` changes it inside the block, on this thread. Jitted functions notice
+    the change: an array or a model is an input of the program, and another static value compiles another program. A raw `jax.jit`
+    does not: it keeps a static value that it read when it traced.
 
     Args:
-      name: its name, for messages.
-      default: the value where none is set; without it, reading the context there is a `ContextError`.
+      name: the name, for messages.
+      default: the value outside of all blocks. Without a default, `get` outside of a block is a `ContextError`.
 
     Raises:
-      StaticAttributeError: a value is neither of arrays nor of modules, and cannot be static.
+      StaticAttributeError: `set` was given something else than arrays, a module or a hashable static value.
 
     Example:
       >>> import mutatis as mu
@@ -66,7 +69,7 @@ class Context:
         self.recurs = False  # whether a model that is called under a module set here keeps that for the next time
 
     def get(self) -> Any:
-        """The value that is set, or the default.
+        """Read the value: the one of the innermost ``with`` block around the call, or the default.
 
         Raises:
           ContextError: there is neither.
@@ -89,7 +92,14 @@ class Context:
 
     @contextlib.contextmanager
     def set(self, value: Any) -> Iterator[None]:
-        """Set the value inside a ``with`` block."""
+        """Set the value inside a ``with`` block; afterwards the value from before is back.
+
+        Args:
+          value: an array or a pytree of arrays, a Module or Variable, or a hashable static value such as a number or a string.
+
+        Raises:
+          StaticAttributeError: the value is none of these.
+        """
         entry = self._admit(value)
         before = _active.get()
         pairs = [*(pair for pair in before if pair[0] is not self), (self, entry)]
@@ -104,7 +114,8 @@ class Context:
         if is_node(value):
             return value
         leaves = jax.tree.leaves(value, is_leaf=is_node)
-        if leaves and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+        arrays = bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+        if arrays or (len(leaves) == 1 and hasattr(value, "dtype") and holds_arrays(value)):  # or a number with a unit
             cell = detached(ContextValue)
             cell._frozen, cell.name = None, self.name
             access.create_detached(cell, cell.admit(value))

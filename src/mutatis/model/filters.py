@@ -1,7 +1,7 @@
 """Filters: predicates on (path, variable), as hashable values.
 
-Wherever a filter is expected, a type, a string (a tag), ``...``, ``True``, ``None``, ``False``, a list or tuple, or a
-callable will do; `as_filter` says what each means.
+Wherever a filter is expected, you may give a type, a string (a tag), ``...``, ``True``, ``None``, ``False``, a list or tuple, or
+a callable; `as_filter` turns each of these into a filter.
 """
 
 from __future__ import annotations
@@ -21,13 +21,31 @@ FilterLike: TypeAlias = Any
 
 
 class Filter(abc.ABC):
-    """A predicate on (path, variable) with ``&``, ``|`` and ``~``."""
+    """Base class of filters, which select states (or modules) of a model.
+
+    A filter is a predicate ``filter(path, variable)``. Two filters combine by ``&`` and ``|``, and ``~`` inverts one. Filters are
+    hashable, and equal if they are made of equal parts. Functions that take filters also take these values:
+
+    - a type, such as `mu.Param`, for `mu.OfType`
+    - a string, for `mu.WithTag`
+    - ``...`` or True, for `mu.Everything`; None or False, for `mu.Nothing`
+    - a list or tuple of filters, for `mu.Any`
+    - a function of (path, variable) that returns a bool.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = mu.nn.BatchNorm(2)
+      >>> [*mu.state(model, mu.OfType(mu.Param) & ~mu.PathContains("bias"))]
+      [('scale',)]
+      >>> [*mu.state(model, lambda path, variable: path[-1] == "mean")]
+      [('mean',)]
+    """
 
     __slots__ = ()
 
     @abc.abstractmethod
     def __call__(self, path: Path, variable: Any) -> bool:
-        """Whether the state (or module) at `path` is selected."""
+        """Say whether the state (or module) at `path` is selected."""
 
     @abc.abstractmethod
     def _parts(self) -> tuple[Hashable, ...]: ...
@@ -56,7 +74,17 @@ def _show(part: Any) -> str:
 
 
 class All(Filter):
-    """Selects what every one of the filters selects."""
+    """Selects the states that every one of the filters selects. ``a & b`` is the same as ``mu.All(a, b)``.
+
+    Args:
+      *filters: the filters. Without any, it selects everything.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> [*mu.state(model, mu.All(mu.Param, mu.PathContains("kernel")))]
+      [('kernel',)]
+    """
 
     __slots__ = ("filters",)
 
@@ -71,7 +99,17 @@ class All(Filter):
 
 
 class AnyOf(Filter):
-    """Selects what at least one of the filters selects."""
+    """Selects the states that at least one of the filters selects. ``a | b`` and a list of filters are the same.
+
+    Args:
+      *filters: the filters. Without any, it selects nothing.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = mu.nn.BatchNorm(2)
+      >>> [*mu.state(model, mu.Any(mu.BatchStat, mu.PathContains("bias")))]
+      [('bias',), ('mean',), ('var',)]
+    """
 
     __slots__ = ("filters",)
 
@@ -89,7 +127,17 @@ AnyOf.__name__ = AnyOf.__qualname__ = "Any"
 
 
 class Not(Filter):
-    """Selects what the filter does not select."""
+    """Selects the states that the filter does not select. ``~a`` is the same, for an `a` that is a Filter.
+
+    Args:
+      filter: the filter.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = mu.nn.BatchNorm(2)
+      >>> [*mu.state(model, mu.Not(mu.Param))]
+      [('mean',), ('var',)]
+    """
 
     __slots__ = ("filter",)
 
@@ -104,7 +152,15 @@ class Not(Filter):
 
 
 class Everything(Filter):
-    """Selects every state."""
+    """Selects every state. ``...`` and ``True`` are the same.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = mu.nn.BatchNorm(2)
+      >>> params, rest = mu.state(model, mu.Param, mu.Everything())  # a state is in the first that selects it
+      >>> [*rest]
+      [('mean',), ('var',)]
+    """
 
     __slots__ = ()
 
@@ -116,7 +172,13 @@ class Everything(Filter):
 
 
 class Nothing(Filter):
-    """Selects no state."""
+    """Selects no state. ``None`` and ``False`` are the same.
+
+    Example:
+      >>> import mutatis as mu
+      >>> len(mu.state(mu.nn.BatchNorm(2), mu.Nothing()))
+      0
+    """
 
     __slots__ = ()
 
@@ -128,7 +190,20 @@ class Nothing(Filter):
 
 
 class OfType(Filter):
-    """Selects the states (or modules) of a kind and its subclasses."""
+    """Selects the states (or modules) of a type and of its subclasses. The type itself is the same.
+
+    Args:
+      type: a kind of state such as `mu.Param`, or a class of modules such as `mu.nn.Linear`.
+
+    Raises:
+      FilterError: the type has type arguments, as in ``mu.Param[jax.Array]``.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = mu.nn.BatchNorm(2)
+      >>> [*mu.state(model, mu.OfType(mu.BatchStat))]
+      [('mean',), ('var',)]
+    """
 
     __slots__ = ("type",)
 
@@ -155,7 +230,20 @@ def _refuse_arguments(kind: Any) -> None:
 
 
 class PathContains(Filter):
-    """Selects the states whose path has this attribute, index or key."""
+    """Selects the states whose path has this attribute name, index or key at any level.
+
+    Args:
+      key: the attribute name, index or key. It has to be equal: a part of a name does not count.
+
+    Example:
+      >>> import mutatis as mu
+      >>> rngs = mu.Rngs(0)
+      >>> model = mu.nn.Sequential(mu.nn.Linear(2, 8, rngs=rngs), mu.nn.relu, mu.nn.Linear(8, 3, rngs=rngs))
+      >>> [*mu.state(model, mu.PathContains("bias"))]
+      [('layers', 0, 'bias'), ('layers', 2, 'bias')]
+      >>> [*mu.state(model, mu.PathContains(2))]
+      [('layers', 2, 'bias'), ('layers', 2, 'kernel')]
+    """
 
     __slots__ = ("key",)
 
@@ -170,7 +258,20 @@ class PathContains(Filter):
 
 
 class WithTag(Filter):
-    """Selects the states that carry a tag: their `collection`, or one in the metadata ``tag`` or ``tags``."""
+    """Selects the states that carry a tag. A string is the same where a filter is expected.
+
+    The tags of a state are the `collection` of its kind (``"params"`` of `mu.Param`), and the metadata that it was made with:
+    ``tag="adapter"``, or ``tags=("adapter", "slow")``.
+
+    Args:
+      tag: the tag.
+
+    Example:
+      >>> import mutatis as mu
+      >>> model = {"w": mu.Param(1.0), "a": mu.Param(2.0, tag="adapter"), "n": mu.Cache(0)}
+      >>> [*mu.state(model, mu.WithTag("adapter"))], [*mu.state(model, "params")]
+      ([('a',)], [('a',), ('w',)])
+    """
 
     __slots__ = ("tag",)
 
@@ -189,7 +290,7 @@ class WithTag(Filter):
 
 
 class Satisfies(Filter):
-    """Selects what a function of (path, variable) says."""
+    """Selects the states for which a function of (path, variable) returns true."""
 
     __slots__ = ("function",)
 
@@ -204,10 +305,10 @@ class Satisfies(Filter):
 
 
 def as_filter(filter: FilterLike) -> Filter:
-    """What a filter-like value means.
+    """Turn a filter-like value into a filter; see `Filter` for the values.
 
     Raises:
-      FilterError: it means nothing.
+      FilterError: the value is none of them.
     """
     if isinstance(filter, Filter):
         return filter

@@ -28,10 +28,22 @@ N = TypeVar("N")
 
 
 class GraphDef(Generic[N_co]):
-    """The static rest of a model: types, names, static values and sharing, without values.
+    """The structure of a model without its values: types, names, static attributes, and which states are shared.
 
-    Hashable, holds no arrays, and equal for models of equal structure. In pytrees it is a node without leaves: it goes through
-    raw JAX as an argument, static or not, and as a result.
+    `mu.split` and `mu.graphdef` make it, and `mu.merge` builds a model from it and values. It is hashable, holds no arrays, and
+    two of them are equal for models of equal structure. In pytrees it is a node without leaves, so it goes through raw JAX as an
+    argument, static or not, and as a result.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> graphdef, state = mu.split(mu.nn.Linear(2, 1, rngs=mu.Rngs(0)))
+      >>> graphdef
+      GraphDef(Linear, 2 states)
+      >>> @jax.jit
+      ... def forward(graphdef, state, x):
+      ...     return mu.merge(graphdef, state)(x)
+      >>> forward(graphdef, state, jnp.ones((4, 2))).shape
+      (4, 1)
     """
 
     __slots__ = ("_hash", "cells", "paths", "spec", "tail", "types")
@@ -52,7 +64,7 @@ class GraphDef(Generic[N_co]):
         self._hash: int | None = None  # found when it is asked for: in a large model it takes a while
 
     def untyped(self) -> GraphDef[N_co]:
-        """This definition without the types of values: `merge` then takes values of any type."""
+        """Make a copy of this definition without the shapes and dtypes of values: `mu.merge` then accepts values of any type."""
         return GraphDef(self.spec, self.tail, self.paths, self.cells, (UNSET,) * len(self.paths))
 
     def __eq__(self, other: object) -> bool:
@@ -75,7 +87,7 @@ class GraphDef(Generic[N_co]):
         return f"GraphDef({kind}, {len(self.paths)} states)"
 
     def build(self, cells: list[Any]) -> N_co:
-        """The model around these cells."""
+        """Build the model around these cells. For library code; use `mu.merge`."""
         decoder = Decoder(cells)
         root = decoder.decode(self.spec)
         decoder.refer(self.tail)

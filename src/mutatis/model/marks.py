@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from mutatis.core.stamps import Stamp, in_ordinary_code, stamped
+from mutatis.errors import ArgumentError
 from mutatis.model.filters import FilterLike
 from mutatis.model.variables import set_mark
 from mutatis.model.walks import variables
@@ -12,14 +13,35 @@ from mutatis.model.walks import variables
 T = TypeVar("T")
 
 
-class _Marked(Generic[T]):
+class _FreezeContext(Generic[T]):
     """States that were frozen or thawed; leaving it as a context puts the marks back."""
 
     def __init__(self, node: T, filters: tuple[FilterLike, ...], mark: str | None) -> None:
         self._node = node
+        self._verb = "thawed" if mark is None else "frozen"
         self._before = {cell: cell._frozen for cell in variables(node, *filters).values()}
         for cell in self._before:
             set_mark(cell, "_frozen", mark)
+
+    def __repr__(self) -> str:
+        return f"<{len(self._before)} states are {self._verb}; a `with` block ends it>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what Python and others look for
+            raise AttributeError(name)
+        raise AttributeError(
+            f"the model itself was {self._verb}, and `mu.freeze` and `mu.thaw` give a context manager: "
+            f"write `model.{name}`, not `mu.freeze(model).{name}`",
+            name=name,
+            obj=self,
+        )
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise ArgumentError(
+            f"the model itself was {self._verb}, and a context manager came back: it cannot be called",
+            expected="the model",
+            cure="`mu.freeze(model, mu.Param)`, and then `model(x)`.",
+        )
 
     def __enter__(self) -> T:
         # A raw transform that reads the states, say a solver, is not to be found again with their values.
@@ -35,25 +57,57 @@ class _Marked(Generic[T]):
             set_mark(cell, "_frozen", mark)
 
 
-def freeze(node: T, *filters: FilterLike) -> _Marked[T]:
-    """Make states readable only, for good or, as a context manager, for a while.
+def freeze(node: T, *filters: FilterLike) -> _FreezeContext[T]:
+    """Make states read-only: from now on, or for a ``with`` block.
 
-    A frozen state still matches its kind, is left out by `grad` and optimizers, and may be a constant in raw JAX. In ordinary
-    code a solver of raw JAX goes into such a block: ``with mu.freeze(model): odeint(model.field, y, t)``.
+    A write to a frozen state is an error. `mu.grad` and `mu.Optimizer` leave frozen states out, so you freeze the parameters that
+    are not to be trained. Filters select a frozen state as before: a frozen `Param` is still a `Param`.
+
+    Raw JAX transforms may read a frozen state as a constant. So wrap a solver that is written in raw JAX in such a block:
+    ``with mu.freeze(model): odeint(model.field, y, t)``.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: which states; all, if none is given.
+
+    Returns:
+      An object that you may ignore. As a context manager it gives the node, and at the end of the block each state is as writable
+      as it was before.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> layer = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> _ = mu.freeze(layer.kernel)
+      >>> [*mu.grad(lambda layer, x: jnp.sum(layer(x)))(layer, jnp.ones(2))]
+      [('bias',)]
+      >>> with mu.freeze(layer):
+      ...     layer.bias.frozen
+      True
+      >>> layer.bias.frozen
+      False
+    """
+    return _FreezeContext(node, filters, "frozen")
+
+
+def thaw(node: T, *filters: FilterLike) -> _FreezeContext[T]:
+    """Make frozen states writable again: from now on, or for a ``with`` block.
+
+    It also makes the states of a detached copy writable: raw JAX makes such copies when it rebuilds a model as a pytree.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: which states; all, if none is given.
+
+    Returns:
+      An object that you may ignore. As a context manager it gives the node, and at the end of the block each state is as writable
+      as it was before.
 
     Example:
       >>> import mutatis as mu
-      >>> w = mu.Param(1.0)
-      >>> with mu.freeze(w):
-      ...     w.value = 2.0
-      Traceback (most recent call last):
-      ...
-      mutatis.errors.FrozenStateError: frozen state (Param without a place in a model) was written
-      Make it live again: `mu.thaw(model)`.
+      >>> layer = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> _ = mu.freeze(layer)
+      >>> _ = mu.thaw(layer, mu.PathContains("bias"))
+      >>> layer.kernel.frozen, layer.bias.frozen
+      (True, False)
     """
-    return _Marked(node, filters, "frozen")
-
-
-def thaw(node: T, *filters: FilterLike) -> _Marked[T]:
-    """Make frozen (and detached) states live again, for good or, as a context manager, for a while."""
-    return _Marked(node, filters, None)
+    return _FreezeContext(node, filters, None)

@@ -28,10 +28,9 @@ from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import PLAIN, StaticObject
 from mutatis.core.structure import Watch, structure, structure_lock
 from mutatis.errors import ArgumentError, StructureError
-from mutatis.model import cached
+from mutatis.model import cached, elsewhere
 from mutatis.model.attributes import admit, holds_arrays
 from mutatis.model.behind import install, takes_assignment
-from mutatis.model.tree import tree_lines
 from mutatis.model.variables import Variable
 from mutatis.model.wrapped import Wrapped
 
@@ -40,26 +39,36 @@ _flips = threading.RLock()  # so that an old value and the epoch's change from i
 
 
 class Module(Node):
-    """Base class of models and layers. Assign states, modules and static values as attributes, in any order.
+    """Base class of models and layers.
 
-    An array that is assigned is read and assigned as an array, and is a state of kind `Buffer` behind the attribute:
-    ``mu.variables(model)`` has it. `training` says how layers behave that differ in training: dropout, batch norm and whatever
-    listens. `train()` and `eval()` set it on a module and all that it holds.
+    In `__init__`, assign states, other modules, arrays and settings as attributes, in any order. Mutatis finds all states in
+    them, also inside lists, tuples and dicts. Define `__call__` for the forward pass, and other methods as you like. Transforms
+    such as `mu.jit` and `mu.grad` take a module as an argument, or find it where the function uses a variable from outside.
+
+    An assigned array becomes a state of kind `Buffer`. You read and assign the attribute as an array, and ``mu.variables(model)``
+    lists the state behind it. Numbers, strings and functions are static settings: when one changes, a jitted function compiles
+    another program.
+
+    The attribute `training` (True at first) selects the behaviour of layers that differ between training and evaluation, such as
+    dropout and batch normalization. `train()` and `eval()` set it on a module and on all modules inside it.
 
     Raises:
       StructureError: a subclass declares `__slots__`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> class Counter(mu.Module):
-      ...     def __init__(self):
-      ...         self.count = mu.Variable(0)
-      ...     def __call__(self):
-      ...         self.count += 1
-      ...         return self.count.value
-      >>> counter = mu.jit(Counter())
-      >>> [int(counter()) for _ in range(3)]
-      [1, 2, 3]
+      >>> class Net(mu.Module):
+      ...     def __init__(self, rngs):
+      ...         self.hidden = mu.nn.Linear(3, 8, rngs=rngs)
+      ...         self.out = mu.nn.Linear(8, 1, rngs=rngs)
+      ...         self.calls = mu.Variable(0)
+      ...     def __call__(self, x):
+      ...         self.calls += 1
+      ...         return self.out(mu.nn.relu(self.hidden(x)))
+      >>> net = Net(mu.Rngs(0))
+      >>> forward = mu.jit(net)
+      >>> forward(jnp.ones((4, 3))).shape, int(net.calls)
+      ((4, 1), 1)
     """
 
     __slots__ = ("__dict__", "__weakref__", "bindings", "birth", "described", "kept", "watch")
@@ -92,6 +101,7 @@ class Module(Node):
             if name not in cls.__dict__:
                 setattr(cls, name, getattr(cls, name))
         cached.adopt(cls, _kept_of)
+        elsewhere.step_aside(cls)
         for hook in _on_new_class:
             hook(cls)
 
@@ -127,12 +137,12 @@ class Module(Node):
 
     @takes("model.train()", _="Its opposite is `model.eval()`.")
     def train(self: M) -> M:
-        """Set `training` to True, on this module and all that it holds."""
+        """Set `training` to True on this module and on all modules inside it, and return the module."""
         _set_training(self, True)
         return self
 
     def eval(self: M) -> M:
-        """Set `training` to False, on this module and all that it holds."""
+        """Set `training` to False on this module and on all modules inside it, and return the module."""
         _set_training(self, False)
         return self
 
@@ -150,8 +160,20 @@ class Module(Node):
         return copyreg.__newobj__, (type(self), *arguments), self.__getstate__()  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        with structure_lock:
-            return "\n".join(tree_lines(self, "", set()))
+        from mutatis.model.tree import show_module  # few programs show a model
+
+        return show_module(self)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from mutatis.model.treescoped import render_module
+
+        return render_module(self, path, subtree_renderer)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        # Not `_repr_html_`: treescope would show that below its own rendering.
+        from mutatis.model.tree import bundle_of_module
+
+        return bundle_of_module(self)
 
 
 def _hide(name: str) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
@@ -170,6 +192,9 @@ bindings_of, _set_bindings = _hide(
 described_of, set_described = _hide("described")  # what the last walk over it found; likewise
 _get_kept, _set_kept = _hide("kept")  # values of cached properties
 _get_watch, _set_watch = _hide("watch")  # None: nobody took the module's structure for granted
+
+
+elsewhere.install(Module, "Module")
 
 
 def new_module(cls: type[M]) -> M:

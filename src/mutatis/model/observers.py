@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
-from mutatis.core.committed import observe, observers_of
+from mutatis.core.committed import Observer, observe, observers_of
+from mutatis.core.nodes import identity
 from mutatis.core.showing import show_value
 from mutatis.core.structure import structure
 from mutatis.errors import ArgumentError
@@ -16,24 +16,31 @@ from mutatis.model.walks import variables
 
 
 class Observation:
-    """What `on_commit` gives: `stop` ends it; as a context manager, so does the end of the block."""
+    """The result of `mu.on_commit`: `stop` ends the calls; as a context manager, so does the end of the block.
 
-    __slots__ = ("_notices",)
+    Args:
+      cells: the states, to which it holds weak references.
+      tell: the function that is called after each commit that has written some of them, with a list of these.
+    """
 
-    def __init__(self, notices: dict[Any, Callable[[], None]]) -> None:
-        self._notices = notices
-        self._change(lambda known, notice: (*known, notice))
+    __slots__ = ("_cells", "_tell")
+
+    def __init__(self, cells: Iterable[Any], tell: Observer) -> None:
+        self._cells = tuple(map(weakref.ref, cells))
+        self._tell = tell
+        self._change(lambda known: (*known, tell))
 
     def stop(self) -> None:
-        """Observe no more."""
-        self._change(lambda known, notice: tuple(other for other in known if other is not notice))
-        self._notices = {}
+        """End the calls of the function."""
+        self._change(lambda known: tuple(other for other in known if other is not self._tell))
+        self._cells = ()
 
-    def _change(self, change: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]) -> None:
-        structure.changed(*self._notices)  # a compiled call knows which of its states are observed
-        for cell, notice in self._notices.items():
-            observe(cell, change(observers_of(cell), notice))
-        structure.changed(*self._notices)
+    def _change(self, change: Callable[[tuple[Observer, ...]], tuple[Observer, ...]]) -> None:
+        cells = [cell for reference in self._cells if (cell := reference()) is not None]
+        structure.changed(*cells)  # a compiled call knows which of its states are observed
+        for cell in cells:
+            observe(cell, change(observers_of(cell)))
+        structure.changed(*cells)
 
     def __enter__(self) -> Self:
         return self
@@ -43,20 +50,26 @@ class Observation:
 
 
 def on_commit(node: Any, fn: Callable[[Path, Any], Any], *filters: FilterLike) -> Observation:
-    """Call a function whenever states have been given values, say to log them or to check a range.
+    """Call a function whenever states have got new values, for instance to log them or to check a range.
 
-    It is called when the outermost transform or transaction has committed, and sees all that was: once for each state that was
-    written, whether by an assignment or by a jitted step. What it raises reaches who made the call, and undoes nothing. Without
-    observers this costs nothing; a jitted step over observed states takes a few microseconds more, and a state that an
-    observer reads is copied by the next step that would have donated it.
+    The function is called after the outermost transform or transaction has committed, once for each state that was written, by an
+    assignment or by a jitted step. It sees all new values of the commit. An error that it raises reaches the caller of the step,
+    and takes nothing back.
+
+    States without observers cost nothing. A jitted step over observed states takes a few microseconds more. A state that an
+    observer reads is copied by the next step that would have donated its memory.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      fn: ``fn(path, variable)``.
-      *filters: which of its states; all, if none is given. States that are made later are not observed.
+      fn: the function, called as ``fn(path, variable)``.
+      *filters: which states; all, if none is given. States that are made later are not observed.
 
     Returns:
-      What ends it: ``.stop()``, or the end of a ``with`` block. It lasts as long as the states otherwise.
+      An observation: its method `stop` ends the calls, and as a context manager it ends them with the block. Otherwise they last
+      as long as the states.
+
+    Raises:
+      ArgumentError: `fn` is not a function.
 
     Example:
       >>> import mutatis as mu
@@ -74,9 +87,10 @@ def on_commit(node: Any, fn: Callable[[Path, Any], Any], *filters: FilterLike) -
             got=show_value(fn),
             cure="`mu.on_commit(model, lambda path, state: print(path, state), mu.BatchStat)`",
         )
-    cells = variables(node, *filters).items()
-    return Observation({cell: functools.partial(_notice, fn, path, weakref.ref(cell)) for path, cell in cells})
+    paths = {identity(cell): path for path, cell in variables(node, *filters).items()}
 
+    def tell(cells: list[Any]) -> None:
+        for cell in cells:
+            fn(paths[identity(cell)], cell)
 
-def _notice(fn: Callable[[Path, Any], Any], path: Path, reference: Callable[[], Any]) -> None:
-    fn(path, reference())
+    return Observation(variables(node, *filters).values(), tell)

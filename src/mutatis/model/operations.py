@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import jax
 
 from mutatis import _compat
-from mutatis.core import access
+from mutatis.core import access, nearness
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.collection import uncollected
@@ -22,12 +21,13 @@ from mutatis.model.filters import FilterLike, Path
 from mutatis.model.graph import Encoder, make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
 from mutatis.model.kinds import RngState
-from mutatis.model.state import State, first_filters
+from mutatis.model.state import State, first_filters, paths_of_texts
 from mutatis.model.strangers import plain_value
 from mutatis.model.surgery import GONE, held_fast, holders_among, rewrite, swapped
+from mutatis.model.tags import check_tags
 from mutatis.model.values import as_value
 from mutatis.model.variables import Variable, spelled, started
-from mutatis.model.walks import check_node, check_tags, variables
+from mutatis.model.walks import check_node, variables
 
 T = TypeVar("T")
 
@@ -42,15 +42,31 @@ def state(
 ) -> tuple[State, State, State, *tuple[State, ...]]: ...
 @uncollected
 def state(node: Any, *filters: FilterLike) -> Any:
-    """The values of a node by path.
+    """Read the values of a model: a `State`, which maps the path of each state to its present value.
+
+    A state with several paths (a shared weight) is listed once, at its first path.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *filters: with none, one `State` of everything; with n, n of them, each state in the first filter that selects
-        it (one filter gives one `State`). States that no filter selects are left out.
+      *filters: which states. Without filters, one State holds everything. Each filter gives one State, which holds the states
+        that it selects and no earlier filter does. States that no filter selects are left out. ``...`` as the last filter takes
+        the rest.
+
+    Returns:
+      One `State`, or with several filters a tuple of them.
 
     Note:
-      The arrays are handed out, so the next compiled step copies these states once instead of donating them.
+      The arrays in the State stay valid. For this, the next compiled step copies these states once, instead of donating their
+      memory, if the State still exists or an array of it was looked at.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> norm = mu.nn.BatchNorm(2)
+      >>> params, rest = mu.state(norm, mu.Param, ...)
+      >>> [*params], [*rest]
+      ([('bias',), ('scale',)], [('mean',), ('var',)])
+      >>> params["scale"]
+      Array([1., 1.], dtype=float32)
     """
     cells = variables(node)
     if not filters:
@@ -62,12 +78,27 @@ def state(node: Any, *filters: FilterLike) -> Any:
 
 
 def _state_of(cells: Mapping[Path, Variable]) -> State:
-    values = access.read_many([*cells.values()])
-    return State(dict(zip(cells, values, strict=True)), dict(zip(cells, map(type, cells.values()), strict=True)))
+    values, lending = access.lend([*cells.values()])
+    kinds = dict(zip(cells, map(type, cells.values()), strict=True))
+    return State(dict(zip(cells, values, strict=True)), kinds, lending)
 
 
 def graphdef(node: T) -> GraphDef[T]:
-    """The static rest of a node: hashable, without arrays, equal for equal structure."""
+    """Read the structure of a model without its values: hashable, without arrays, and equal for models of equal structure.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+
+    Returns:
+      A `GraphDef`, the first item of `mu.split`. `mu.merge` builds a model from it and values.
+
+    Example:
+      >>> import mutatis as mu
+      >>> a, b = mu.nn.Linear(2, 1, rngs=mu.Rngs(0)), mu.nn.Linear(2, 1, rngs=mu.Rngs(1))
+      >>> mu.graphdef(a) == mu.graphdef(b)
+      True
+      >>> model = mu.merge(mu.graphdef(a), mu.state(b))
+    """
     return describe_graph(node)[0]
 
 
@@ -81,16 +112,30 @@ def split(
 ) -> tuple[GraphDef[T], State, State, State, *tuple[State, ...]]: ...
 @uncollected
 def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
-    """The `GraphDef` of a node and its values: one `State`, or one for each filter.
+    """Take a model apart: its structure without values (a `GraphDef`), and its values as one or more `State`s.
+
+    `mu.merge` puts them together again. In between, the values can go through code that wants pure functions of arrays, such as
+    raw JAX transforms.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+      *filters: which states go into which State; each state is in the State of the first filter that selects it. Without filters
+        there is one State of everything.
+
+    Returns:
+      A tuple: the GraphDef, which is static and hashable, and then a State for each filter.
 
     Raises:
-      FilterError: states are left over (``...`` as the last filter takes the rest).
+      FilterError: states are left over, because no filter selects them (``...`` as the last filter takes the rest).
 
     Example:
-      >>> import mutatis as mu
-      >>> definition, params, rest = mu.split({"w": mu.Param(1.0), "n": mu.Cache(0)}, mu.Param, ...)
-      >>> mu.merge(definition, params, rest)["w"]
-      Param(1.0, float32)
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> graphdef, params, rest = mu.split(mu.nn.BatchNorm(2).eval(), mu.Param, ...)
+      >>> def loss_fn(params, x):
+      ...     model = mu.merge(graphdef, params, rest)
+      ...     return jnp.sum(model(x))
+      >>> jax.grad(loss_fn)(params, jnp.ones((4, 2)))["bias"]
+      Array([4., 4.], dtype=float32)
     """
     definition, cells = describe_graph(node)
     by_path = dict(zip(definition.paths, cells, strict=True))
@@ -98,15 +143,35 @@ def split(node: Any, *filters: FilterLike) -> tuple[Any, ...]:
     if not filters:
         return definition, everything
     places = first_filters(by_path.items(), filters)
+    check_tags([filter for i, filter in enumerate(filters) if i not in places.values()], by_path)
     return definition, *(everything._only(p for p, at in places.items() if at == i) for i in range(len(filters)))
 
 
 @uncollected
 def merge(definition: GraphDef[T], *states: State | Mapping[Any, Any]) -> T:
-    """A new node from a `GraphDef` and values; sharing is as it was.
+    """Build a new model from a `GraphDef` and values; the inverse of `mu.split`.
+
+    The new model has states of its own, so writes to it do not reach the model that was split. States that were shared between
+    places are shared again.
+
+    Args:
+      definition: the GraphDef, from `mu.split` or `mu.graphdef`.
+      *states: `State`s or dictionaries by path that together have one value for each state.
+
+    Returns:
+      A new node of the same structure, such as a module.
 
     Raises:
       StructureError: a value is missing, or one belongs to no path.
+      StateTypeError: a value has another structure, shape or dtype than the GraphDef was made with.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> graphdef, state = mu.split(model)
+      >>> zeros = mu.merge(graphdef, jax.tree.map(jnp.zeros_like, state))
+      >>> zeros(jnp.ones(2)), zeros.kernel is model.kernel
+      (Array([0.], dtype=float32), False)
     """
     if not isinstance(definition, GraphDef):
         raise ArgumentError(
@@ -156,22 +221,50 @@ def _fits(kept: Any, value: Any) -> bool:
 
 @uncollected
 def clone(node: T) -> T:
-    """An independent copy of a node with the same values; sharing is kept."""
+    """Make an independent copy of a model with the same values.
+
+    Writes to the copy do not reach the original, nor the other way round. States that are shared between places of the model are
+    shared in the copy too. Random streams are copied like other states, so the copy draws the same numbers as the original would.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+
+    Returns:
+      A new node of the same structure.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> target = mu.clone(model)
+      >>> model.bias.value = jnp.ones(1)
+      >>> target.bias.value
+      Array([0.], dtype=float32)
+    """
     return merge(*split(node))
 
 
 def update(node: Any, *states: State | Mapping[Any, Any], cast: bool = False) -> None:
-    """Write values into the states of a node, by path. Everything is checked before anything is written.
+    """Write values into the states of a model, by path. All values are checked before the first is written.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *states: `State`s, plain nested dictionaries, or flat ones whose keys are paths, or what `nnx.state` of Flax gives; they
-        need not cover all states.
-      cast: whether another dtype is converted.
+      *states: `State`s, nested dictionaries, flat dictionaries whose keys are paths, or the result of `nnx.state` of Flax. They
+        need not cover all states. A later one overrides an earlier one.
+      cast: whether to convert a value of another dtype. If False, another dtype is an error.
 
     Raises:
-      StateTypeError: paths do not exist, or a value has another structure, shape or dtype; all are listed.
+      StateTypeError: a path does not exist, or a value has another structure, shape or dtype; the message lists all of them.
       FrozenStateError: a state is frozen.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> mu.update(model, {"bias": jnp.ones(1)})
+      >>> model.bias.value
+      Array([1.], dtype=float32)
+      >>> mu.update(model, jax.tree.map(lambda x: 0.5 * x, mu.state(model, mu.Param)))
+      >>> model.bias.value
+      Array([0.5], dtype=float32)
     """
     cells = variables(node)
     writes: dict[Path, Any] = {}
@@ -219,12 +312,15 @@ _STORING = {Variable.set, RngState.set}  # outside of transactions, after the ch
 
 def nearest(path: Path, paths: Iterable[Path]) -> str:
     """The existing path that is most like one that does not exist, for messages."""
-    near = difflib.get_close_matches(show_path(path), map(show_path, paths), 1, 0.0)
-    return f" (nearest: {near[0]})" if near else ""
+    near = nearness.nearest(show_path(path), map(show_path, paths))
+    return f" (nearest: {near})" if near else ""
 
 
 def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
-    """A State or dictionary by path, nested or flat (as `variables` gives it); a dictionary at a full path is a value."""
+    """A State or dictionary by path, nested or flat (as `variables` gives it, or as paths are printed).
+
+    A dictionary at a full path is a value.
+    """
     if isinstance(part, State):
         return part._flat
     if not isinstance(part, Mapping):
@@ -245,7 +341,8 @@ def flat_for(part: Any, paths: Iterable[Path]) -> dict[Path, Any]:
             pending.extend(((*path, key), inner) for key, inner in value.items())
         else:
             flat[path] = plain_value(value)
-    return flat
+    meant = paths_of_texts([path for path in flat if path not in ends], ends)
+    return {meant.get(path, path): value for path, value in flat.items()} if meant else flat
 
 
 def _with_streams(flat: dict[Path, Any], cells: Mapping[Path, Variable]) -> dict[Path, Any]:
@@ -274,11 +371,33 @@ def pop(
     node: Any, first: FilterLike, second: FilterLike, third: FilterLike, /, *more: FilterLike
 ) -> tuple[State, State, State, *tuple[State, ...]]: ...
 def pop(node: Any, *filters: FilterLike) -> Any:
-    """Take states out of a node: their values are returned and their attributes removed.
+    """Remove states from a model and return their values. The attributes that held the states are removed too.
+
+    A typical use is to take out the values that `mu.sow` kept.
+
+    Args:
+      node: a Module, or a list, tuple or dict of modules and states.
+      *filters: which states; at least one filter.
+
+    Returns:
+      One `State`, or with several filters a tuple of them: each state is in the State of the first filter that selects it.
 
     Raises:
       FilterError: no filter was given.
-      StructureError: a state cannot be taken from where it is: it is the node itself, or in a tuple that is.
+      StructureError: a state cannot be taken from its place: it is the node itself, or an item of a tuple that is the node.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> class Net(mu.Module):
+      ...     def __call__(self, x):
+      ...         mu.sow(self, "doubled", 2 * x)
+      ...         return x
+      >>> net = Net()
+      >>> _ = net(jnp.ones(2))
+      >>> mu.pop(net, mu.Intermediate)["doubled"]
+      (Array([2., 2.], dtype=float32),)
+      >>> hasattr(net, "doubled")
+      False
     """
     if not filters:
         raise FilterError("`mu.pop` needs a filter", cure="Say what to take out: `mu.pop(model, mu.Intermediate)`.")
@@ -302,16 +421,31 @@ def pop(node: Any, *filters: FilterLike) -> Any:
 
 
 def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = ()) -> None:
-    """Write again how the states with `init` start, where they live now. A model that `mu.vmap` stacked stays stacked.
+    """Set states back to their start: each gets the value of its `init` again.
+
+    The states of the layers have an `init` where a restart makes sense: statistics, caches and recurrent states. A model that
+    `mu.vmap` stacked stays stacked.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *filters: which states; all with `init`, if none is given.
-      batch_shape: axes that are put in front of each initial value.
+      *filters: which states. Without filters, all states that have an `init`.
+      batch_shape: an int or a tuple of ints: axes in front of each start value, such as the batch axis of a recurrent state.
 
     Raises:
-      FilterError: the filters select a state without `init`. Nothing is written then.
-      FrozenStateError: a state is frozen. Likewise.
+      FilterError: a filter selects a state without `init`. Nothing is written then.
+      FrozenStateError: a state is frozen. Nothing is written then.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> norm = mu.nn.BatchNorm(2)
+      >>> _ = norm(jnp.ones((4, 2)))
+      >>> mu.reset(norm, mu.BatchStat)
+      >>> norm.mean.value
+      Array([0., 0.], dtype=float32)
+      >>> cell = mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0))
+      >>> mu.reset(cell, mu.Hidden, batch_shape=4)
+      >>> cell.carry.shape
+      (4, 3)
     """
     batch_shape = (batch_shape,) if isinstance(batch_shape, int) else batch_shape
     if any(isinstance(given, tuple) and given and all(type(n) is int for n in given) for given in filters):
@@ -337,18 +471,8 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = 
             else f"Say how it starts, `{spelled(type(cell))}(init=lambda: jnp.zeros(3))`; `mu.reset(model)` takes those that do.",
         )
     cells = [cell for cell in chosen.values() if cell.init is not None]
-    values = [_placed_like(cell, started(cell, batch_shape)) for cell in cells]
+    values = [started(cell, batch_shape) for cell in cells]
     with Transaction("reset") as tx:
         for cell, value in zip(cells, values, strict=True):
             cell.set(value)
         access.commit(tx)
-
-
-def _placed_like(cell: Variable, value: Any) -> Any:
-    """A value where the state's present one is, if that is on several devices and has as many axes."""
-    where = access.placement(cell)
-    leaves, treedef = jax.tree.flatten(value)
-    old = jax.tree.leaves(access.peek(cell))
-    if where is None or len(where) != len(leaves) or [x.ndim for x in leaves] != [x.ndim for x in old]:
-        return value
-    return treedef.unflatten([jax.device_put(x, sharding) for x, sharding in zip(leaves, where, strict=True)])

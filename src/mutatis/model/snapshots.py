@@ -14,22 +14,29 @@ from mutatis.model.walks import check_node
 
 
 class Snapshot:
-    """The values and the structure of a node at one moment; `restore` puts them back.
+    """The values and the structure of a model at one moment, as `mu.snapshot` takes them.
 
-    It keeps pointers to the arrays, so the next compiled step copies what is held instead of donating it.
+    It keeps the arrays of that moment, so while it exists, a compiled step copies these states once instead of donating their
+    memory.
     """
 
-    __slots__ = ("_structure", "_values")
+    __slots__ = ("_lending", "_structure", "_values")
 
     def __init__(self, node: Any) -> None:
         encoder = Encoder()
         with structure_lock:
             encoder.encode(check_node(node))
             self._structure = [(o, dict(o.__dict__) if isinstance(o, Module) else o.copy()) for o in encoder.objects]
-        self._values = {cell: access.load(cell) for cell in encoder.cells}
+        values, self._lending = access.lend([*encoder.cells], access.load_many)
+        self._values = dict(zip(encoder.cells, values, strict=True))
 
     def restore(self) -> None:
-        """Put back every value, attribute and container as it was, or nothing if one of them cannot be."""
+        """Put back all values, attributes, lists and dictionaries as they were at the moment of the snapshot.
+
+        You may call it several times. If one of them cannot be put back, an error is raised and nothing changes.
+        """
+        if self._lending is not None:
+            self._lending.keep()
         containers = [obj for obj, _ in self._structure if not isinstance(obj, Module)]
         with structure_lock, Transaction("restore", journal=Journal(containers)) as tx:
             for obj, saved in self._structure:
@@ -47,15 +54,26 @@ class Snapshot:
 
 
 def snapshot(node: Any) -> Snapshot:
-    """Remember a node as it is now.
+    """Remember a model as it is now, to go back to it later with ``restore()``.
+
+    A snapshot holds the values of all states and the structure: the attributes of modules, and the items of lists and
+    dictionaries. It costs little time, because it copies no arrays. While it exists, a compiled step copies the states once
+    instead of donating their memory.
+
+    Args:
+      node: a Module, a Variable, or a list, tuple or dict of them.
+
+    Returns:
+      A Snapshot with the method `restore`, which puts everything back.
 
     Example:
-      >>> import mutatis as mu
-      >>> count = mu.Variable(1)
-      >>> before = mu.snapshot(count)
-      >>> count.value = 5
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> before = mu.snapshot(model)
+      >>> model.bias.value = jnp.ones(1)
+      >>> model.note = "changed"
       >>> before.restore()
-      >>> count
-      Variable(1, int32)
+      >>> model.bias.value, hasattr(model, "note")
+      (Array([0.], dtype=float32), False)
     """
     return Snapshot(node)

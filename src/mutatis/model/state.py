@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from operator import lt
@@ -13,71 +14,119 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mutatis.core.access import Lending
 from mutatis.core.avals import same_type, show_type
 from mutatis.core.naming import show_path
-from mutatis.errors import FilterError
+from mutatis.core.nearness import nearest
+from mutatis.core.showing import cut
+from mutatis.errors import FilterError, PathError
 from mutatis.model.filters import FilterLike, Path, as_filter
+from mutatis.model.tags import check_tags
 from mutatis.model.variables import Variable, unsubscripted
 
 
 class State(Mapping[Any, Any]):
-    """A mapping from paths to values, with the kind of each.
+    """A read-only mapping from paths to the values of states, with the kind of each.
 
-    A pytree whose leaves are the values; the paths and kinds are part of its structure. It goes through raw JAX
-    and optax. `state["blocks"]` or `state["blocks", 0]` is the part below that path, a value at a full path.
+    `mu.state`, `mu.split` and `mu.grad` return it. It is a pytree whose leaves are the values, so `jax.tree.map`, optax and every
+    raw JAX transform take it. It holds the values of one moment and does not follow the model.
+
+    A path is a tuple of attribute names, keys and indices: ``("blocks", 0, "kernel")``. ``state[path]`` is the value at a full
+    path, and the State of the part below an incomplete one, such as ``state["blocks"]`` or ``state["blocks", 0]``. The printed
+    form of a path works as well: ``state["blocks[0].kernel"]``. Iteration gives the full paths.
+
+    Args:
+      flat: a mapping from full paths (tuples) to values.
+      kinds: a mapping from full paths to kinds. A path that is not in it has the kind `mu.Variable`.
+
+    Raises:
+      PathError: (a `KeyError`) there is nothing at a path.
 
     Example:
       >>> import mutatis as mu
-      >>> state = mu.state({"a": {"w": mu.Param(1.0), "n": mu.Cache(2.0)}})
-      >>> float(state["a"]["w"]), [*state]
-      (1.0, [('a', 'n'), ('a', 'w')])
+      >>> model = mu.nn.Sequential(mu.nn.Linear(2, 3, rngs=mu.Rngs(0)), mu.nn.relu)
+      >>> state = mu.state(model)
+      >>> [*state]
+      [('layers', 0, 'bias'), ('layers', 0, 'kernel')]
+      >>> state["layers", 0, "kernel"].shape, state["layers"][0]["bias"].shape, state["layers[0].bias"].shape
+      ((2, 3), (3,), (3,))
     """
 
-    __slots__ = ("_flat", "_kinds")
+    __slots__ = ("_held", "_kinds", "_lending")
 
-    def __init__(self, flat: Mapping[Path, Any], kinds: Mapping[Path, type[Variable[Any]]] | None = None) -> None:
+    def __init__(
+        self,
+        flat: Mapping[Path, Any],
+        kinds: Mapping[Path, type[Variable[Any]]] | None = None,
+        _lending: Lending | None = None,
+    ) -> None:
         kinds = {} if kinds is None else kinds
         paths = _sorted(flat)
-        self._flat = {path: flat[path] for path in paths}
+        self._lending = _lending  # the values are a model's, and nobody has taken any out yet
+        self._held = {path: flat[path] for path in paths}
         self._kinds = {path: kinds.get(path, Variable) for path in paths}
         if not all(issubclass(meta, type) for meta in set(map(type, self._kinds.values()))):
             self._kinds = {path: unsubscripted(kind) for path, kind in self._kinds.items()}
 
     @classmethod
     def from_flat(cls, flat: Mapping[Path, Any], kinds: Mapping[Path, type[Variable[Any]]] | None = None) -> State:
-        """A State from a mapping of paths (tuples) to values."""
+        """Make a State of a mapping from paths (tuples) to values, and perhaps one from paths to kinds."""
         return cls(flat, kinds)
 
+    @property
+    def _flat(self) -> dict[Path, Any]:
+        """The values by path, for code that may keep them."""
+        if self._lending is not None:
+            self._lending.keep()
+            self._lending = None
+        return self._held
+
     def flat(self) -> dict[Path, Any]:
-        """The values by path."""
+        """A plain dictionary from full paths (tuples) to values."""
         return dict(self._flat)
 
     def kinds(self) -> dict[Path, type[Variable[Any]]]:
-        """The kinds by path."""
+        """A plain dictionary from full paths (tuples) to kinds."""
         return dict(self._kinds)
 
     def __getitem__(self, key: Any) -> Any:
-        path = key if isinstance(key, tuple) else (key,)
-        if path in self._flat:
+        path = self._path(key)
+        if path in self._held:
             return self._flat[path]
-        below = {p: p[len(path) :] for p in self._flat if p[: len(path)] == path}
+        below = {p: p[len(path) :] for p in self._held if p[: len(path)] == path}
         if not below:
-            raise KeyError(
-                f"no state at {show_path(path)!r}; there are {', '.join(map(show_path, self._flat)) or 'none'}"
-            )
+            raise _no_state(key if isinstance(key, str) else show_path(path), self._held)
         return State(
-            {rest: self._flat[p] for p, rest in below.items()}, {rest: self._kinds[p] for p, rest in below.items()}
+            {rest: self._held[p] for p, rest in below.items()},
+            {rest: self._kinds[p] for p, rest in below.items()},
+            self._lending,
         )
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value or part at a path, or the default if there is nothing."""
+        return self[key] if key in self else default  # noqa: SIM401  # this is `get`
+
+    def __getattr__(self, name: str) -> Any:
+        # No way to states: one may be called `map` or `items`.
+        text = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(f"{text}: write `state[{name!r}]`" if name[:1] != "_" and name in self else text)
+
+    def _path(self, key: Any) -> Path:
+        """The path that a key says: a part, a tuple of them, or, if there is no such, a path as it is printed."""
+        path = key if isinstance(key, tuple) else (key,)
+        if not isinstance(key, str) or key.isidentifier() or any(held[:1] == path for held in self._held):
+            return path
+        return next(filter(None, (_printed(held, key) for held in self._held)), path)
+
     def __iter__(self) -> Iterator[Path]:
-        return iter(self._flat)
+        return iter(self._held)
 
     def __len__(self) -> int:
-        return len(self._flat)
+        return len(self._held)
 
     def __contains__(self, key: object) -> bool:
-        path = key if isinstance(key, tuple) else (key,)
-        return any(p[: len(path)] == path for p in self._flat)
+        path = self._path(key)
+        return any(p[: len(path)] == path for p in self._held)
 
     def __or__(self, other: State) -> State:
         if not isinstance(other, State):
@@ -95,25 +144,28 @@ class State(Mapping[Any, Any]):
     __hash__ = None  # type: ignore[assignment]  # compares by value and holds arrays
 
     def filter(self, *filters: FilterLike) -> State:
-        """The part that any of the filters selects (by path and kind)."""
+        """The State of the entries that at least one of the filters selects, by path and kind."""
         selects = as_filter(filters)
-        return self._only(path for path in self._flat if selects(path, self._kinds[path]))
+        kept = [path for path in self._held if selects(path, self._kinds[path])]
+        if not kept:
+            check_tags(filters, self._kinds)
+        return self._only(kept)
 
     def split(self, *filters: FilterLike) -> tuple[State, ...]:
-        """One State for each filter; each entry is in the first that selects it.
+        """One State for each filter. Each entry is in the State of the first filter that selects it.
 
         Raises:
-          FilterError: entries are left over.
+          FilterError: entries are left over, because no filter selects them.
         """
         places = first_filters(self._kinds.items(), filters)
         return tuple(self._only(path for path, at in places.items() if at == i) for i in range(len(filters)))
 
     def map(self, function: Callable[[Path, Any], Any]) -> State:
-        """The State of ``function(path, value)`` for each entry."""
+        """Apply ``function(path, value)`` to each entry; the State of the results."""
         return State({path: function(path, value) for path, value in self._flat.items()}, self._kinds)
 
     def to_pure_dict(self) -> dict[Any, Any]:
-        """Plain nested dictionaries by path."""
+        """The values as plain nested dictionaries, one level for each part of a path."""
         root: dict[Any, Any] = {}
         for path, value in self._flat.items():
             inner = root
@@ -124,12 +176,93 @@ class State(Mapping[Any, Any]):
 
     def _only(self, paths: Iterable[Path]) -> State:
         kept = list(paths)
-        return State({path: self._flat[path] for path in kept}, {path: self._kinds[path] for path in kept})
+        values = {path: self._held[path] for path in kept}
+        return State(values, {path: self._kinds[path] for path in kept}, self._lending)
+
+    def __getstate__(self) -> Any:
+        return None, {"_flat": self._flat, "_kinds": self._kinds}
+
+    def __setstate__(self, state: Any) -> None:
+        parts = state[1]
+        self._held, self._kinds, self._lending = parts["_flat"], parts["_kinds"], None
 
     def __repr__(self) -> str:
-        rows = [(path, f"{self._kinds[path].__name__} {show_type(value)}") for path, value in self._flat.items()]
-        lines = [f"  {where or '.'}: {what}," for where, what in _folded(rows)]
-        return "State({\n" + "\n".join(lines) + "\n})" if lines else "State({})"
+        lines = [f"  {line}," for line in map(": ".join, self._rows())]
+        if not lines:
+            return "State({})"
+        if len(lines) > _SCREEN:
+            half = _SCREEN // 2
+            lines[half:-half] = [f"  ... {len(lines) - 2 * half:,} more lines"]
+        return "\n".join(cut(line, _WIDTH) for line in ("State({" + f"  # {self._tally().total()}", *lines, "})"))
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from mutatis.model.treescoped import render_state
+
+        return render_state(self, path, subtree_renderer)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self._html()}
+
+    def _html(self) -> str:
+        from mutatis.core import markup
+
+        rows = [(where, *what.split(" ", 1)) for where, what in self._rows()]
+        most = rows[:_AT_ONCE]
+        more = f"... {len(rows) - len(most):,} more lines" if len(rows) > len(most) else ""
+        table = markup.table(("state", "kind", "type"), most, left=("state", "kind", "type")) + markup.escape(more)
+        summary = markup.escape(f"State: {self._tally().total() or 'empty'}")
+        return markup.framed(markup.folding(summary, table, is_open=len(rows) <= _SCREEN))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [(path, f"{self._kinds[path].__name__} {show_type(value)}") for path, value in self._held.items()]
+        return [(where or ".", what) for where, what in _folded(rows)]
+
+    def _tally(self) -> Any:
+        from mutatis.model.tally import Tally  # few programs show a State
+
+        tally = Tally()
+        for path, value in self._held.items():
+            tally.add_value(value, self._kinds[path])
+        return tally
+
+
+# What a state of a layer is called in PyTorch, and here.
+_OF_TORCH = {"weight": ("kernel", "scale", "embedding"), "running_mean": ("mean",), "running_var": ("var",)}
+_WIDTH, _SCREEN, _AT_ONCE = 120, 36, 200  # columns, lines, rows in a notebook
+
+
+def _printed(path: Path, text: str) -> Path | None:
+    """The path, or its first parts, if that is how it is printed; Python has two kinds of quotes."""
+    text = text.replace('"', "'")
+    if not show_path(path).startswith(text):
+        return None
+    return next((path[:n] for n in range(1, len(path) + 1) if show_path(path[:n]) == text), None)
+
+
+def paths_of_texts(given: Iterable[Path], paths: Iterable[Path]) -> dict[Path, Path]:
+    """For paths whose parts are texts, those of `paths` that are printed so, if there are."""
+    texts = {path: ".".join(path).replace(".[", "[") for path in given if all(isinstance(p, str) for p in path)}
+    printed = {show_path(path): path for path in paths} if texts else {}
+    named = {path: printed.get(text.replace('"', "'")) for path, text in texts.items()}
+    return {path: meant for path, meant in named.items() if meant is not None}
+
+
+def _no_state(shown: str, paths: Iterable[Path]) -> PathError:
+    every = list(paths)
+    there = list(map(show_path, every))
+    depth = len(re.findall(r"[^.\[\]]+", shown))
+    above, _, last = shown.replace("]", "].").replace("..", ".").rpartition(".")
+    same = [text for text in there for name in _OF_TORCH.get(last, ()) if text == f"{above}.{name}".lstrip(".")]
+    near = next(iter(same), None) or nearest(shown, [*there, *dict.fromkeys(show_path(path[:depth]) for path in every)])
+    return PathError(
+        f"no state at {shown!r}",
+        path=shown,
+        expected=f"a path of the {len(there)} that are there, or the beginning of one"
+        if there
+        else "nothing: there are none",
+        differences=there,
+        cure="`mu.state(model)` has the states of a model." if near is None else f"The nearest is `state[{near!r}]`.",
+    )
 
 
 def _folded(rows: list[tuple[Path, str]]) -> Iterator[tuple[str, str]]:
@@ -189,7 +322,7 @@ def _flatten_with_keys(state: State) -> tuple[list[tuple[Any, Any]], Any]:
 def _unflatten(aux: Any, children: Iterable[Any]) -> State:
     state: State = State.__new__(State)
     paths, kinds = aux
-    state._flat = dict(zip(paths, children, strict=True))
+    state._held, state._lending = dict(zip(paths, children, strict=True)), None
     state._kinds = dict(zip(paths, kinds, strict=True))
     return state
 

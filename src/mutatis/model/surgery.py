@@ -36,20 +36,26 @@ def modules(node: Any, kind: type[M], /) -> dict[Path, M]: ...
 @overload
 def modules(node: Any, *filters: FilterLike) -> dict[Path, Module]: ...
 def modules(node: Any, *filters: FilterLike) -> dict[Path, Any]:
-    """The submodules of a node by path, the node itself first, each at its first place.
+    """List the modules inside a model by path, the model itself first.
+
+    A module with several paths (a shared layer) is listed once, at its first path.
 
     Args:
-      node: a Module, or a list, tuple or dict of them.
-      *filters: a module is given if any of them selects it: a type, a predicate on (path, module), ...; all are, if there
-        are none.
+      node: a Module, or a list, tuple or dict of modules.
+      *filters: which modules: types, predicates on (path, module), or other filters. A module is listed if any of them selects
+        it. Without filters, all modules.
+
+    Returns:
+      A dictionary from paths, as tuples of attribute names, keys and indices, to modules. The path of the model itself is ``()``.
 
     Example:
       >>> import mutatis as mu
-      >>> from mutatis import nn
-      >>> net = mu.Module()
-      >>> net.layers = [nn.Linear(2, 3, rngs=mu.Rngs(0)), nn.Dropout(0.5, rngs=mu.Rngs(0))]
-      >>> [*mu.modules(net, nn.Linear)]
-      [('layers', 0)]
+      >>> rngs = mu.Rngs(0)
+      >>> model = mu.nn.Sequential(mu.nn.Linear(2, 3, rngs=rngs), mu.nn.Dropout(0.5, rngs=rngs), mu.nn.Linear(3, 1, rngs=rngs))
+      >>> [*mu.modules(model, mu.nn.Linear)]
+      [('layers', 0), ('layers', 2)]
+      >>> for dropout in mu.modules(model, mu.nn.Dropout).values():
+      ...     dropout.rate = 0.1
     """
     selects = as_filter(filters if filters else ...)
     encoder = Encoder()
@@ -60,29 +66,31 @@ def modules(node: Any, *filters: FilterLike) -> dict[Path, Any]:
 
 
 def replace(node: T, where: Any, fn: Callable[[Any], Any]) -> T:
-    """Put others in the place of submodules: ``fn(module)`` for each that is selected, innermost first.
+    """Replace modules inside a model: each selected module gives way to the result of ``fn(module)``.
 
-    A module that is reached by several paths is replaced by one other at all of them.
+    The model is changed in place. Inner modules are replaced before the modules that hold them. A module with several paths (a
+    shared layer) is replaced at all of them by the same new one.
 
     Args:
-      node: a Module, or a list, tuple or dict of them; it is changed in place.
-      where: a path, as a tuple of attribute names, keys and indices or as it is printed (``"blocks[0].norm"``), or a filter.
-      fn: gives what stands in a module's place; it may hold the module.
+      node: a Module, or a list, tuple or dict of modules.
+      where: which modules: a filter, or the path of a module. A path is a tuple of attribute names, keys and indices, or a string
+        as paths are printed, such as ``"blocks[0].norm"``.
+      fn: a function from the old module to the new one. The new one may hold the old one.
 
     Returns:
-      The node, or what stands in its place.
+      The node; or if the node itself is replaced, the new one.
 
     Raises:
-      FilterError: nothing is selected. Whatever is raised, by `fn` too, nothing has changed then.
+      FilterError: no module is selected. If this or any other error is raised, also by `fn`, then the model has not changed.
+      ArgumentError: `fn` is not a function.
 
     Example:
       >>> import mutatis as mu
-      >>> from mutatis import nn
-      >>> net = mu.Module()
-      >>> net.layers = [nn.Linear(2, 3, rngs=mu.Rngs(0))]
-      >>> _ = mu.replace(net, nn.Linear, mu.remat)
-      >>> net.layers
-      [Transformed(Linear)]
+      >>> rngs = mu.Rngs(0)
+      >>> model = mu.nn.Sequential(mu.nn.Linear(2, 8, rngs=rngs), mu.nn.relu, mu.nn.Linear(8, 3, rngs=rngs))
+      >>> _ = mu.replace(model, "layers[2]", lambda old: mu.nn.Linear(8, 10, rngs=rngs))  # another head
+      >>> model.layers[2].kernel.shape
+      (8, 10)
     """
     given: object = fn
     if isinstance(given, Module) or not callable(given):

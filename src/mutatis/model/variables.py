@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copyreg
 import operator
-import os
 import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, get_origin, overload
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from mutatis._equivalents import equivalent
-from mutatis.core import access, naming, transactions
+from mutatis._equivalents import equivalent, quoted
+from mutatis.core import access, naming, placements, transactions
 from mutatis.core.avals import is_concrete, same_type, show_type
 from mutatis.core.cells import UNSET, Cell, Deferred
 from mutatis.core.naming import caller
@@ -47,22 +46,30 @@ class _Kind(type):
 
 
 class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
-    """A mutable cell that holds an array or a pytree of arrays.
+    """A state: a mutable cell that holds an array, or a pytree of arrays.
 
-    Numbers become strongly typed arrays and NumPy arrays are copied in. Eagerly and under `jit`, `grad` and
-    `vmap` another shape or dtype may be assigned, unless `fixed`.
+    Read and write the array by the attribute `value`. In arithmetic and in `jax.numpy` functions the Variable stands for its
+    array. The subclasses, such as `mu.Param` and `mu.BatchStat`, say the purpose of a state, and filters select by them.
+
+    A Python int becomes an int32 array, a float a float32 array (64 bits with `jax_enable_x64`), and a NumPy array is copied. In
+    ordinary code and under `jit`, `grad` and `vmap` you may assign an array of another shape or dtype, unless the state is
+    `fixed`.
 
     Args:
-      value: the value; may be left out when `init` is given.
-      init: how the state starts: a value, or a function of no arguments that makes one. `mu.reset` writes it again.
-        Without `value` the state is *deferred*: it is created at its first read, in the current transaction.
-      name: an explicit name, which does not change when the state moves in a model.
-      sharding: logical axis names or a `jax.sharding.PartitionSpec`.
-      fixed: whether every change of structure, shape or dtype is refused.
-      **metadata: anything hashable; readable as attributes, which are for good.
+      value: an array, a number, or a pytree of them. It may be left out if `init` is given.
+      init: the start value, or a function without arguments that returns it. `mu.reset` writes the start value again. Without
+        `value` the state is *deferred*: its first read calls `init`.
+      name: an explicit name, which stays the same when the state moves to another place in the model. Checkpoints use it.
+      sharding: the placement on devices: a `jax.sharding.PartitionSpec`, a tuple with a name for each axis (see
+        `mu.sharding.rules`), or a whole `jax.sharding.Sharding`. Under a mesh (`jax.set_mesh`) the value is put there.
+      fixed: whether to refuse another structure, shape or dtype. None means the setting of the class, which is False for all
+        kinds of Mutatis.
+      **metadata: further hashable values, such as ``tag="adapter"``. They are readable as attributes and cannot be changed.
 
     Raises:
+      ArgumentError: there is neither a value nor `init`.
       StateTypeError: a leaf of the value is not an array or a number.
+      ShardingError: the mesh has no such axis, or cannot split the value so.
 
     Example:
       >>> import mutatis as mu
@@ -70,8 +77,8 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
       >>> count.value += 2
       >>> count
       Variable(2, int32)
-      >>> int(count) + 1
-      3
+      >>> count + 1
+      Array(3, dtype=int32)
     """
 
     __slots__ = ("_behind", "_frozen", "_init", "_lanes", "_made_at", "fixed", "metadata", "name", "sharding")
@@ -160,7 +167,11 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
                 made_at=self.made_at,
                 cure=f"Give a value, `{spelled(type(self))}(jnp.zeros(3))`, or say how it starts: `init=lambda: ...`.",
             )
-        access.create(self, value if value is UNSET else as_value(value, self))
+        if value is not UNSET:
+            value = as_value(value, self)
+            if sharding is not None:
+                value = placements.declared(self, value)
+        access.create(self, value)
 
     _fixed_by_kind: ClassVar[bool] = False
 
@@ -175,23 +186,25 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
     # -- the value -------------------------------------------------------------------------------------------
 
     def get(self) -> Held:
-        """The value."""
+        """The value; the same as the attribute `value`. A deferred state is created here, if it has `init`."""
         value: Held = access.read(self)
         if value is UNSET or type(value) is Deferred:
             value = self._create()
         return value
 
     def set(self, value: Held | ArrayLike) -> None:
-        """Give the state another value."""
+        """Write another value; the same as an assignment to `value`. An expression can do it, such as a `lambda`."""
         if self._frozen is not None:
             raise frozen_error(self)
         new = as_value(value, self)
         if self.fixed:
             check_same_type(self, new, "may not change (fixed=True)")
+        if self.sharding is not None and access.is_deferred(self):
+            new = placements.declared(self, new)
         access.write(self, new)
 
     def admit(self, value: Any) -> Any:
-        """A value as the state stores it: a pytree of strongly typed arrays.
+        """Convert a value to the form in which the state stores it: a pytree of strongly typed arrays. Nothing is written.
 
         Raises:
           StateTypeError: a leaf is not an array or a number.
@@ -219,6 +232,7 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
                 "`nn.Linear(in_features, out_features, rngs=rngs)`.",
             )
         self.set(start)
+        self._shape = getattr(start, "shape", None)
         return access.read(self)
 
     @property
@@ -233,16 +247,13 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
 
     @property
     def init(self) -> Any:
-        """How the state starts: a value, a function of no arguments, or None."""
+        """The start value that was given, a function of no arguments that makes it, or None."""
         return self._init
 
     @property
     def made_at(self) -> str | None:
         """The file, line and function in which the state was made; None for a copy that was made of another."""
-        if self._made_at is None:
-            return None
-        file, line, function = self._made_at
-        return f"{os.path.basename(file)}:{line} in {naming.show_name(function)}"
+        return None if self._made_at is None else naming.show_place(self._made_at)
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for names that are neither slots nor methods: metadata, and what arrays have.
@@ -251,8 +262,8 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
                 return self.metadata[name]
             if hasattr(jax.Array, name):
                 return getattr(self.get(), name)
-            if (instead := equivalent("Variable", name)) is not None:
-                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: write `{instead}`")
+            if (instead := equivalent("Variable", name) or equivalent("jax.Array", name)) is not None:
+                raise AttributeError(f"{type(self).__name__} has no attribute {name!r}: write {quoted(instead)}")
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; its metadata are {[*self.metadata]}")
 
     # -- as an array -----------------------------------------------------------------------------------------
@@ -297,7 +308,7 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
 
     @property
     def at(self: Variable[jax.Array]) -> At:
-        """As of an array: ``v.at[i].set(x)`` is an array with another element; the state stays."""
+        """The `at` of the array: ``v.at[i].set(x)`` is an array with one changed element. The state itself does not change."""
         return At(self.get().at)
 
     @property
@@ -412,6 +423,11 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         marks += [f"{key}={item!r}" for key, item in self.metadata.items()]
         return f"{type(self).__name__}({', '.join([body, *marks])})"
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from mutatis.model.treescoped import render_variable
+
+        return render_variable(self, path, subtree_renderer)
+
     def __deepcopy__(self: V, memo: dict[int, Any]) -> V:
         new = duplicate(self)
         memo[id(self)] = new
@@ -435,7 +451,8 @@ class Variable(Cell, Node, Generic[Held], metaclass=_Kind):
         for name in _FIELDS:
             setattr(self, name, state.get(name, ()))  # what was pickled earlier has no lanes
         leaves = [from_bytes(leaf) for leaf in state["leaves"]]
-        access.create(self, jax.tree.unflatten(jax.tree.structure(state["tree"]), leaves))
+        value = jax.tree.unflatten(jax.tree.structure(state["tree"]), leaves)
+        access.create(self, value if self.sharding is None else placements.declared(self, value))
 
     def __reduce__(self) -> Any:
         return copyreg.__newobj__, (type(self),), self.__getstate__()  # type: ignore[attr-defined]
@@ -692,10 +709,37 @@ def frozen_error(variable: Variable) -> FrozenStateError:
         problem = f"frozen state {naming.describe(variable)} was written"
         cure = (
             "Make it live again: `mu.thaw(model)`."
-            if variable.collection != "batch_stats"
-            else "Call `model.eval()` so that the statistics are not updated, or make them live again: `mu.thaw(model)`."
+            if variable.collection not in ("batch_stats", "rngs")
+            else "Freeze the parameters only: `mu.thaw(model)`, then `mu.freeze(model, mu.Param)`. Or call `model.eval()` of the "
+            "frozen part: its layers then neither update statistics nor draw random numbers."
         )
     return FrozenStateError(problem, path=naming.path_of(variable), where=naming.where(), cure=cure)
+
+
+def detached_error(variable: Variable, what: str, path: str) -> FrozenStateError:
+    """The error for a model that was to be trained, and is a copy that raw JAX made: its states are no longer live.
+
+    Args:
+      variable: one of its states.
+      what: what cannot be done.
+      path: the path of the state.
+    """
+    got = "what `jax.device_put`, `jax.tree.map` or another function of raw JAX has returned"
+    cure = (
+        "Make the copy a model of its own, `mu.thaw(model)`; or move a model itself: "
+        "`mu.sharding.place(model, jax.devices()[0])`."
+    )
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(access.peek_committed(variable))):
+        got = "what `jax.jit` or another transform of raw JAX makes of an argument"
+        cure = "Use `mu.jit` (or another `mu` transform) in place of `jax.jit`: it works on the model itself."
+    return FrozenStateError(
+        f"state `{path}` ({type(variable).__name__}) cannot be {what}: it is in a detached copy, which raw JAX made",
+        path=path,
+        where=naming.where(),
+        expected="the model itself, whose states can be written",
+        got=got,
+        cure=cure,
+    )
 
 
 def set_mark(variable: Variable, name: str, mark: Any) -> None:

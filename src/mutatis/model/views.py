@@ -22,27 +22,35 @@ from mutatis.model.walks import variables
 
 
 def view(module: M, /, *, states: Any = None, **statics: Any) -> M:
-    """Another module over the same cells with other static attributes, such as ``training=False``, or with other states.
+    """Make a second module over the same states, with other settings or with other values for some of the states.
 
-    Each attribute is set on every submodule that has it; `training` on all.
+    A typical use is the model in evaluation mode: ``mu.view(model, training=False)``. It always sees the present parameters,
+    because a view does not copy them, and a write by the view reaches the model too. Each setting is set on every submodule that
+    has it, and `training` on all of them. The original keeps its settings.
 
     Args:
       module: the module.
-      states: other values for some of its states, by path: a `State`, a dictionary, or what holds states of the same paths:
-        another model, a `mu.optim.EMA`. These are not copied: the view sees what is written to them. Values are in states of the
-        view's own.
-      **statics: other values of static attributes.
+      states: replacements for some of the states, by path. Values (a `State` or a dictionary of arrays) go into new states of the
+        view. The states of another node (a model with the same paths, a `mu.optim.EMA`) are used themselves, not copied, so the
+        view sees later writes to them.
+      **statics: new values of static attributes, such as ``training=False``.
+
+    Returns:
+      A module of the same class.
 
     Raises:
-      ArgumentError: no submodule has the attribute, or it holds states: those are the original's too.
+      ArgumentError: no submodule has the attribute, or it holds states; a view shares these with the original.
       StateTypeError: a path does not exist, or a value has another structure, shape or dtype than the state; all are listed.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> net = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
-      >>> zeros = mu.view(net, states={"kernel": jnp.zeros((2, 1))})
-      >>> zeros(jnp.ones(2)), zeros.bias is net.bias
-      (Array([0.], dtype=float32), True)
+      >>> model = mu.nn.Sequential(mu.nn.Linear(2, 3, rngs=mu.Rngs(0)), mu.nn.Dropout(0.5, rngs=mu.Rngs(1)))
+      >>> evaluate = mu.view(model, training=False)
+      >>> bool((evaluate(jnp.ones(2)) == model[0](jnp.ones(2))).all()), model.training
+      (True, True)
+      >>> zeros = mu.view(model[0], states={"kernel": jnp.zeros((2, 3))})
+      >>> zeros(jnp.ones(2)), zeros.bias is model[0].bias
+      (Array([0., 0., 0.], dtype=float32), True)
     """
     definition, cells = describe_graph(module)
     others = {} if states is None else _others(states, dict(zip(definition.paths, cells, strict=True)))

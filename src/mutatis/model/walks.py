@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any, overload
 
 from mutatis import _compat
-from mutatis.core.naming import show_path
 from mutatis.core.nodes import Reference, is_node
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import Static, StaticObject
 from mutatis.core.structure import structure_lock
-from mutatis.errors import ArgumentError, FilterError
+from mutatis.errors import ArgumentError
 from mutatis.model.filters import Filter, Path, as_filter
 from mutatis.model.graph import Encoder, Parts, Spec, cell_spec
-from mutatis.model.kinds import kind_of
 from mutatis.model.modules import Module, described_of, set_described
+from mutatis.model.tags import check_tags
 from mutatis.model.variables import V, Variable, spelled
 from mutatis.model.wrapped import Wrapped
 
@@ -149,16 +148,25 @@ def variables(node: Any, kind: type[V], /) -> dict[Path, V]: ...
 @overload
 def variables(node: Any, *filters: Any) -> dict[Path, Variable[Any]]: ...
 def variables(node: Any, *filters: Any) -> dict[Path, Any]:
-    """The live cells of a node by path, each at its first place.
+    """List the states of a model by path: the live `Variable` objects, which you can read and write.
+
+    A state with several paths (a shared weight) is listed once, at its first path. For the values alone, see `mu.state`.
 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
-      *filters: a cell is given if any of them selects it; all are, if there are none.
+      *filters: which states; a state is listed if any of the filters selects it. Without filters, all states are.
+
+    Returns:
+      A dictionary from paths (tuples of attribute names, keys and indices) to Variables.
 
     Example:
       >>> import mutatis as mu
-      >>> [*mu.variables({"a": mu.Param(1.0), "b": mu.Cache(2.0)}, mu.Param)]
-      [('a',)]
+      >>> layer = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> for path, variable in mu.variables(layer, mu.Param).items():
+      ...     variable.value *= 0.5
+      ...     print(path, variable.shape)
+      ('bias',) (1,)
+      ('kernel',) (2, 1)
     """
     selects = _any(filters)
     (_, _, paths, _), cells = _find(node, described=False)
@@ -169,36 +177,6 @@ def variables(node: Any, *filters: Any) -> dict[Path, Any]:
     if not chosen:
         check_tags(filters, by_path)
     return chosen
-
-
-def check_tags(filters: Iterable[Any], cells: Mapping[Path, Variable]) -> None:
-    """Raise if a string that selects none of some cells names a path or a kind: as a filter, it is a tag.
-
-    Raises:
-      FilterError: it does.
-    """
-    for tag in filters:
-        if not isinstance(tag, str) or kind_of(tag) is not None:
-            continue
-        kind = next((kind for kind in map(type, cells.values()) if kind.__name__ == tag), None)
-        at = next((path for path in cells if tag in path or show_path(path).startswith((f"{tag}.", f"{tag}["))), None)
-        exact = next((path for path in cells if show_path(path) == tag), None)
-        if (kind is None and at is None and exact is None) or any(as_filter(tag)(p, cell) for p, cell in cells.items()):
-            continue
-        if kind is not None:
-            cure = f"A kind is given itself: `mu.state(model, {spelled(kind)})`."
-        elif exact is not None:
-            cure = f"One state is `mu.variables(model)[{exact!r}]`."
-        elif at is not None and tag in at:
-            cure = f"What is at a path is selected by a key in it: `mu.state(model, mu.PathContains({tag!r}))`."
-        else:
-            cure = f"A part of a model is a node itself: `mu.state(model.{tag})`."
-        raise FilterError(
-            f"no state has the tag {tag!r}",
-            expected="a tag or the name of a collection",
-            got=f"the name of a {'kind' if kind is not None else 'path'}",
-            cure=cure,
-        )
 
 
 def _any(filters: tuple[Any, ...]) -> Filter | None:

@@ -22,6 +22,11 @@ class Wrapped(Node):
     rules: tuple[Any, ...] = ()  # further functions that it runs: what they name is captured too
     _bindings: Any = None  # as a module's
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from mutatis.model.treescoped import render_wrapped
+
+        return render_wrapped(self, path, subtree_renderer)
+
 
 def borrows(value: Any) -> bool:
     """Whether a value is a function that belongs to a node, or names one in its options."""

@@ -33,6 +33,7 @@ from jax.nn import swish as swish
 from jax.nn import tanh as tanh
 
 from mutatis import _equivalents, _homes
+from mutatis.core.calls import constructs
 from mutatis.nn import initializers as initializers
 from mutatis.nn.activations import PReLU as PReLU
 from mutatis.nn.attention import MultiHeadAttention as MultiHeadAttention
@@ -81,12 +82,54 @@ from mutatis.nn.sequences import RNN as RNN
 from mutatis.nn.sequences import Bidirectional as Bidirectional
 from mutatis.nn.sequences import flip_sequences as flip_sequences
 from mutatis.nn.slots import SlotCache as SlotCache
+from mutatis.nn.spiking.connections import Connection as Connection
+from mutatis.nn.spiking.connections import FixedNum as FixedNum
+from mutatis.nn.spiking.connections import FixedProb as FixedProb
+from mutatis.nn.spiking.connections import OneToOne as OneToOne
+from mutatis.nn.spiking.connections import Sparse as Sparse
+from mutatis.nn.spiking.delays import Delay as Delay
+from mutatis.nn.spiking.encoders import Poisson as Poisson
+from mutatis.nn.spiking.encoders import latency as latency
+from mutatis.nn.spiking.integrators import dt as dt
+from mutatis.nn.spiking.integrators import exp_euler as exp_euler
+from mutatis.nn.spiking.integrators import rk4 as rk4
+from mutatis.nn.spiking.neurons import ALIF as ALIF
+from mutatis.nn.spiking.neurons import LI as LI
+from mutatis.nn.spiking.neurons import LIF as LIF
+from mutatis.nn.spiking.neurons import HodgkinHuxley as HodgkinHuxley
+from mutatis.nn.spiking.neurons import Izhikevich as Izhikevich
+from mutatis.nn.spiking.neurons import Neuron as Neuron
+from mutatis.nn.spiking.synapses import STP as STP
+from mutatis.nn.spiking.synapses import Alpha as Alpha
+from mutatis.nn.spiking.synapses import DualExpon as DualExpon
+from mutatis.nn.spiking.synapses import Expon as Expon
 from mutatis.nn.stack import Stack as Stack
 from mutatis.nn.stochastic import Dropout as Dropout
 from mutatis.nn.weight_norms import SpectralNorm as SpectralNorm
 from mutatis.nn.weight_norms import WeightNorm as WeightNorm
 
 __all__ = [
+    "Connection",
+    "FixedNum",
+    "FixedProb",
+    "OneToOne",
+    "Sparse",
+    "Delay",
+    "Poisson",
+    "latency",
+    "dt",
+    "exp_euler",
+    "rk4",
+    "ALIF",
+    "HodgkinHuxley",
+    "Izhikevich",
+    "LI",
+    "LIF",
+    "Neuron",
+    "STP",
+    "Alpha",
+    "DualExpon",
+    "Expon",
     "AdaptiveAvgPool",
     "AdaptiveMaxPool",
     "BatchNorm",
@@ -139,6 +182,28 @@ __all__ = [
     "min_pool",
     "pool",
 ]
+
+
+_RENAMED = {  # parameters of layers of PyTorch and Keras
+    "bias": "use_bias",
+    "stride": "strides",
+    "dilation": "kernel_dilation",
+    "groups": "feature_group_count",
+    "in_channels": "in_features",
+    "out_channels": "out_features",
+    "embedding_dim": "features",
+    "embed_dim": "in_features",
+    "normalized_shape": "num_features",
+    "eps": "epsilon",
+    "p": "rate",
+    "units": "out_features",
+    "filters": "out_features",
+    "input_size": "in_features",
+    "hidden_size": "hidden_features",
+}
+for _name in __all__:
+    if isinstance(_class := globals()[_name], type) and _class.__module__.startswith("mutatis."):
+        constructs(_class, "nn", _RENAMED)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,14 +11,14 @@ from mutatis.nn.layers import NO_METADATA, Layer, Metadata, PromoteDtype, parame
 
 
 class PReLU(Layer):
-    """The identity for positive numbers, and a slope that is trained for negative ones.
+    """The parametric ReLU: the identity for positive numbers, and multiplication by a learned slope for negative ones.
 
     Args:
-      negative_slope_init: the slope to start with.
-      dtype: the dtype to compute in; None is that of the input, to which the slope is then converted.
+      negative_slope_init: the first value of the slope.
+      dtype: the dtype of the computation and of the output. None takes that of the input.
       param_dtype: the dtype of the slope.
-      promote_dtype: brings ``(inputs, negative_slope)`` to one dtype, if one is given; is called with that tuple and
-        ``dtype=``.
+      promote_dtype: the function that brings ``(inputs, negative_slope)`` to one dtype; it is called with that tuple and
+        ``dtype=``. If `dtype` is None, the tuple has the input only, and the slope is converted to its dtype.
       negative_slope_metadata: metadata of the slope.
 
     Attributes:
@@ -29,7 +29,8 @@ class PReLU(Layer):
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> mu.nn.PReLU(0.5)(jnp.array([-2.0, 2.0])).tolist()
+      >>> activation = mu.nn.PReLU(0.5)
+      >>> activation(jnp.array([-2.0, 2.0])).tolist()
       [-1.0, 2.0]
     """
 
@@ -53,7 +54,7 @@ class PReLU(Layer):
         self._settle(promote_dtype=promote_dtype)
 
     def __call__(self, inputs: ArrayLike) -> jax.Array:
-        """Activate.
+        """Apply the activation to each element.
 
         Args:
           inputs: an array of floats, of any shape.

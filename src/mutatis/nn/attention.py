@@ -27,40 +27,43 @@ from mutatis.random import Rngs, stream_of
 
 
 class MultiHeadAttention(Module):
-    """Attention of several heads: each projects queries, keys and values, and a last projection brings the heads together.
+    """Attention of several heads, as in a transformer. Called with one input, it is self-attention.
 
-    Without keys it is attention of the input to itself. With ``decode=True`` the keys and values of what was read before are
-    kept in a cache, which `init_cache` makes: the input is what comes next, one token or many, and sees all that came before.
+    Each head projects the inputs to queries, keys and values. A last projection joins the heads.
+
+    To generate text, call `init_cache` once and then the layer with ``decode=True``. The input is the next token, or the next
+    several. The cache keeps the keys and values of all tokens, and each token sees those before it.
 
     Args:
       num_heads: the number of heads.
-      in_features: the size of the last axis of the queries' input.
-      qkv_features: the number of features of all heads together; None is `in_features`.
-      out_features: the size of the last axis of the output; None is `in_features`.
-      num_kv_heads: the number of heads of keys and values, of which each serves as many query heads; None is `num_heads`.
-      in_kv_features: the size of the last axis of the inputs of keys and values; None is `in_features`.
-      dtype: the dtype to compute in; None takes what the input and the parameters promote to.
+      in_features: the size of the last axis of the input of the queries.
+      qkv_features: the number of features of all heads together. None takes `in_features`.
+      out_features: the size of the last axis of the output. None takes `in_features`.
+      num_kv_heads: the number of heads of keys and values, of which each serves several query heads (grouped-query attention).
+        None takes `num_heads`.
+      in_kv_features: the size of the last axis of the inputs of keys and values. None takes `in_features`.
+      dtype: the dtype of the computation and of the output. None takes the common dtype of the input and the parameters.
       param_dtype: the dtype of the parameters.
-      broadcast_dropout: whether all of a batch and all heads drop the same weights.
-      dropout_rate: the probability of a weight of attention to be set to zero, in [0, 1).
-      deterministic: whether to drop nothing, unless the call says so. None goes by `training` of the module.
-      precision: of the products, as in `jax.lax.dot_general`.
-      kernel_init: makes the kernels, an initializer of `jax.nn.initializers`.
-      out_kernel_init: makes that of the last projection; None is `kernel_init`.
-      bias_init: makes the biases.
-      out_bias_init: makes that of the last projection; None is `bias_init`.
+      broadcast_dropout: whether all elements of a batch and all heads drop the same attention weights.
+      dropout_rate: the probability that an attention weight is set to zero, in [0, 1).
+      deterministic: whether to drop nothing, unless the call says so. None follows `model.train()` and `model.eval()`.
+      precision: the precision of the products, as in `jax.lax.dot_general`.
+      kernel_init, bias_init: the initializers of kernels and biases, as those of `jax.nn.initializers`.
+      out_kernel_init, out_bias_init: those of the last projection. None takes `kernel_init` and `bias_init`.
       use_bias: whether the projections have biases.
       attention_fn: `dot_product_attention`, or a function with its arguments.
-      decode: whether to read on from a cache, unless the call says so; None is False.
-      normalize_qk: whether to normalize queries and keys, each head for itself.
-      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: bring arrays to one dtype, in the projections of the inputs, in the
-        last one, and in the normalizations.
+      decode: whether to read from and write to the cache, unless the call says so. None means False.
+      normalize_qk: whether to normalize queries and keys, each head by itself.
+      qkv_promote_dtype, out_promote_dtype, ln_promote_dtype: functions that bring arrays to one dtype, in the projections of the
+        inputs, in the last one, and in the normalizations.
       qkv_dot_general, out_dot_general, qkv_dot_general_cls, out_dot_general_cls: as in `LinearGeneral`.
-      rngs: random streams, of which `params` is drawn from, and `dropout` if weights will be dropped.
-      keep_rngs: whether the layer has a stream of its own for dropout; else each call brings one.
+      rngs: random streams; the parameters are drawn from `params`, and a stream is forked from `dropout` if weights will be
+        dropped.
+      keep_rngs: whether the layer has a stream of its own for dropout. If False, each call brings one.
       kernel_metadata, out_kernel_metadata, bias_metadata, out_bias_metadata, query_ln_scale_metadata, key_ln_scale_metadata:
-        metadata of the parameters, such as ``{"sharding": (None, "heads")}``; None for the last projection is as for the others.
-      rope: turns queries and keys by their positions, before they are cached.
+        metadata of the parameters, such as ``{"sharding": (None, "heads")}``. None for the last projection takes that of the
+        others.
+      rope: a `RoPE`, which rotates queries and keys by their positions before they are cached.
 
     Attributes:
       query, key, value: `LinearGeneral` from the inputs to (heads, features).
@@ -70,7 +73,7 @@ class MultiHeadAttention(Module):
       cache: `KVCache`, or None before `init_cache`.
 
     Raises:
-      ArgumentError: the features do not divide into the heads, or these not among those of the keys.
+      ArgumentError: the number of heads does not divide the number of features, or the number of key heads that of query heads.
       RandomStreamError: there is no stream to draw from.
 
     Source:
@@ -79,13 +82,14 @@ class MultiHeadAttention(Module):
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> layer = mu.nn.MultiHeadAttention(num_heads=4, in_features=16, num_kv_heads=2, rngs=mu.Rngs(0))
-      >>> x = jnp.ones((1, 6, 16))
-      >>> layer(x, mask=mu.nn.make_causal_mask(x[..., 0])).shape
-      (1, 6, 16)
-      >>> layer.init_cache((1, 32, 16))
-      >>> layer(x, decode=True).shape, layer(x[:, :1], decode=True).shape, int(layer.cache.index)
-      ((1, 6, 16), (1, 1, 16), 7)
+      >>> layer = mu.nn.MultiHeadAttention(num_heads=4, in_features=16, rngs=mu.Rngs(0))
+      >>> x = jnp.ones((2, 6, 16))  # 2 sequences of 6 tokens
+      >>> layer(x, is_causal=True).shape
+      (2, 6, 16)
+      >>> layer.init_cache((2, 32, 16))
+      >>> _ = layer(x, decode=True)  # the prompt
+      >>> layer(x[:, :1], decode=True).shape, int(layer.cache.index)  # one further token
+      ((2, 1, 16), 7)
     """
 
     def __init__(
@@ -210,24 +214,23 @@ class MultiHeadAttention(Module):
         input_positions: ArrayLike | None = None,
         lengths: ArrayLike | None = None,
     ) -> jax.Array:
-        """Attend.
+        """Compute the attention of queries to keys and values.
 
         Args:
-          inputs_q: an array of floats of shape (*batch, queries, in_features).
-          inputs_k: one of shape (*batch, keys, in_kv_features); None is `inputs_q`.
-          inputs_v: one of shape (*batch, keys, in_kv_features); None is `inputs_k`.
-          mask: which keys a query sees; broadcasts to (*batch, heads, queries, keys). When it reads from a cache the keys are the
-            cache's places.
-          deterministic: whether to drop nothing; goes before what the layer was made with.
+          inputs_q: the input of the queries, an array of floats of shape (*batch, queries, in_features).
+          inputs_k: the input of the keys, of shape (*batch, keys, in_kv_features). None takes `inputs_q`.
+          inputs_v: the input of the values, of shape (*batch, keys, in_kv_features). None takes `inputs_k`.
+          mask: booleans that broadcast to (*batch, heads, queries, keys): whether a query sees a key. With a cache, the keys are
+            the places of the cache.
+          deterministic: whether to drop nothing; overrides the setting of the layer.
           rngs: random streams to draw from in place of the layer's own.
-          sow_weights: whether to keep the weights, as the Intermediate `attention_weights` of the layer.
-          decode: whether to read on from the cache; goes before what the layer was made with.
-          is_causal: whether a query sees only keys up to its own place. From a cache it never sees others.
-          out_sharding, qkv_sharding: how the output, and the projections of the inputs, are placed, on a mesh whose axes are
-            explicit.
-          input_positions: an array of shape (*batch, length), for `rope` or `attention_fn`; None counts from 0, or goes on
-            counting where the cache ends.
-          lengths: with a ragged cache, how many of the tokens count in each row; an array of shape batch.
+          sow_weights: whether to keep the attention weights, as the Intermediate `attention_weights` of the layer.
+          decode: whether to read from and write to the cache; overrides the setting of the layer.
+          is_causal: whether a query sees only the keys up to its own place. With a cache this is always so.
+          out_sharding, qkv_sharding: the shardings of the output and of the projected inputs, on a mesh whose axes are explicit.
+          input_positions: integers of shape (*batch, length), the positions for `rope` or `attention_fn`. None counts from 0, or
+            from the end of the cache.
+          lengths: for a ragged cache: the number of tokens that count in each row, integers of the shape of the batch.
 
         Returns:
           An array of shape (*batch, queries, out_features).
@@ -235,7 +238,7 @@ class MultiHeadAttention(Module):
         Raises:
           ArgumentError: an input or the mask has another shape; the cache is full; there are values without keys.
           RandomStreamError: there is no stream to draw from.
-          StructureError: it is to decode, and there is no cache.
+          StructureError: the call is to decode, and there is no cache.
         """
         query, key, value = self._project(inputs_q, inputs_k, inputs_v, qkv_sharding)
         cache = self._cache() if first_said(decode, self.decode, False) else None
@@ -274,16 +277,17 @@ class MultiHeadAttention(Module):
         window: int | None = None,
         ragged: bool = False,
     ) -> None:
-        """Make an empty cache.
+        """Make an empty cache for decoding.
 
         Args:
-          input_shape: the shape of all input that it will hold, (*batch, max_length, in_features).
+          input_shape: the shape of the largest input that the cache has to hold, (*batch, max_length, in_features).
           dtype: the dtype in which keys and values are kept.
-          window: how many tokens a query sees, itself included; None is for all. The cache is then a ring, without an end.
+          window: the number of tokens that a query sees, itself included; the cache then overwrites older ones and never gets
+            full. None means all tokens.
           ragged: whether each row of the batch has its own length.
 
         Raises:
-          ArgumentError: there is no place for what a query sees.
+          ArgumentError: the cache is too short for the window.
         """
         *batch, length, _ = input_shape
         self.cache = KVCache(batch, length, self.num_kv_heads, self.head_dim, dtype=dtype, window=window, ragged=ragged)

@@ -1,11 +1,10 @@
 """`KVCache`: the keys and values of the tokens so far, so that attention reads each token once.
 
 The arrays are made once, as large as they will ever be, and written in place, so one compiled step serves every length. A
-query sees what was written before it, by a mask. How many tokens are there is a state, one number for all rows of a batch, or
-(`ragged`) one for each row. With a `window` the array is a ring: a token takes the place of the oldest one, and its position is
-kept beside it.
+mask lets each query see the tokens up to its own. The number of tokens is a state, one for all rows of a batch or (`ragged`) one
+for each row. With a `window` the array is a ring: a token takes the place of the oldest one, and its position is kept beside it.
 
-Axes are counted from the end, so what is said of a cache holds for those of a stack of layers as well.
+Axes are counted from the end, so that a cache in a stack of layers, which has a leading axis more, works in the same way.
 """
 
 from __future__ import annotations
@@ -28,30 +27,31 @@ from mutatis.nn.layers import as_axes, convert
 
 
 class KVCache(Module):
-    """Keys and values of the tokens so far, for one layer of attention.
+    """The keys and values of the tokens so far, for one layer of attention.
 
-    `mu.reset(model, mu.Cache)` empties the caches of a model; `nn.kv_caches(model)` gives them.
+    `MultiHeadAttention.init_cache` makes one and the layer fills it, so most users only empty it, ``mu.reset(model, mu.Cache)``,
+    or take tokens back, `truncate`. `nn.kv_caches(model)` lists the caches of a model.
 
-    A cache that is full is an error where it can be known: when more tokens come at once than there are places, and outside of
-    compiled programs. Inside of one, further tokens take the last places (in a ragged cache they are lost), and `index` goes on
-    counting: compare it with `max_length` where it matters.
+    Too many tokens are an error wherever that can be known: when more come at once than there are places, and in ordinary code.
+    In a compiled program, tokens beyond the end overwrite the last places (a ragged cache drops them), and `index` goes on
+    counting. Compare it with `max_length` where it matters.
 
     Args:
-      batch_shape: the batch axes; one int is for one axis.
-      max_length: for how many tokens there is place; with a `window`, at least its size, which is the default. What is above
-        it is by how much the cache may be rolled back.
+      batch_shape: the sizes of the batch axes; an int is for one axis.
+      max_length: the number of places for tokens. With a `window` it is at least the size of the window, which is then the
+        default; with more places, `truncate` can take back more tokens.
       num_heads: the number of heads of keys and values.
-      head_dim: the number of features of each.
-      dtype: the dtype in which they are kept.
-      window: how many tokens a query sees, itself included; None is for all. With a window there is always place.
+      head_dim: the number of features of each head.
+      dtype: the dtype in which keys and values are kept.
+      window: the number of tokens that a query sees, itself included; older ones are overwritten. None means all tokens.
       ragged: whether each row of the batch has its own length.
 
     Attributes:
       key: Cache of shape (*batch_shape, max_length, num_heads, head_dim).
       value: Cache of the same shape.
-      index: Cache, the number of tokens so far; of shape batch_shape if `ragged`, else ().
-      positions: Cache of shape (*index.shape, max_length), the position of the token in each place, -1 for none; None without
-        a window.
+      index: Cache, the number of tokens so far, int32 of shape () or, if `ragged`, of shape batch_shape.
+      positions: Cache of shape (*index.shape, max_length), the position of the token in each place, -1 for none; None without a
+        window.
 
     Raises:
       ArgumentError: there is no length, or one that is shorter than the window.
@@ -59,10 +59,12 @@ class KVCache(Module):
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> cache = mu.nn.KVCache(2, max_length=8, num_heads=1, head_dim=4)
-      >>> prompt = jnp.ones((2, 3, 1, 4))
+      >>> prompt = jnp.ones((2, 3, 1, 4))  # 2 sequences of 3 tokens
       >>> keys, values, mask = cache.update(prompt, prompt)
-      >>> keys.shape, mask[0, 0].astype(int).tolist()
-      ((2, 8, 1, 4), [[1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]])
+      >>> keys.shape, int(cache.index)
+      ((2, 8, 1, 4), 3)
+      >>> mask[0, 0, -1].tolist()  # the places that the last token sees
+      [True, True, True, False, False, False, False, False]
       >>> cache.truncate(2)
       >>> int(cache.index)
       2
@@ -100,13 +102,13 @@ class KVCache(Module):
         self.positions = None if window is None else _state((*counted, length), jnp.int32, -1)
 
     def next_positions(self, count: int) -> jax.Array:
-        """The positions of the next tokens.
+        """The positions of the next tokens: the numbers from `index` on.
 
         Args:
-          count: how many.
+          count: the number of tokens.
 
         Returns:
-          An array of shape (*index.shape, count).
+          Integers of shape (*index.shape, count).
         """
         start = self.index.value
         return start[..., None] + jnp.arange(count, dtype=jnp.int32).reshape((1,) * start.ndim + (count,))
@@ -114,17 +116,17 @@ class KVCache(Module):
     def update(
         self, key: jax.Array, value: jax.Array, lengths: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Add tokens, one or many.
+        """Add the keys and values of one or more tokens, and return all that there are.
 
         Args:
           key, value: arrays of shape (*batch_shape, count, num_heads, head_dim).
-          lengths: how many of them count in each row, from the first, of shape batch_shape; None is for all. The others fill up
-            rows of different lengths. Only a ragged cache takes it.
+          lengths: for a ragged cache: the number of tokens that count in each row, from the first; integers of shape batch_shape.
+            The others are padding. None means all.
 
         Returns:
-          keys, values: what there is to attend to, of shape (*batch_shape, places, num_heads, head_dim) and the dtype of the
-            input. With a window and several tokens there are `count` more places than the cache has: what the first of them
-            see may be gone once the last of them are there.
+          keys, values: arrays of shape (*batch_shape, places, num_heads, head_dim) and the dtype of the input, to attend to.
+            There are as many places as in the cache. With a window and several tokens there are `count` more, because the first
+            of the new tokens may see old ones that the last overwrite.
           mask: booleans of shape (*batch_shape or ones, 1, count, places): whether a query sees a place.
 
         Raises:
@@ -158,20 +160,20 @@ class KVCache(Module):
         return convert(new[0], key.dtype), convert(new[1], value.dtype), mask
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Remove all tokens."""
         self.index.value = jnp.zeros_like(self.index.value)
         if self.positions is not None:
             self.positions.value = jnp.full_like(self.positions.value, -1)
 
     def truncate(self, length: ArrayLike) -> None:
-        """Roll back to a length; rows that are shorter stay as they are.
+        """Take back the last tokens, so that a length remains; rows that are shorter stay as they are.
 
         Args:
-          length: an int for all rows, or for a ragged cache an array of shape batch_shape.
+          length: the number of tokens that remain: an int for all rows, or for a ragged cache integers of shape batch_shape.
 
         Raises:
-          ArgumentError: the length is negative or of another shape, or tokens that the window would show are no longer kept;
-            inside compiled programs these are masked.
+          ArgumentError: the length is negative or of another shape, or tokens in the window are no longer kept; inside compiled
+            programs these are masked.
         """
         new = jnp.asarray(length, jnp.int32)
         fits = new.shape == () or (self.ragged and new.shape == self.batch_shape)
@@ -191,13 +193,13 @@ class KVCache(Module):
         self.index.value = index
 
     def reorder(self, rows: ArrayLike) -> None:
-        """Let each row go on from a row, as beams do.
+        """Replace each row of the batch by a copy of some row, as beam search does.
 
         Args:
-          rows: for each row the number of the one that it goes on from; an array of shape batch_shape.
+          rows: for each row the number of the row to copy; integers of shape batch_shape.
 
         Raises:
-          ArgumentError: the batch has not one axis, or there are more or fewer numbers.
+          ArgumentError: the batch does not have one axis, or there are more or fewer numbers.
         """
         rows = jnp.asarray(rows)
         if rows.shape != self.batch_shape or rows.ndim != 1:
@@ -211,6 +213,27 @@ class KVCache(Module):
             )
         for cell, after in self._rows():
             cell.value = jnp.take(cell.value, rows, axis=-1 - after)
+
+    def kept_before(self, row: ArrayLike, length: ArrayLike) -> jax.Array | None:
+        """The positions that a row of a ragged cache with a window would hold if it were rolled back to a length.
+
+        Args:
+          row: the number of the row.
+          length: the number of tokens that would remain.
+
+        Returns:
+          Integers of shape (max_length,), -1 for places without a token. None without a window.
+
+        Raises:
+          ArgumentError: tokens in the window are no longer kept.
+        """
+        if self.positions is None:
+            return None
+        end = jnp.asarray(length, jnp.int32)
+        stored = self.positions.value[row]
+        kept = jnp.where(stored < end, stored, -1)
+        self._check_window(kept, end)
+        return kept
 
     def _rows(self) -> list[tuple[Cache[jax.Array], int]]:
         """The states that have the batch axes, and how many axes come after these."""
@@ -304,15 +327,20 @@ class KVCache(Module):
 
 
 def kv_caches(node: Any) -> list[KVCache]:
-    """The caches of a model, in the order of its layers.
+    """The key-value caches of a model, in the order of its layers.
 
     Args:
       node: a Module, or a list, tuple or dict of them.
+
+    Returns:
+      A list of `KVCache`s. They are the caches of the model themselves, so a change of one changes the model.
 
     Example:
       >>> import mutatis as mu
       >>> model = mu.nn.MultiHeadAttention(2, 8, decode=True, rngs=mu.Rngs(0))
       >>> model.init_cache((1, 16, 8))
+      >>> [int(cache.index) for cache in mu.nn.kv_caches(model)]  # the number of tokens in each
+      [0]
       >>> for cache in mu.nn.kv_caches(model):
       ...     cache.truncate(0)
     """

@@ -1,4 +1,4 @@
-"""Carries: what recurrent cells remember from step to step, handed in and out or kept in the model as `Hidden`."""
+"""Carries: the memory of recurrent cells from step to step, an argument and a result or a `Hidden` state of the model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,21 @@ class RNNCellBase(Module):
     """Base class of recurrent cells.
 
     A cell of your own defines ``__call__(carry, inputs) -> (carry, outputs)`` and `initialize_carry`. For `RNN(stateful=True)`
-    it has a `Hidden` state `carry`, too.
+    it also has a `Hidden` state `carry`.
 
     Attributes:
-      carry: Hidden; the carry of the calls that do not hand one in.
+      carry: Hidden, the carry that the cell keeps, for calls without a carry.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> class Sum(mu.nn.RNNCellBase):
+      ...     def __call__(self, carry, x):
+      ...         return carry + x, carry + x
+      ...     def initialize_carry(self, input_shape, rngs=None, carry_init=None):
+      ...         return jnp.zeros(input_shape)
+      >>> x = jnp.ones((1, 3, 2))  # one sequence of 3 steps
+      >>> mu.nn.RNN(Sum())(x)[0, :, 0].tolist()
+      [1.0, 2.0, 3.0]
     """
 
     carry: Hidden[Any]
@@ -39,18 +50,19 @@ class RNNCellBase(Module):
     @overload
     def __call__(self, carry: Carry, inputs: ArrayLike) -> tuple[Carry, jax.Array]: ...
     def __call__(self, carry: Any, inputs: Any = None) -> Any:
-        """Make a step: ``cell(carry, inputs)``, or ``cell(inputs)`` from the cell's own carry.
+        """Make one step: ``cell(carry, inputs)``, or ``cell(inputs)`` from the carry that the cell keeps.
 
         Args:
-          carry: what the cell remembers, as `initialize_carry` or the step before gives it.
-          inputs: an array of shape (*batch, in_features).
+          carry: the carry of the step before, or the first one by `initialize_carry`. In a call with one argument it is the
+            input.
+          inputs: an array of floats of shape (*batch, in_features).
 
         Returns:
-          The new carry and the output, of shape (*batch, hidden_features); ``cell(inputs)`` gives the output only. A carry of the
-          cell's own that has no batch axes yet is that of each element of the batch.
+          The new carry and the output, of shape (*batch, hidden_features). ``cell(inputs)`` returns the output only, and writes
+          the new carry to `cell.carry`. If that carry has no batch axes yet, all elements of the batch start from it.
 
         Raises:
-          ArgumentError: the input has another number of features, or the cell's own carry is that of another batch.
+          ArgumentError: the input has another number of features, or the carry of the cell is that of another batch.
         """
         if inputs is not None:
             return self._step(carry, jnp.asarray(inputs))
@@ -62,12 +74,15 @@ class RNNCellBase(Module):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Rngs | RngState | None = None, carry_init: Initializer | None = None
     ) -> Carry:
-        """A carry to start from.
+        """Make a first carry.
 
         Args:
-          input_shape: the shape of the input of a step, (*batch, in_features).
+          input_shape: the shape of the input of one step, (*batch, in_features).
           rngs: random streams, of which `carry` is drawn from, or one stream; carries of zeros need none.
-          carry_init: makes the carry, an initializer of `jax.nn.initializers`; goes before what the cell was made with.
+          carry_init: the initializer of the carry, as those of `jax.nn.initializers`; overrides the setting of the cell.
+
+        Returns:
+          An array, or a pytree of arrays, of shape (*batch, hidden_features).
 
         Raises:
           RandomStreamError: the initializer may draw, and there is no stream to draw from.
@@ -76,7 +91,7 @@ class RNNCellBase(Module):
 
     @property
     def num_feature_axes(self) -> int:
-        """How many of the input's last axes are no batch axes."""
+        """The number of the input's last axes that are features. All axes before them are batch axes."""
         return 1
 
     def _step(self, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
@@ -139,7 +154,7 @@ class Cell(RNNCellBase):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Rngs | RngState | None = None, carry_init: Initializer | None = None
     ) -> jax.Array:
-        """A carry to start from: an array of shape (*batch, hidden_features).
+        """Make a first carry: an array of shape (*batch, hidden_features), of zeros by default.
 
         Args:
           input_shape, rngs, carry_init: as in `RNNCellBase`.

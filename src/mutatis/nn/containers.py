@@ -13,13 +13,13 @@ from mutatis.model.modules import Module
 
 
 class Sequential(Module):
-    """Layers and functions, each called with what the one before it returned.
+    """Layers and functions in a row: each is called with the result of the one before it.
 
-    A tuple is given to the next one as its positional arguments, a dictionary as its keyword arguments. Keyword arguments of
-    the call reach each layer that has arguments of these names, such as `deterministic`.
+    If a result is a tuple, its items are the positional arguments of the next layer, and a dictionary gives the keyword
+    arguments. A keyword argument of the call, such as `deterministic`, goes to each layer that has an argument of this name.
 
     Args:
-      *fns: layers and functions.
+      *fns: the layers and functions.
 
     Attributes:
       layers: the list of them.
@@ -28,25 +28,27 @@ class Sequential(Module):
       >>> import jax.numpy as jnp, mutatis as mu
       >>> rngs = mu.Rngs(0)
       >>> model = mu.nn.Sequential(mu.nn.Linear(2, 8, rngs=rngs), mu.nn.relu, mu.nn.Linear(8, 3, rngs=rngs))
-      >>> model(jnp.ones((4, 2))).shape, len(model), model[1] is mu.nn.relu
-      ((4, 3), 3, True)
+      >>> model(jnp.ones((4, 2))).shape
+      (4, 3)
+      >>> len(model), model[0].kernel.shape
+      (3, (2, 8))
     """
 
     def __init__(self, *fns: Callable[..., Any]) -> None:
         self.layers = list(fns)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call them all.
+        """Call the layers, one after the other.
 
         Args:
-          *args: what the first is called with.
-          **kwargs: what each is called with that takes it.
+          *args: the positional arguments of the first layer.
+          **kwargs: keyword arguments, each for the layers that have an argument of this name.
 
         Returns:
-          What the last returns; without layers, what was given.
+          The result of the last layer. Without layers, the arguments.
 
         Raises:
-          ArgumentError: one of them cannot be called, or two say a keyword argument.
+          ArgumentError: one of them cannot be called, or it gets a keyword argument from the call and from the layer before.
         """
         if not self.layers:
             return args[0] if len(args) == 1 else args or kwargs or None
@@ -82,7 +84,9 @@ class Sequential(Module):
             where=naming.where(),
             expected=expected,
             got=got,
-            cure="`nn.Sequential(layer, nn.relu, layer)`; what does not go from one to the next is a Module with a `__call__`.",
+            cure="`nn.Sequential(*layers)` takes a list apart."
+            if isinstance(self.layers[number], list | tuple)
+            else "`nn.Sequential(layer, nn.relu, layer)`; what does not go from one to the next is a Module with a `__call__`.",
         )
 
 

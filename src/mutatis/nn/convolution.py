@@ -61,24 +61,29 @@ class _Convolution(Layer):
 
 
 class Conv(_Convolution):
-    """A convolution (cross-correlation) over the spatial axes, channels last.
+    """A convolution over the spatial axes, with the channels last: images have the shape (batch, height, width, channels).
+
+    As in other libraries the kernel is not flipped, so it is a cross-correlation. The number of spatial axes is that of
+    `kernel_size`: one for sequences, two for images, three for volumes.
 
     Args:
-      in_features: the number of channels of the input; None takes it from the first input.
+      in_features: the number of channels of the input. None takes it from the first input.
       out_features: the number of channels of the output.
-      kernel_size: the size of the kernel along each spatial axis; their number is that of the spatial axes. One int is for
-        one axis.
-      strides: the step along each spatial axis; one int is for all.
-      padding: ``"SAME"``, ``"VALID"``, an int for both sides of all axes, or for each axis an int or (low, high).
-        ``"CIRCULAR"`` continues the input periodically and ``"REFLECT"`` mirrors it, with as much as ``"SAME"`` pads for a
-        step of 1; ``"CAUSAL"``, for one spatial axis, pads it at the front only, so that no output sees a later input.
-      input_dilation: the spacing of the input along each spatial axis.
-      kernel_dilation: the spacing of the kernel along each spatial axis.
-      feature_group_count: into how many groups the channels are divided.
-      mask: an array of the kernel's shape, by which the kernel is multiplied; it is a Buffer of the layer.
-      conv_general_dilated: computes the convolution, in place of `jax.lax.conv_general_dilated`.
-      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type, rngs,
-        kernel_metadata, bias_metadata: as in `Linear`.
+      kernel_size: the size of the kernel along each spatial axis. An int is for one axis, so give ``(3, 3)`` for images.
+      strides: the step along each spatial axis; an int is for all.
+      padding: ``"SAME"`` (for a step of 1 the output has the size of the input), ``"VALID"`` (none), an int for both sides of all
+        axes, or for each axis an int or (low, high). ``"CIRCULAR"`` continues the input periodically and ``"REFLECT"`` mirrors
+        it, each with as much as ``"SAME"`` pads for a step of 1. ``"CAUSAL"``, for one spatial axis, pads at the front only, so
+        that no output sees a later input.
+      input_dilation: the spacing of the input along each spatial axis; an int is for all.
+      kernel_dilation: the spacing of the kernel along each spatial axis; an int is for all.
+      feature_group_count: the number of groups of channels; `groups` in PyTorch.
+      use_bias: whether to add a bias.
+      mask: an array of the kernel's shape, by which the kernel is multiplied. It is a Buffer of the layer.
+      dtype: the dtype of the computation and of the output. None takes the common dtype of the input and the parameters.
+      conv_general_dilated: the function for the convolution, in place of `jax.lax.conv_general_dilated`.
+      param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type, rngs, kernel_metadata, bias_metadata:
+        as in `Linear`.
 
     Attributes:
       kernel: Param of shape (*kernel_size, in_features // feature_group_count, out_features).
@@ -156,10 +161,10 @@ class Conv(_Convolution):
 
         Args:
           inputs: an array of floats, of shape (..., *spatial, in_features), with any number of batch axes.
-          out_sharding: how the result is placed, on a mesh whose axes are explicit; several batch axes count as one.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit; several batch axes count as one.
 
         Returns:
-          An array of shape (..., *spatial, out_features); the spatial sizes depend on the padding and strides.
+          An array of shape (..., *spatial, out_features). Its spatial sizes depend on the padding and the strides.
 
         Raises:
           ArgumentError: the input has another number of channels, or too few axes, or holds integers.
@@ -209,26 +214,30 @@ class Conv(_Convolution):
 
 
 class ConvTranspose(_Convolution):
-    """A transposed convolution over the spatial axes, channels last: it spreads each input over the kernel's places.
+    """A transposed convolution over the spatial axes, with the channels last, as decoders use it to enlarge images.
+
+    The number of spatial axes is that of `kernel_size`: one for sequences, two for images, three for volumes.
 
     Args:
-      in_features: the number of channels of the input; None takes it from the first input.
+      in_features: the number of channels of the input. None takes it from the first input.
       out_features: the number of channels of the output.
-      kernel_size: the size of the kernel along each spatial axis; one int is for one axis.
-      strides: by how much the output is finer, along each spatial axis; one int is for all, None is 1.
-      padding: ``"SAME"`` gives `strides` times the size of the input, ``"VALID"`` all places that the kernel reaches, and
-        ``"CIRCULAR"`` the size of ``"SAME"`` of a periodic output. An int, or for each axis an int or (low, high), is what
-        is put around the spread input, as in `jax.lax.conv_transpose`; PyTorch's `padding` is ``dilation * (size - 1)``
-        minus that.
-      kernel_dilation: the spacing of the kernel along each spatial axis; None is 1.
-      mask: an array of the kernel's shape, by which the kernel is multiplied; it is a Buffer of the layer.
-      transpose_kernel: whether the kernel is that of the `Conv` whose transpose this is: its spatial axes are flipped, and
-        its channels exchanged.
+      kernel_size: the size of the kernel along each spatial axis. An int is for one axis, so give ``(3, 3)`` for images.
+      strides: the factor by which the output is larger than the input, along each spatial axis; an int is for all. None means
+        1.
+      padding: ``"SAME"`` (the output has `strides` times the size of the input), ``"VALID"`` (the output has all places that
+        the kernel reaches), or ``"CIRCULAR"`` (the size of ``"SAME"``, for a periodic output). An int, or for each axis an int
+        or (low, high), pads the input after it was spread by `strides`, as in `jax.lax.conv_transpose`. PyTorch's `padding` is
+        ``dilation * (size - 1)`` minus that number.
+      kernel_dilation: the spacing of the kernel along each spatial axis; an int is for all. None means 1.
+      mask: an array of the kernel's shape, by which the kernel is multiplied. It is a Buffer of the layer.
+      transpose_kernel: whether the kernel is that of the `Conv` whose transpose this layer is: its spatial axes are flipped,
+        and its channels exchanged.
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type, rngs,
         kernel_metadata, bias_metadata: as in `Linear`.
 
     Attributes:
-      kernel: Param of shape (*kernel_size, in_features, out_features), or with the channels exchanged.
+      kernel: Param of shape (*kernel_size, in_features, out_features), or (*kernel_size, out_features, in_features) with
+        `transpose_kernel`.
       bias: Param of shape (out_features,), or None.
 
     Raises:
@@ -292,13 +301,13 @@ class ConvTranspose(_Convolution):
         )
 
     def __call__(self, inputs: ArrayLike) -> jax.Array:
-        """Convolve.
+        """Apply the transposed convolution.
 
         Args:
           inputs: an array of floats, of shape (..., *spatial, in_features), with any number of batch axes.
 
         Returns:
-          An array of shape (..., *spatial, out_features); the spatial sizes depend on the padding and strides.
+          An array of shape (..., *spatial, out_features). Its spatial sizes depend on the padding and the strides.
 
         Raises:
           ArgumentError: the input has another number of channels, or too few axes, or holds integers.

@@ -1,4 +1,4 @@
-"""Attention of queries to keys: how much each query takes from each key, and the values averaged by that."""
+"""Attention of queries to keys: the weights, and the means of the values with these weights."""
 
 from __future__ import annotations
 
@@ -34,39 +34,41 @@ def dot_product_attention_weights(
     promote_dtype: PromoteDtype = promote_dtype,
     is_causal: bool = False,
 ) -> jax.Array:
-    """How much each query takes from each key: ``softmax(query @ key.T / sqrt(features) + bias)``.
+    """The attention weights of queries and keys: ``softmax(query @ key.T / sqrt(features) + bias)``.
 
     Args:
-      query: an array of shape (*batch, queries, heads, features).
-      key: an array of shape (*batch, keys, key heads, features). Of fewer heads than the queries have, each serves as many
-        of these.
-      bias: is added before the softmax; broadcasts to (*batch, heads, queries, keys).
-      mask: which keys a query sees; broadcasts to the same. A query that sees none takes the same from all.
-      broadcast_dropout: whether all of a batch and all heads drop the same weights.
-      dropout_rng: the key for dropout.
-      dropout_rate: the probability of a weight to be set to zero, in [0, 1).
+      query: an array of floats of shape (*batch, queries, heads, features).
+      key: an array of floats of shape (*batch, keys, key heads, features). If there are fewer key heads than heads, each serves
+        several heads (grouped-query attention).
+      bias: an array that broadcasts to (*batch, heads, queries, keys), and is added before the softmax.
+      mask: an array that broadcasts to (*batch, heads, queries, keys), and is True or not 0 where a query sees a key. A query
+        that sees no key gives the same weight to all.
+      broadcast_dropout: whether all elements of a batch and all heads drop the same weights.
+      dropout_rng: the random key for dropout.
+      dropout_rate: the probability that a weight is set to zero, in [0, 1).
       deterministic: whether to drop nothing.
-      dtype: the dtype to compute in; None takes what the arrays promote to.
-      precision: of the product, as in `jax.lax.dot_general`.
-      module: keeps the weights as its Intermediate `attention_weights`.
-      promote_dtype: brings ``(query, key)`` to one dtype.
-      is_causal: whether a query sees only keys up to its own place.
+      dtype: the dtype of the computation. None takes the common dtype of the arrays.
+      precision: the precision of the product, as in `jax.lax.dot_general`.
+      module: a module that keeps the weights as its Intermediate `attention_weights`.
+      promote_dtype: the function that brings ``(query, key)`` to one dtype; it is called with that tuple and ``dtype=``.
+      is_causal: whether a query sees only the keys up to its own place.
 
     Returns:
-      An array of shape (*batch, heads, queries, keys).
+      An array of shape (*batch, heads, queries, keys). The weights of a query sum to 1, unless some were dropped.
 
     Raises:
-      ArgumentError: the shapes do not fit each other, or the rate is not one.
-      RandomStreamError: weights are to be dropped, and there is no key.
+      ArgumentError: the shapes do not fit each other, or the rate is not in [0, 1).
+      RandomStreamError: weights are to be dropped, and there is no `dropout_rng`.
 
     Source:
       Vaswani et al., Attention is all you need, 2017, https://arxiv.org/abs/1706.03762
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> query, key = jnp.zeros((1, 2, 4, 8)), jnp.zeros((1, 3, 2, 8))
-      >>> mu.nn.dot_product_attention_weights(query, key).shape
-      (1, 4, 2, 3)
+      >>> query, key = jnp.zeros((1, 3, 2, 8)), jnp.zeros((1, 4, 2, 8))  # 3 queries and 4 keys, in 2 heads
+      >>> weights = mu.nn.dot_product_attention_weights(query, key)
+      >>> weights.shape, weights[0, 0, 0].tolist()
+      ((1, 2, 3, 4), [0.25, 0.25, 0.25, 0.25])
     """
     if not 0 <= dropout_rate < 1:
         raise ArgumentError(
@@ -127,30 +129,33 @@ def dot_product_attention(
     promote_dtype: PromoteDtype = promote_dtype,
     is_causal: bool = False,
 ) -> jax.Array:
-    """The values, averaged for each query by `dot_product_attention_weights`.
+    """Attention: for each query, the mean of the values with the weights of `dot_product_attention_weights`.
 
-    Without dropout, `precision` and `module` it is `jax.nn.dot_product_attention` that computes it, with a fast kernel where
-    JAX has one.
+    If `dropout_rate` is 0, there is no `precision` and no `module`, and keys and values have one shape,
+    `jax.nn.dot_product_attention` computes it, with a fast kernel where JAX has one.
 
     Args:
-      query: an array of shape (*batch, queries, heads, features).
-      key: an array of shape (*batch, keys, key heads, features); there may be fewer key heads.
-      value: an array of shape (*batch, keys, key heads, value features).
-      bias, mask, broadcast_dropout, dropout_rng, dropout_rate, deterministic, dtype, precision, module, promote_dtype,
-        is_causal: as in `dot_product_attention_weights`.
+      query: an array of floats of shape (*batch, queries, heads, features).
+      key: an array of floats of shape (*batch, keys, key heads, features). If there are fewer key heads than heads, each serves
+        several heads.
+      value: an array of floats of shape (*batch, keys, key heads, value features).
+      bias, mask, broadcast_dropout, dropout_rng, dropout_rate, deterministic, dtype, precision, module, is_causal: as in
+        `dot_product_attention_weights`.
+      promote_dtype: the function that brings ``(query, key, value)`` to one dtype; it is called with that tuple and ``dtype=``.
 
     Returns:
       An array of shape (*batch, queries, heads, value features).
 
     Raises:
-      ArgumentError: the shapes do not fit each other, or the rate is not one.
-      RandomStreamError: weights are to be dropped, and there is no key.
+      ArgumentError: the shapes do not fit each other, or the rate is not in [0, 1).
+      RandomStreamError: weights are to be dropped, and there is no `dropout_rng`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> query, key = jnp.zeros((1, 2, 4, 8)), jnp.zeros((1, 3, 2, 8))
-      >>> mu.nn.dot_product_attention(query, key, jnp.ones((1, 3, 2, 8))).shape
-      (1, 2, 4, 8)
+      >>> query = jnp.ones((2, 6, 4, 8))  # 2 sequences of 6 tokens, in 4 heads of 8 features
+      >>> key = value = jnp.ones((2, 6, 4, 8))
+      >>> mu.nn.dot_product_attention(query, key, value, is_causal=True).shape
+      (2, 6, 4, 8)
     """
     q, k, v = promote_dtype((jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)), dtype=dtype)
     shape = _weights_shape(q, k, v)
@@ -186,21 +191,27 @@ def dot_product_attention_with_rope(
     input_positions: ArrayLike | None = None,
     **options: Any,
 ) -> jax.Array:
-    """`dot_product_attention` with queries and keys that are turned by their positions.
+    """`dot_product_attention` after a rotation of queries and keys by their positions.
 
-    `MultiHeadAttention` has an argument `rope` for that, which goes together with a cache.
+    In a model, give `rope` to `MultiHeadAttention` instead: that works with a cache, too.
 
     Args:
       query, key, value: as in `dot_product_attention`.
-      rope: turns the queries and the keys.
-      input_positions: an array of shape (*batch, length); None counts from 0.
-      **options: as in `dot_product_attention`.
+      rope: the `RoPE` that rotates the queries and the keys.
+      input_positions: integers of shape (*batch, length), the positions of queries and keys. None counts from 0.
+      **options: further arguments of `dot_product_attention`.
 
     Returns:
       An array of shape (*batch, queries, heads, value features).
 
     Raises:
       ArgumentError: the shapes do not fit each other.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> x = jnp.ones((2, 6, 4, 8))  # 2 sequences of 6 tokens, in 4 heads of 8 features
+      >>> mu.nn.dot_product_attention_with_rope(x, x, x, rope=mu.nn.RoPE(), is_causal=True).shape
+      (2, 6, 4, 8)
     """
     q, k = (turned(rope, jnp.asarray(x), input_positions) for x in (query, key))
     return dot_product_attention(q, k, value, **options)

@@ -29,20 +29,21 @@ def default_embed_init(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Ar
 
 
 class Embed(Layer):
-    """A table of vectors, looked up by number.
+    """A table of vectors that are looked up by number, such as the embeddings of tokens.
 
-    A number that is not in the table gives NaN, since nothing can be raised inside a compiled program; negative numbers
-    count from its end. If there is only one vector, it is given for every number.
+    A number beyond the table gives NaN, because compiled code cannot raise an error. Negative numbers count from the end of the
+    table. A table with a single vector gives it for every number.
 
     Args:
       num_embeddings: the number of vectors.
-      features: the size of each.
-      dtype: the dtype of the result; None is that of the table.
+      features: the size of each vector.
+      dtype: the dtype of the result. None takes that of the table.
       param_dtype: the dtype of the table.
-      embedding_init: makes the table, an initializer of `jax.nn.initializers`.
-      promote_dtype: brings ``(embedding,)``, or ``(query, embedding)``, to one dtype; is called with that tuple and
-        ``dtype=``, and for the former with ``inexact=False``.
-      rngs: random streams, of which `params` is drawn from.
+      embedding_init: the initializer of the table, as those of `jax.nn.initializers`. The default is normal with variance 1 /
+        features.
+      promote_dtype: the function that brings ``(embedding,)``, or ``(query, embedding)``, to one dtype. It is called with that
+        tuple and ``dtype=``, and for the former with ``inexact=False``.
+      rngs: random streams; the table is drawn from the stream `params`.
       embedding_metadata: metadata of the table, such as ``{"sharding": ("vocab", "embed")}``.
 
     Attributes:
@@ -55,8 +56,11 @@ class Embed(Layer):
       >>> import jax.numpy as jnp, mutatis as mu
       >>> embed = mu.nn.Embed(num_embeddings=100, features=8, rngs=mu.Rngs(0))
       >>> x = embed(jnp.array([[3, 1, 4]]))
-      >>> x.shape, embed.attend(x).shape
-      ((1, 3, 8), (1, 3, 100))
+      >>> x.shape
+      (1, 3, 8)
+      >>> logits = embed.attend(x)  # an output layer with the same weights
+      >>> logits.shape
+      (1, 3, 100)
     """
 
     def __init__(
@@ -81,12 +85,12 @@ class Embed(Layer):
         self._settle(promote_dtype=promote_dtype)
 
     def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
-        """Look up.
+        """Look up the vectors of some numbers.
 
         Args:
           inputs: an array of integers, of any shape.
-          out_sharding: how the result is placed, on a mesh whose axes are explicit; None is as the input, and along the
-            features as the table.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit. None takes that of the input, and along the
+            features that of the table.
 
         Returns:
           An array of shape (*inputs.shape, features).
@@ -113,11 +117,11 @@ class Embed(Layer):
         return looked_up(table, numbers, out_sharding=out_sharding)
 
     def attend(self, query: ArrayLike, out_sharding: Any = None) -> jax.Array:
-        """The inner product with every vector: logits over the table, from the weights of the embedding.
+        """Compute the inner product with every vector: logits over the table, by the weights of the embedding.
 
         Args:
           query: an array of floats, of shape (..., features).
-          out_sharding: how the result is placed, on a mesh whose axes are explicit.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit.
 
         Returns:
           An array of shape (..., num_embeddings).

@@ -16,25 +16,25 @@ from mutatis.random import Rngs
 
 
 class LayerNorm(Normalization):
-    """Normalizes each example to mean 0 and variance 1 over its features, then scales and shifts each feature.
+    """Normalizes each example to mean 0 and variance 1 over its features, then multiplies by a scale and adds a bias.
 
     Args:
-      num_features: the number of features; None takes it from the first input.
-      epsilon: is added to the variance.
-      dtype: the dtype of the result; None takes what the input and the parameters promote to. The statistics are
-        computed in float32 or wider.
+      num_features: the number of features. None takes it from the first input.
+      epsilon: a small number that is added to the variance.
+      dtype: the dtype of the result. None takes the common dtype of the input and the parameters. The statistics are computed in
+        float32 or wider.
       param_dtype: the dtype of the parameters.
       use_bias: whether to add a bias.
       use_scale: whether to multiply by a scale.
-      bias_init: makes the bias, an initializer of `jax.nn.initializers`.
-      scale_init: makes the scale.
-      reduction_axes: the axes that the statistics are taken over.
+      bias_init: the initializer of the bias, as those of `jax.nn.initializers`.
+      scale_init: the initializer of the scale.
+      reduction_axes: the axes over which the mean and the variance are taken.
       feature_axes: the axes along which scale and bias differ; `num_features` is the product of their sizes.
-      axis_name: an axis of an enclosing `mu.vmap` or `mu.shard_map`, over whose lanes the statistics are averaged, too.
-      axis_index_groups: groups of lanes, each of which has statistics of its own, as in `jax.lax.psum`.
-      use_fast_variance: whether to take the mean and the variance from one pass over the input, not two.
-      promote_dtype: brings ``(x, scale, bias)`` to one dtype; is called with that tuple and ``dtype=``.
-      rngs: random streams, of which `params` is drawn from; needed with other initializers only.
+      axis_name: the name of an axis of an enclosing `mu.vmap` or `mu.shard_map`, over which the statistics are averaged too.
+      axis_index_groups: groups of lanes of that axis, each with its own statistics, as in `jax.lax.psum`.
+      use_fast_variance: whether to compute the mean and the variance in one pass over the input, not in two.
+      promote_dtype: the function that brings ``(x, scale, bias)`` to one dtype; it is called with that tuple and ``dtype=``.
+      rngs: random streams, for initializers that draw from the stream `params`; the default ones need none.
       bias_metadata: metadata of the bias, such as ``{"sharding": ("embed",)}``.
       scale_metadata: metadata of the scale.
 
@@ -97,8 +97,8 @@ class LayerNorm(Normalization):
         """Normalize.
 
         Args:
-          x: an array of floats, with `num_features` along `feature_axes`.
-          mask: an array that broadcasts to `x`, 0 for what counts in no statistic.
+          x: an array of floats, with `num_features` along `feature_axes`; by default of shape (..., num_features).
+          mask: an array that broadcasts to `x`, and is 0 for elements that count in no statistic, such as padding.
 
         Returns:
           An array of the same shape.
@@ -115,13 +115,16 @@ class LayerNorm(Normalization):
 
 
 class RMSNorm(Normalization):
-    """Divides each example by the root of the mean square of its features, then scales each feature.
+    """Divides each example by the root mean square of its features, then multiplies each feature by a scale.
+
+    Unlike `LayerNorm` it does not subtract the mean and has no bias.
 
     Args:
-      num_features: the number of features; None takes it from the first input.
-      epsilon: is added to the mean square.
-      dtype, param_dtype, use_scale, scale_init, reduction_axes, feature_axes, axis_name, axis_index_groups,
-        use_fast_variance, promote_dtype, rngs, scale_metadata: as in `LayerNorm`.
+      num_features: the number of features. None takes it from the first input.
+      epsilon: a small number that is added to the mean square.
+      reduction_axes: the axes over which the mean square is taken.
+      dtype, param_dtype, use_scale, scale_init, feature_axes, axis_name, axis_index_groups, use_fast_variance, promote_dtype,
+        rngs, scale_metadata: as in `LayerNorm`.
 
     Attributes:
       scale: Param of shape (num_features,), or None.
@@ -176,8 +179,8 @@ class RMSNorm(Normalization):
         """Normalize.
 
         Args:
-          x: an array of floats, with `num_features` along `feature_axes`.
-          mask: an array that broadcasts to `x`, 0 for what counts in no statistic.
+          x: an array of floats, with `num_features` along `feature_axes`; by default of shape (..., num_features).
+          mask: an array that broadcasts to `x`, and is 0 for elements that count in no statistic, such as padding.
 
         Returns:
           An array of the same shape.
@@ -194,23 +197,26 @@ class RMSNorm(Normalization):
 
 
 class GroupNorm(Normalization):
-    """Normalizes groups of features of each example, over all axes but the first, then scales and shifts each feature.
+    """Normalizes groups of features of each example to mean 0 and variance 1, then multiplies by a scale and adds a bias.
+
+    The mean and the variance of a group are taken over its features and over all axes but the first. Scale and bias are numbers
+    for each feature.
 
     Args:
-      num_features: the size of the last axis; None takes it from the first input.
-      num_groups: into how many groups the features are divided; None if `group_size` says it.
-      group_size: the number of features in a group.
-      reduction_axes: the axes that the statistics are taken over, with the last one among them; None is for all but the
-        first.
-      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name, axis_index_groups,
-        use_fast_variance, promote_dtype, rngs, bias_metadata, scale_metadata: as in `LayerNorm`.
+      num_features: the size of the last axis. None takes it from the first input.
+      num_groups: the number of groups, which divides the number of features. Give None if you give `group_size`.
+      group_size: the number of features in a group, in place of `num_groups`.
+      reduction_axes: the axes over which the mean and the variance are taken; the last axis must be among them. None takes all
+        but the first.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name, axis_index_groups, use_fast_variance,
+        promote_dtype, rngs, bias_metadata, scale_metadata: as in `LayerNorm`.
 
     Attributes:
       scale: Param of shape (num_features,), or None.
       bias: Param of shape (num_features,), or None.
 
     Raises:
-      ArgumentError: the features cannot be divided so.
+      ArgumentError: the number does not divide the features, or both or none of `num_groups` and `group_size` are given.
       RandomStreamError: an initializer is given that may draw, and no `rngs`.
 
     Source:
@@ -278,7 +284,7 @@ class GroupNorm(Normalization):
 
         Args:
           x: an array of floats, of shape (batch, ..., num_features).
-          mask: an array that broadcasts to `x`, 0 for what counts in no statistic.
+          mask: an array that broadcasts to `x`, and is 0 for elements that count in no statistic, such as padding.
 
         Returns:
           An array of the same shape.
@@ -325,13 +331,15 @@ class GroupNorm(Normalization):
 
 
 class InstanceNorm(Normalization):
-    """Normalizes each feature of each example over all other axes, then scales and shifts it.
+    """Normalizes each feature of each example to mean 0 and variance 1, then multiplies by a scale and adds a bias.
+
+    The mean and the variance are taken over all axes but the first, which is that of the examples, and those of the features.
 
     Args:
-      num_features: the number of features; None takes it from the first input.
-      feature_axes: the axes that have the features, without the first, which is that of the examples.
-      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name, axis_index_groups,
-        use_fast_variance, promote_dtype, rngs, bias_metadata, scale_metadata: as in `LayerNorm`.
+      num_features: the number of features. None takes it from the first input.
+      feature_axes: the axes of the features, without the first axis; `num_features` is the product of their sizes.
+      epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name, axis_index_groups, use_fast_variance,
+        promote_dtype, rngs, bias_metadata, scale_metadata: as in `LayerNorm`.
 
     Attributes:
       scale: Param of shape (num_features,), or None.
@@ -346,7 +354,8 @@ class InstanceNorm(Normalization):
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> norm = mu.nn.InstanceNorm(2)
-      >>> norm(jnp.array([[[1.0, 50.0], [3.0, 10.0]]])).round(3).tolist()
+      >>> x = jnp.array([[[1.0, 50.0], [3.0, 10.0]]])  # one example of length 2, with 2 features
+      >>> norm(x).round(3).tolist()
       [[[-1.0, 1.0], [1.0, -1.0]]]
     """
 
@@ -391,7 +400,7 @@ class InstanceNorm(Normalization):
 
         Args:
           x: an array of floats, of shape (batch, ..., num_features), or with `num_features` along other `feature_axes`.
-          mask: an array that broadcasts to `x`, 0 for what counts in no statistic.
+          mask: an array that broadcasts to `x`, and is 0 for elements that count in no statistic, such as padding.
 
         Returns:
           An array of the same shape.

@@ -88,6 +88,7 @@ def materialize(cell: Variable | None, init: Initializer | None, shape: Shape, d
     """Create the value of a state that waits for its shape; without `init` there is none."""
     if cell is not None and init is not None and type(placeholder := access.load(cell)) is Deferred:
         cell.value = init(placeholder.key, shape, dtype)
+        cell._shape = tuple(shape)
 
 
 class Layer(Module):
@@ -155,8 +156,22 @@ def contract(
 
 
 def as_array(value: ArrayLike) -> jax.Array:
-    """`jnp.asarray(value)`, which takes its time over arrays, too."""
-    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+    """`jnp.asarray(value)`, which takes its time over arrays, too.
+
+    Raises:
+      ArgumentError: it is a quantity with a unit, which layers do not know.
+    """
+    if isinstance(value, jax.Array):
+        return value
+    if hasattr(value, "to_decimal"):
+        raise ArgumentError(
+            "a layer was given a quantity with a unit",
+            where=naming.where(),
+            expected="an array of numbers",
+            got=str(value),
+            cure="Divide by the unit that the layer is to count in, `layer(x / saiunit.mV)`, and multiply what it gives.",
+        )
+    return jnp.asarray(value)
 
 
 def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axis: int = -1, ndim: int = 1) -> int:
@@ -180,7 +195,10 @@ def check_input(cell: Variable, x: jax.Array, *, along: int, times: int = 1, axi
         cell,
         expected=f"{ndim} or more axes" + ("" if features is None else f", with {features} features along axis {axis}"),
         got=f"an input of shape {x.shape}",
-        cure="Give the size of the input where the layer is made, or None to take it from the first input: "
+        cure=(
+            "Features, such as channels, are the last axis: `jnp.moveaxis(x, 1, -1)`. " if features in x.shape else ""
+        )
+        + "Give the size of the input where the layer is made, or None to take it from the first input: "
         "`nn.Linear(None, 10, rngs=rngs)`.",
     )
 

@@ -41,21 +41,23 @@ def default_kernel_init(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.A
 
 
 class Linear(Layer):
-    """The affine map ``x @ kernel + bias`` over the last axis.
+    """A fully connected layer: the affine map ``x @ kernel + bias`` over the last axis.
 
     Args:
-      in_features: the size of the last axis of the input; None takes it from the first input.
+      in_features: the size of the last axis of the input. None takes it from the first input.
       out_features: the size of the last axis of the output.
       use_bias: whether to add a bias.
-      dtype: the dtype to compute in; None takes what the input and the parameters promote to.
+      dtype: the dtype of the computation and of the output. None takes the common dtype of the input and the parameters.
       param_dtype: the dtype of the parameters.
-      precision: of the product, as in `jax.lax.dot_general`.
-      kernel_init: makes the kernel, an initializer of `jax.nn.initializers`.
-      bias_init: makes the bias.
-      dot_general: computes the product, in place of `jax.lax.dot_general`.
-      promote_dtype: brings ``(inputs, kernel, bias)`` to one dtype; is called with that tuple and ``dtype=``.
+      precision: the precision of the product, as in `jax.lax.dot_general`.
+      kernel_init: the initializer of the kernel, as those of `jax.nn.initializers`. The default is LeCun's: normal with variance
+        1 / in_features.
+      bias_init: the initializer of the bias.
+      dot_general: the function for the product, in place of `jax.lax.dot_general`.
+      promote_dtype: the function that brings ``(inputs, kernel, bias)`` to one dtype; it is called with that tuple and
+        ``dtype=``.
       preferred_element_type: the dtype of the product, as in `jax.lax.dot_general`.
-      rngs: random streams, of which `params` is drawn from.
+      rngs: random streams; the parameters are drawn from the stream `params`.
       kernel_metadata: metadata of the kernel, such as ``{"sharding": ("embed", "mlp")}``.
       bias_metadata: metadata of the bias.
 
@@ -68,9 +70,11 @@ class Linear(Layer):
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> layer = mu.nn.Linear(None, 3, rngs=mu.Rngs(0))
-      >>> layer(jnp.ones((2, 5))).shape, layer.kernel.shape
-      ((2, 3), (5, 3))
+      >>> layer = mu.nn.Linear(5, 3, rngs=mu.Rngs(0))
+      >>> layer(jnp.ones((2, 5))).shape
+      (2, 3)
+      >>> layer.kernel.shape, layer.bias.shape
+      ((5, 3), (3,))
     """
 
     dot_general: Any = staticmethod(lax.dot_general)
@@ -114,11 +118,11 @@ class Linear(Layer):
         )
 
     def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
-        """Map the last axis.
+        """Apply the map to the last axis.
 
         Args:
           inputs: an array of floats, of shape (..., in_features).
-          out_sharding: how the result is placed, on a mesh whose axes are explicit.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit.
 
         Returns:
           An array of shape (..., out_features).
@@ -138,20 +142,21 @@ class Linear(Layer):
 
 
 class LinearGeneral(Layer):
-    """An affine map over some axes of the input, which become the last axes of the output.
+    """An affine map over several axes of the input, which become the last axes of the output.
 
-    The kernel is drawn as that of one `Linear` from all input features to all output features.
+    Attention uses it to map features to heads, and heads back to features. The initializer draws the kernel as one matrix, with
+    as many columns as there are output features, and reshapes it.
 
     Args:
-      in_features: the sizes of the axes to map; one int is for one axis; None takes them from the first input.
-      out_features: the sizes of the axes that they become.
-      axis: the axes to map.
-      batch_axis: axes along which each entry has its own kernel and bias, with their sizes: ``{0: 8}``. They are the
-        leading axes of the input.
+      in_features: the sizes of the input axes that are mapped; an int is for one axis. None takes them from the first input.
+      out_features: the sizes of the output axes that replace them; an int is for one axis.
+      axis: the input axes that are mapped, as many as there are sizes in `in_features`.
+      batch_axis: axes along which each entry has its own kernel and bias, with their sizes: ``{0: 8}``. They must be the
+        leading axes of the input, in order.
       use_bias, dtype, param_dtype, kernel_init, bias_init, precision, promote_dtype, preferred_element_type, rngs,
         kernel_metadata, bias_metadata: as in `Linear`.
-      dot_general: computes the product; None is `jax.lax.dot_general`.
-      dot_general_cls: is called, without arguments, for a function to compute the product; goes before `dot_general`.
+      dot_general: the function for the product. None takes `jax.lax.dot_general`.
+      dot_general_cls: a function without arguments that returns the function for the product; it overrides `dot_general`.
 
     Attributes:
       kernel: Param of shape (*batch sizes, *in_features, *out_features).
@@ -163,9 +168,10 @@ class LinearGeneral(Layer):
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> heads = mu.nn.LinearGeneral(16, (4, 8), rngs=mu.Rngs(0))
-      >>> merge = mu.nn.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=mu.Rngs(0))
-      >>> heads(jnp.ones((2, 16))).shape, merge(heads(jnp.ones((2, 16)))).shape
+      >>> to_heads = mu.nn.LinearGeneral(16, (4, 8), rngs=mu.Rngs(0))
+      >>> from_heads = mu.nn.LinearGeneral((4, 8), 16, axis=(-2, -1), rngs=mu.Rngs(1))
+      >>> heads = to_heads(jnp.ones((2, 16)))
+      >>> heads.shape, from_heads(heads).shape
       ((2, 4, 8), (2, 16))
     """
 
@@ -219,11 +225,11 @@ class LinearGeneral(Layer):
         )
 
     def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
-        """Map the axes.
+        """Apply the map to the axes.
 
         Args:
-          inputs: an array of floats that has `in_features` along `axis`, and the sizes of the batch axes along these.
-          out_sharding: how the result is placed, on a mesh whose axes are explicit.
+          inputs: an array of floats with the sizes `in_features` along `axis`, and with the batch sizes along the batch axes.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit.
 
         Returns:
           An array with the batch axes, then the axes that are not mapped, then `out_features`.
@@ -303,28 +309,27 @@ def _as_vector(init: Initializer) -> Initializer:
 
 
 class Einsum(Layer):
-    """The input times a kernel, as an equation of `jax.numpy.einsum` says, plus a bias.
+    """A product of the input and a kernel by an equation of `jax.numpy.einsum`, plus a bias.
 
     Args:
-      einsum_str: an equation with ``->`` of two operands: the input, and the kernel.
-      kernel_shape: the shape of the kernel.
-      bias_shape: the shape of the bias: the sizes of the axes of the kernel that are in the result, in its order. None is
-        for no bias.
+      einsum_str: the equation, such as ``"nta,hab->nthb"``: the axes of the input, of the kernel, and of the output.
+      kernel_shape: the sizes of the axes of the kernel.
+      bias_shape: the sizes of those axes of the kernel that the output has, in the order of the output. None adds no bias.
       dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype, preferred_element_type, rngs, kernel_metadata,
         bias_metadata: as in `Linear`.
-      einsum_op: computes the product, in place of `jax.numpy.einsum`.
+      einsum_op: the function for the product, in place of `jax.numpy.einsum`.
 
     Attributes:
       kernel: Param of shape `kernel_shape`.
       bias: Param of shape `bias_shape`, or None.
 
     Raises:
-      ArgumentError: the equation is not one of two operands with ``->``.
+      ArgumentError: the equation does not have two operands and ``->``, or `kernel_shape` does not fit it.
       RandomStreamError: there is no stream to draw the parameters from.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> layer = mu.nn.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=mu.Rngs(0))
+      >>> layer = mu.nn.Einsum("nta,hab->nthb", kernel_shape=(8, 2, 4), bias_shape=(8, 4), rngs=mu.Rngs(0))
       >>> layer(jnp.ones((16, 11, 2))).shape
       (16, 11, 8, 4)
     """
@@ -365,15 +370,15 @@ class Einsum(Layer):
         self._settle(promote_dtype=promote_dtype, einsum_op=einsum_op, preferred_element_type=preferred_element_type)
 
     def __call__(self, inputs: ArrayLike, einsum_str: str | None = None, out_sharding: Any = None) -> jax.Array:
-        """Compute the product.
+        """Compute the product and add the bias.
 
         Args:
-          inputs: an array of floats, with the axes that the equation gives it.
-          einsum_str: another equation, in place of the layer's own.
-          out_sharding: how the result is placed, on a mesh whose axes are explicit.
+          inputs: an array of floats, with the axes of the first operand of the equation.
+          einsum_str: an equation for this call, in place of that of the layer.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit.
 
         Returns:
-          An array with the axes that the equation gives it.
+          An array with the axes of the result of the equation.
 
         Raises:
           ArgumentError: the input or the bias does not fit the equation, or the input holds integers.

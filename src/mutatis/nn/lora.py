@@ -1,8 +1,8 @@
 """Low-rank adapters: a layer is changed by a product of two thin matrices, and only these are trained.
 
-`LoRA.apply` puts adapters onto the layers of a model that exists: the kernels and biases stay where they are, under the same
-paths, and ``wrt=nn.LoRAParam`` is what `mu.grad` and `mu.Optimizer` are given. `LoRA.merge` adds the products to the kernels
-and takes the adapters out again; inside ``with adapters_off(model)`` the model computes as if it had none.
+`LoRA.apply` puts adapters onto the layers of a model that exists; kernels and biases keep their paths. To train the adapters
+only, give ``wrt=nn.LoRAParam`` to `mu.grad` and `mu.Optimizer`. `LoRA.merge` adds the products to the kernels and removes the
+adapters. Inside ``with adapters_off(model)`` the model computes as if it had none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 class LoRAParam(Param[Held]):
-    """A parameter of an adapter."""
+    """A parameter of an adapter. With ``wrt=nn.LoRAParam``, `mu.grad` and `mu.Optimizer` see the adapters only."""
 
 
 def default_a_initializer(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -55,29 +55,33 @@ def default_a_initializer(key: Any, shape: Any, dtype: Any = jnp.float32) -> jax
 
 
 class LoRA(Module):
-    """A low-rank map of the last axis, ``x @ lora_a @ lora_b``, alone or added to what another module gives.
+    """A low-rank adapter: the map ``x @ lora_a @ lora_b`` of the last axis, alone or added to the result of another module.
+
+    For a model that exists, `LoRA.apply` puts adapters onto its layers, and `LoRA.merge` adds them to the kernels after
+    training.
 
     Args:
       in_features: the size of the last axis of the input.
-      lora_rank: the rank.
+      lora_rank: the rank of the map: the size of the axis between `lora_a` and `lora_b`.
       out_features: the size of the last axis of the output.
-      base_module: the module to which it is added; called with the same input.
-      dtype: the dtype to compute in; None takes what the input and the parameters promote to.
+      base_module: the module to which it is added; it is called with the same input. None adds it to nothing.
+      dtype: the dtype of the computation. None takes the common dtype of the input and the parameters.
       param_dtype: the dtype of the parameters.
-      a_initializer: makes `lora_a`, an initializer of `jax.nn.initializers`.
-      b_initializer: makes `lora_b`; zeros, so that at first nothing is added.
+      a_initializer: the initializer of `lora_a`, as those of `jax.nn.initializers`.
+      b_initializer: the initializer of `lora_b`. With zeros, the default, nothing is added before training.
       lora_param_type: the kind of the parameters.
-      promote_dtype: brings ``(x, lora_a, lora_b)`` to one dtype; is called with that tuple and ``dtype=``.
-      rngs: random streams, of which `params` is drawn from.
+      promote_dtype: the function that brings ``(x, lora_a, lora_b)`` to one dtype; it is called with that tuple and ``dtype=``.
+      rngs: random streams; the parameters are drawn from the stream `params`.
       a_metadata, b_metadata: metadata of the parameters, such as ``{"sharding": ("embed", None)}``.
-      alpha: multiplies the product by ``alpha / lora_rank``; None leaves it as it is.
+      alpha: a number that scales the map by ``alpha / lora_rank``. None scales by nothing.
 
     Attributes:
       lora_a: LoRAParam of shape (in_features, lora_rank).
       lora_b: LoRAParam of shape (lora_rank, out_features).
-      active: whether the product counts; see `adapters_off`.
+      active: whether the map is added, a bool; see `adapters_off`.
 
     Raises:
+      ArgumentError: the rank is no int above 0, or the base module cannot be called.
       RandomStreamError: there is no stream to draw the parameters from.
 
     Source:
@@ -87,7 +91,7 @@ class LoRA(Module):
       >>> import jax.numpy as jnp, mutatis as mu, optax
       >>> from mutatis import nn
       >>> net = nn.Sequential(nn.Linear(3, 8, rngs=mu.Rngs(0)), nn.Linear(8, 2, rngs=mu.Rngs(1)))
-      >>> x, _ = jnp.ones(3), nn.LoRA.apply(net, nn.Linear, 4)
+      >>> x, _ = jnp.ones(3), nn.LoRA.apply(net, nn.Linear, rank=4)
       >>> optimizer = mu.Optimizer(net, optax.sgd(0.1), wrt=nn.LoRAParam)
       >>> optimizer.update(mu.grad(lambda net: net(x).sum(), wrt=nn.LoRAParam)(net))
       >>> trained = net(x)
@@ -145,11 +149,11 @@ class LoRA(Module):
         self.lora_b = lora_param_type(b_initializer(key_b, (lora_rank, out_features), param_dtype), **b_metadata)
 
     def __call__(self, x: ArrayLike, **kwargs: Any) -> jax.Array:
-        """Map the last axis.
+        """Apply the map to the last axis, and add it to the result of the base module.
 
         Args:
           x: an array of floats, of shape (..., in_features).
-          **kwargs: for the base module.
+          **kwargs: keyword arguments for the base module.
 
         Returns:
           An array of shape (..., out_features).
@@ -192,20 +196,20 @@ class LoRA(Module):
     ) -> T:
         """Put adapters onto `Linear` and `LinearGeneral` layers of a model, which is changed in place.
 
-        Their kernels and biases stay the same states under the same paths; an adapter is `lora` of its layer. Other modules
-        that the filter selects, such as those that hold the layers, stay as they are.
+        Their kernels and biases stay the same states under the same paths. The adapter of a layer is its attribute `lora`.
+        Modules of other classes that the filter selects stay as they are.
 
         Args:
           model: a Module, or a list, tuple or dict of them.
-          where: which layers: a type, a predicate on (path, module), any filter.
-          rank: the rank.
+          where: a filter: which layers get an adapter, such as ``nn.Linear`` or a function of (path, module).
+          rank: their rank.
           alpha, a_initializer, lora_param_type: as in `LoRA`.
-          dtype: the dtype to compute the adapter in; None takes that of the layer.
-          param_dtype: the dtype of the adapter's parameters; None takes that of the kernel.
-          rngs: random streams, of which `params` is drawn from; `mu.Rngs(0)`, if they are left out.
+          dtype: the dtype of the computation of the adapters. None takes that of the layer.
+          param_dtype: the dtype of the adapters' parameters. None takes that of the kernel.
+          rngs: random streams; the parameters are drawn from the stream `params`. None takes ``mu.Rngs(0)``.
 
         Returns:
-          The model, or what stands in its place.
+          The model. If `model` is such a layer itself, the layer that replaces it.
 
         Raises:
           FilterError: no such layer is selected.
@@ -213,7 +217,11 @@ class LoRA(Module):
         """
         streams = Rngs(0) if rngs is None else rngs
         selects = as_filter(where)
-        chosen = {path: module for path, module in modules(model, selects).items() if isinstance(module, _ADAPTED)}
+        chosen = {
+            path: module
+            for path, module in modules(model, selects).items()
+            if isinstance(module, Linear | LinearGeneral)
+        }
         if not chosen:
             raise FilterError(
                 f"no layer that takes an adapter is selected by {show_value(where)}",
@@ -244,18 +252,16 @@ class LoRA(Module):
 
     @staticmethod
     def merge(model: T) -> T:
-        """Add what the adapters of a model's layers do to the kernels, and take the adapters out; the model is changed in place.
-
-        Frozen kernels, too: this is what they are merged for.
+        """Add the adapters of a model to its kernels, also to frozen ones, and remove them. The model is changed in place.
 
         Args:
           model: a Module, or a list, tuple or dict of them.
 
         Returns:
-          The model, or what stands in its place.
+          The model. If `model` is a layer with an adapter itself, the layer that replaces it.
 
         Raises:
-          StructureError: an adapter belongs to no `Linear` or `LinearGeneral`, or a kernel serves others, too. Nothing has
+          StructureError: an adapter belongs to no `Linear` or `LinearGeneral`, or several modules use its kernel. Nothing has
             changed then.
           FilterError: there are no adapters.
         """
@@ -305,21 +311,20 @@ class LoRALinear(Linear):
     Args:
       in_features, out_features: as in `Linear`.
       lora_rank: the rank of the adapter.
-      lora_dtype, lora_param_dtype, lora_promote_dtype: of the adapter.
+      lora_dtype, lora_param_dtype, lora_promote_dtype: `dtype`, `param_dtype` and `promote_dtype` of the adapter, as in `LoRA`.
       a_initializer, b_initializer, lora_param_type, a_metadata, b_metadata, alpha: as in `LoRA`.
-      rngs: random streams, of which `params` is drawn from.
-      **options: further options of `Linear`.
+      rngs: random streams; the parameters are drawn from the stream `params`.
+      **options: further arguments of `Linear`.
 
     Attributes:
       kernel, bias: as in `Linear`.
-      lora: LoRA.
+      lora: LoRA, the adapter.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> layer = mu.nn.LoRALinear(3, 4, lora_rank=2, rngs=mu.Rngs(0))
-      >>> plain = mu.nn.Linear(3, 4, rngs=mu.Rngs(0))
-      >>> bool((layer(jnp.ones(3)) == plain(jnp.ones(3))).all()), layer.lora.lora_a.shape
-      (True, (3, 2))
+      >>> layer(jnp.ones(3)).shape, layer.lora.lora_a.shape
+      ((4,), (3, 2))
     """
 
     _plain = Linear
@@ -360,11 +365,11 @@ class LoRALinear(Linear):
         )
 
     def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
-        """Map the last axis, as `Linear` does, with what the adapter adds.
+        """Apply the map of `Linear` to the last axis, and add that of the adapter.
 
         Args:
           inputs: an array of floats, of shape (..., in_features).
-          out_sharding: how the result is placed, on a mesh whose axes are explicit.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit.
 
         Returns:
           An array of shape (..., out_features).
@@ -382,29 +387,35 @@ class LoRALinear(Linear):
 
 
 class LoRALinearGeneral(LinearGeneral):
-    """A `LinearGeneral` with an adapter, which maps all input features to all output features; made by `LoRA.apply`.
+    """A `LinearGeneral` with an adapter, which maps all input features to all output features; `LoRA.apply` makes it.
 
     Attributes:
       kernel, bias: as in `LinearGeneral`.
-      lora: LoRA from ``prod(in_features)`` to ``prod(out_features)``.
+      lora: LoRA from ``prod(in_features)`` to ``prod(out_features)``, the adapter.
+
+    Example:
+      >>> import mutatis as mu
+      >>> layer = mu.nn.LoRA.apply(mu.nn.LinearGeneral(16, (4, 8), rngs=mu.Rngs(0)), mu.nn.LinearGeneral, rank=2)
+      >>> type(layer).__name__, layer.lora.lora_b.shape
+      ('LoRALinearGeneral', (2, 32))
     """
 
     _plain = LinearGeneral
     lora: LoRA
 
     def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> jax.Array:
-        """Map the axes, as `LinearGeneral` does, with what the adapter adds.
+        """Apply the map of `LinearGeneral`, and add that of the adapter: the axes that are not mapped, and then `out_features`.
 
         Args:
-          inputs: an array of floats that has `in_features` along `axis`.
-          out_sharding: how the result is placed, on a mesh whose axes are explicit.
-
-        Returns:
-          An array with the axes that are not mapped, and then `out_features`.
+          inputs: an array of floats with the sizes `in_features` along `axis`.
+          out_sharding: the sharding of the result, on a mesh whose axes are explicit.
 
         Raises:
           ArgumentError: the input has other sizes, or holds integers.
         """
+        if "lora" not in vars(self):
+            cure = "Give adapters to the layers of a model: `nn.LoRA.apply(model, nn.LinearGeneral, rank, rngs=rngs)`."
+            raise StructureError("an `nn.LoRALinearGeneral` that was made by itself has no adapter", cure=cure)
         y = super().__call__(inputs, out_sharding)
         if not self.lora.active:
             return y
@@ -416,9 +427,6 @@ class LoRALinearGeneral(LinearGeneral):
     def _sizes(layer: LinearGeneral) -> tuple[int, int]:
         outputs = math.prod(layer.out_features)
         return layer.kernel.size // outputs, outputs
-
-
-_ADAPTED = Linear | LinearGeneral
 
 
 def _class_for(path: Any, layer: Any) -> Any:
@@ -463,8 +471,8 @@ def _unmerged(path: Any, module: LoRA) -> StructureError:
 def adapters_off(model: T) -> Iterator[T]:
     """A context in which the adapters of a model add nothing: the model computes as if it had none.
 
-    In a compiled function, too; programs with and without adapters are kept side by side. A view or copy of the model that was
-    made before is another object, whose adapters stay on.
+    It works in compiled functions, too. Programs with and without adapters are kept side by side. A view or copy of the model
+    that was made before is another object, whose adapters stay on.
 
     Args:
       model: a Module, or a list, tuple or dict of them.
@@ -474,7 +482,7 @@ def adapters_off(model: T) -> Iterator[T]:
       >>> from mutatis import nn
       >>> net = nn.Sequential(nn.Linear(3, 2, rngs=mu.Rngs(0)))
       >>> before = net(jnp.ones(3))
-      >>> for cell in mu.variables(nn.LoRA.apply(net, nn.Linear, 2), nn.LoRAParam).values():
+      >>> for cell in mu.variables(nn.LoRA.apply(net, nn.Linear, rank=2), nn.LoRAParam).values():
       ...     cell.value += 1
       >>> with nn.adapters_off(net):
       ...     bool((net(jnp.ones(3)) == before).all())

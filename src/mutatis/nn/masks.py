@@ -18,23 +18,27 @@ def make_attention_mask(
     extra_batch_dims: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """A mask from what is known of each query and of each key.
+    """A mask for attention, made from one number for each query and one for each key.
+
+    By default a query sees a key if both numbers are not 0, so ``tokens > 0`` for both hides padding.
 
     Args:
-      query_input: an array of shape (*batch, queries).
+      query_input: an array of shape (*batch, queries), such as booleans: whether a query is a token or padding.
       key_input: an array of shape (*batch, keys).
-      pairwise_fn: says of a query and a key whether they count; the default asks for both: 1 is for a token, 0 for padding.
-      extra_batch_dims: how many axes of size 1 to put in front.
+      pairwise_fn: a function of the two arrays, which are broadcast against each other, that returns the mask. It computes
+        element by element.
+      extra_batch_dims: the number of axes of size 1 to put in front.
       dtype: the dtype of the mask.
 
     Returns:
-      An array of shape (*batch, 1, queries, keys); the axis of size 1 is that of the heads.
+      An array of shape (*batch, 1, queries, keys), after the extra axes. The axis of size 1 is that of the heads.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> tokens = jnp.array([[5, 3, 0]])
-      >>> mu.nn.make_attention_mask(tokens > 0, tokens > 0, dtype=bool)[0, 0].astype(int).tolist()
-      [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+      >>> tokens = jnp.array([[5, 3, 0]])  # one sequence; 0 is padding
+      >>> mask = mu.nn.make_attention_mask(tokens > 0, tokens > 0, dtype=bool)
+      >>> mask.shape, mask[0, 0].astype(int).tolist()
+      ((1, 1, 3, 3), [[1, 1, 0], [1, 1, 0], [0, 0, 0]])
     """
     pairs = pairwise_fn(jnp.asarray(query_input)[..., :, None], jnp.asarray(key_input)[..., None, :])
     mask = pairs[..., None, :, :]
@@ -42,15 +46,15 @@ def make_attention_mask(
 
 
 def make_causal_mask(x: ArrayLike, extra_batch_dims: int = 0, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """A mask by which each token sees itself and those before it.
+    """A mask by which each token sees itself and the tokens before it.
 
     Args:
-      x: an array of shape (*batch, length), of which the shape counts.
-      extra_batch_dims: how many axes of size 1 to put in front.
+      x: an array of shape (*batch, length), of which only the shape counts.
+      extra_batch_dims: the number of axes of size 1 to put in front.
       dtype: the dtype of the mask.
 
     Returns:
-      An array of shape (*batch, 1, length, length).
+      An array of shape (*batch, 1, length, length), after the extra axes: 1 where a query (row) sees a key (column), else 0.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -63,11 +67,14 @@ def make_causal_mask(x: ArrayLike, extra_batch_dims: int = 0, dtype: DTypeLike =
 
 
 def combine_masks(*masks: ArrayLike | None, dtype: DTypeLike = jnp.float32) -> jax.Array | None:
-    """The mask of what all masks let pass; None without any.
+    """The conjunction of several masks: a query sees a key if all masks allow it.
 
     Args:
-      *masks: arrays of as many axes, that broadcast; or None.
+      *masks: arrays with the same number of axes, which broadcast against each other. A mask that is None is left out.
       dtype: the dtype of the mask.
+
+    Returns:
+      An array of the common shape. None if there is no mask.
 
     Raises:
       ArgumentError: the masks have different numbers of axes, or shapes that do not broadcast.

@@ -29,39 +29,40 @@ from mutatis.random import Rngs
 
 
 class BatchNorm(Normalization):
-    """Normalizes each feature to mean 0 and variance 1 over all other axes, then scales and shifts it.
+    """Normalizes each feature to mean 0 and variance 1 over all other axes, then multiplies by a scale and adds a bias.
 
-    In training the mean and variance are those of the batch, and the running ones move towards them:
-    ``mean = momentum * mean + (1 - momentum) * batch_mean``. In evaluation they are the running ones. Gradients flow
-    through the statistics of the batch, not through the running ones. `mu.reset(model, mu.BatchStat)` starts them anew.
+    In training it uses the mean and variance of the batch, and moves the running ones towards them:
+    ``mean = momentum * mean + (1 - momentum) * batch_mean``. After `model.eval()` it uses the running ones. Gradients flow
+    through the statistics of the batch, not through the running ones. ``mu.reset(model, mu.BatchStat)`` starts the running
+    statistics anew.
 
     Args:
-      num_features: the size of the feature axis; None takes it from the first input.
-      use_running_average: whether to use the running statistics, unless the call says so. None goes by the module's
-        mode: they are used after `model.eval()`.
+      num_features: the size of the feature axis. None takes it from the first input.
+      use_running_average: whether to use the running statistics, unless the call says so. None follows `model.train()` and
+        `model.eval()`.
       axis: the feature axis.
-      momentum: the weight of the old value in the running statistics.
-      epsilon: is added to the variance.
-      dtype: the dtype of the result; None takes what the input and the parameters promote to. The statistics are
-        computed and kept in float32 or wider.
+      momentum: the weight of the old value in the running statistics; PyTorch's `momentum` is 1 minus this.
+      epsilon: a small number that is added to the variance.
+      dtype: the dtype of the result. None takes the common dtype of the input and the parameters. The statistics are computed and
+        kept in float32 or wider.
       param_dtype: the dtype of the parameters.
       use_bias: whether to add a bias.
       use_scale: whether to multiply by a scale.
-      bias_init: makes the bias, an initializer of `jax.nn.initializers`.
-      scale_init: makes the scale.
-      axis_name: an axis of an enclosing `mu.vmap` or `mu.shard_map`, over whose lanes the statistics are averaged, too.
-      axis_index_groups: groups of lanes, each of which has statistics of its own, as in `jax.lax.psum`.
-      use_fast_variance: whether to take the mean and the variance from one pass over the input, not two.
-      promote_dtype: brings ``(x, scale, bias)`` to one dtype; is called with that tuple and ``dtype=``.
-      rngs: random streams, of which `params` is drawn from; needed with other initializers only.
+      bias_init: the initializer of the bias, as those of `jax.nn.initializers`.
+      scale_init: the initializer of the scale.
+      axis_name: the name of an axis of an enclosing `mu.vmap` or `mu.shard_map`, over which the statistics are averaged too.
+      axis_index_groups: groups of lanes of that axis, each with its own statistics, as in `jax.lax.psum`.
+      use_fast_variance: whether to compute the mean and the variance in one pass over the input, not in two.
+      promote_dtype: the function that brings ``(x, scale, bias)`` to one dtype; it is called with that tuple and ``dtype=``.
+      rngs: random streams, for initializers that draw from the stream `params`; the default ones need none.
       bias_metadata: metadata of the bias, such as ``{"sharding": ("embed",)}``.
       scale_metadata: metadata of the scale.
 
     Attributes:
       scale: Param of shape (num_features,), or None.
       bias: Param of shape (num_features,), or None.
-      mean: BatchStat of shape (num_features,).
-      var: BatchStat of shape (num_features,); without Bessel's correction.
+      mean: BatchStat of shape (num_features,), the running mean.
+      var: BatchStat of shape (num_features,), the running variance, of batches without Bessel's correction.
 
     Raises:
       RandomStreamError: an initializer is given that may draw, and no `rngs`.
@@ -127,13 +128,13 @@ class BatchNorm(Normalization):
     def __call__(
         self, x: ArrayLike, use_running_average: bool | None = None, *, mask: ArrayLike | None = None
     ) -> jax.Array:
-        """Normalize.
+        """Normalize a batch, and in training update the running statistics.
 
         Args:
           x: an array of floats, of shape (..., num_features), or with `num_features` along another `axis`.
-          use_running_average: whether to use the running statistics; goes before what the layer was made with.
-          mask: an array that broadcasts to `x` and is 0 where the batch is empty: padding counts in no statistic. The
-            whole of `x` is normalized all the same.
+          use_running_average: whether to use the running statistics; overrides the setting of the layer.
+          mask: an array that broadcasts to `x`, and is 0 for padding, which then counts in no statistic. All of `x` is normalized
+            all the same.
 
         Returns:
           An array of the same shape.

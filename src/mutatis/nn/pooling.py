@@ -31,25 +31,27 @@ def pool(
     strides: Sequence[int] | None,
     padding: Padding,
 ) -> jax.Array:
-    """Reduce windows of an array.
+    """Reduce each window of an array to one number, such as a sum or a maximum.
 
     Args:
       inputs: an array of shape (..., *spatial, features), with any number of batch axes.
-      init: what a window starts with: the number that `reduce_fn` leaves others alone with.
+      init: the first value of each reduction: the neutral element of `reduce_fn`, such as 0.0 for a sum.
       reduce_fn: a function of two scalars, such as `jax.lax.add`.
-      window_shape: the size of the window along each spatial axis; their number is that of the spatial axes.
-      strides: the step along each spatial axis; None is 1 for all.
-      padding: ``"SAME"``, ``"VALID"``, or (low, high) for each spatial axis.
+      window_shape: the size of the window along each spatial axis, such as ``(2, 2)`` for images.
+      strides: the step of the window along each spatial axis. None means 1.
+      padding: ``"VALID"`` (none), ``"SAME"`` or ``"SAME_LOWER"`` (for a step of 1 the output has the size of the input), or
+        (low, high) for each spatial axis.
 
     Returns:
-      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+      An array of shape (..., *spatial, features). Its spatial sizes depend on the strides and the padding.
 
     Raises:
       ArgumentError: the input has too few axes, or the window, strides and padding are for different numbers of axes.
 
     Example:
       >>> import jax, jax.numpy as jnp, mutatis as mu
-      >>> mu.nn.pool(jnp.ones((1, 4, 1)), 0.0, jax.lax.add, (2,), (2,), "VALID").tolist()
+      >>> x = jnp.ones((1, 4, 1))  # one sequence of length 4, with one feature
+      >>> mu.nn.pool(x, 0.0, jax.lax.add, window_shape=(2,), strides=(2,), padding="VALID").tolist()
       [[[2.0], [2.0]]]
     """
     x = jnp.asarray(inputs)
@@ -82,21 +84,26 @@ def avg_pool(
     padding: Padding = "VALID",
     count_include_pad: bool = True,
 ) -> jax.Array:
-    """The average over each window.
+    """The mean of each window.
 
     Args:
-      inputs: an array of floats, of shape (..., *spatial, features).
-      window_shape, strides, padding: as in `pool`. The step is 1 if none is said.
-      count_include_pad: whether padding counts, as zeros.
+      inputs: an array of floats, of shape (..., *spatial, features), with any number of batch axes.
+      window_shape: the size of the window along each spatial axis, such as ``(2, 2)`` for images.
+      strides: the step of the window along each spatial axis. None means 1; most models use the size of the window.
+      padding: ``"VALID"`` (none), ``"SAME"``, or (low, high) for each spatial axis, as in `pool`.
+      count_include_pad: whether padding counts in the mean, as zeros.
 
     Returns:
-      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+      An array of shape (..., *spatial, features). Its spatial sizes depend on the strides and the padding.
 
     Raises:
-      ArgumentError: as in `pool`, or the input holds integers.
+      ArgumentError: as in `pool`; or the input holds integers.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
+      >>> images = jnp.ones((4, 28, 28, 8))
+      >>> mu.nn.avg_pool(images, (2, 2), strides=(2, 2)).shape
+      (4, 14, 14, 8)
       >>> mu.nn.avg_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).tolist()
       [[[0.5], [2.5]]]
     """
@@ -115,17 +122,22 @@ def max_pool(
     """The maximum of each window.
 
     Args:
-      inputs: an array of shape (..., *spatial, features).
-      window_shape, strides, padding: as in `pool`. The step is 1 if none is said.
+      inputs: an array of shape (..., *spatial, features), with any number of batch axes.
+      window_shape: the size of the window along each spatial axis, such as ``(2, 2)`` for images.
+      strides: the step of the window along each spatial axis. None means 1; most models use the size of the window.
+      padding: ``"VALID"`` (none), ``"SAME"``, or (low, high) for each spatial axis, as in `pool`.
 
     Returns:
-      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+      An array of shape (..., *spatial, features). Its spatial sizes depend on the strides and the padding.
 
     Raises:
       ArgumentError: as in `pool`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
+      >>> images = jnp.ones((4, 28, 28, 8))
+      >>> mu.nn.max_pool(images, (2, 2), strides=(2, 2)).shape
+      (4, 14, 14, 8)
       >>> mu.nn.max_pool(jnp.arange(4.0).reshape(1, 4, 1), (2,), (2,)).tolist()
       [[[1.0], [3.0]]]
     """
@@ -139,11 +151,13 @@ def min_pool(
     """The minimum of each window.
 
     Args:
-      inputs: an array of shape (..., *spatial, features).
-      window_shape, strides, padding: as in `pool`. The step is 1 if none is said.
+      inputs: an array of shape (..., *spatial, features), with any number of batch axes.
+      window_shape: the size of the window along each spatial axis, such as ``(2, 2)`` for images.
+      strides: the step of the window along each spatial axis. None means 1; most models use the size of the window.
+      padding: ``"VALID"`` (none), ``"SAME"``, or (low, high) for each spatial axis, as in `pool`.
 
     Returns:
-      An array of shape (..., *spatial, features); the spatial sizes depend on the strides and padding.
+      An array of shape (..., *spatial, features). Its spatial sizes depend on the strides and the padding.
 
     Raises:
       ArgumentError: as in `pool`.
@@ -158,22 +172,25 @@ def min_pool(
 
 
 def adaptive_avg_pool(inputs: ArrayLike, target_shape: Sequence[int | None]) -> jax.Array:
-    """The average over windows that are chosen so that the spatial axes get the sizes that are asked for.
+    """The mean of windows that are chosen so that the spatial axes of the output have the sizes `target_shape`.
 
-    Window ``i`` of ``m`` over an axis of size ``n`` goes from ``floor(i * n / m)`` to ``ceil((i + 1) * n / m)``.
+    Window ``i`` of ``m`` over an axis of size ``n`` goes from ``floor(i * n / m)`` to ``ceil((i + 1) * n / m)``. With
+    ``(1, 1)`` it is the global mean of an image.
 
     Args:
-      inputs: an array of floats, of shape (..., *spatial, features).
-      target_shape: the size to get along each spatial axis; None leaves it.
+      inputs: an array of floats, of shape (..., *spatial, features), with any number of batch axes.
+      target_shape: the size of the output along each spatial axis. None keeps the size of the input.
 
     Returns:
       An array of shape (..., *target_shape, features).
 
     Raises:
-      ArgumentError: the input has too few axes, or an axis of size 0, or holds integers.
+      ArgumentError: the input has too few axes, or a spatial axis of size 0, or holds integers.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.adaptive_avg_pool(jnp.ones((2, 7, 5, 3)), (1, 1)).shape
+      (2, 1, 1, 3)
       >>> mu.nn.adaptive_avg_pool(jnp.arange(5.0).reshape(1, 5, 1), (2,)).tolist()
       [[[1.0], [3.0]]]
     """
@@ -181,20 +198,22 @@ def adaptive_avg_pool(inputs: ArrayLike, target_shape: Sequence[int | None]) -> 
 
 
 def adaptive_max_pool(inputs: ArrayLike, target_shape: Sequence[int | None]) -> jax.Array:
-    """The maximum over windows that are chosen as in `adaptive_avg_pool`.
+    """The maximum of windows that are chosen as in `adaptive_avg_pool`.
 
     Args:
-      inputs: an array of shape (..., *spatial, features).
-      target_shape: the size to get along each spatial axis; None leaves it.
+      inputs: an array of shape (..., *spatial, features), with any number of batch axes.
+      target_shape: the size of the output along each spatial axis. None keeps the size of the input.
 
     Returns:
       An array of shape (..., *target_shape, features).
 
     Raises:
-      ArgumentError: the input has too few axes, or an axis of size 0.
+      ArgumentError: the input has too few axes, or a spatial axis of size 0.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
+      >>> mu.nn.adaptive_max_pool(jnp.ones((2, 7, 5, 3)), (1, 1)).shape
+      (2, 1, 1, 3)
       >>> mu.nn.adaptive_max_pool(jnp.arange(5.0).reshape(1, 5, 1), (2,)).tolist()
       [[[2.0], [4.0]]]
     """
@@ -202,14 +221,18 @@ def adaptive_max_pool(inputs: ArrayLike, target_shape: Sequence[int | None]) -> 
 
 
 class AdaptiveAvgPool(Module):
-    """`adaptive_avg_pool` as a layer, to be put between others.
+    """`adaptive_avg_pool` as a layer, for example in a `Sequential`.
 
     Args:
-      target_shape: the size to get along each spatial axis; None leaves it.
+      target_shape: the size of the output along each spatial axis. None keeps the size of the input.
+
+    Raises:
+      ArgumentError: `target_shape` is not a sequence of ints above 0 and of None.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> mu.nn.AdaptiveAvgPool((1, 1))(jnp.ones((2, 7, 5, 3))).shape
+      >>> layer = mu.nn.AdaptiveAvgPool((1, 1))
+      >>> layer(jnp.ones((2, 7, 5, 3))).shape
       (2, 1, 1, 3)
     """
 
@@ -217,19 +240,33 @@ class AdaptiveAvgPool(Module):
         self.target_shape = _sizes("target_shape", target_shape)
 
     def __call__(self, inputs: ArrayLike) -> jax.Array:
-        """Pool an array of shape (..., *spatial, features)."""
+        """Pool the spatial axes.
+
+        Args:
+          inputs: an array of floats, of shape (..., *spatial, features).
+
+        Returns:
+          An array of shape (..., *target_shape, features).
+
+        Raises:
+          ArgumentError: as in `adaptive_avg_pool`.
+        """
         return adaptive_avg_pool(inputs, self.target_shape)
 
 
 class AdaptiveMaxPool(Module):
-    """`adaptive_max_pool` as a layer, to be put between others.
+    """`adaptive_max_pool` as a layer, for example in a `Sequential`.
 
     Args:
-      target_shape: the size to get along each spatial axis; None leaves it.
+      target_shape: the size of the output along each spatial axis. None keeps the size of the input.
+
+    Raises:
+      ArgumentError: `target_shape` is not a sequence of ints above 0 and of None.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> mu.nn.AdaptiveMaxPool((1, 1))(jnp.ones((2, 7, 5, 3))).shape
+      >>> layer = mu.nn.AdaptiveMaxPool((1, 1))
+      >>> layer(jnp.ones((2, 7, 5, 3))).shape
       (2, 1, 1, 3)
     """
 
@@ -237,7 +274,17 @@ class AdaptiveMaxPool(Module):
         self.target_shape = _sizes("target_shape", target_shape)
 
     def __call__(self, inputs: ArrayLike) -> jax.Array:
-        """Pool an array of shape (..., *spatial, features)."""
+        """Pool the spatial axes.
+
+        Args:
+          inputs: an array of shape (..., *spatial, features).
+
+        Returns:
+          An array of shape (..., *target_shape, features).
+
+        Raises:
+          ArgumentError: as in `adaptive_max_pool`.
+        """
         return adaptive_max_pool(inputs, self.target_shape)
 
 

@@ -19,15 +19,16 @@ from mutatis.random import Rngs
 
 
 class RoPE(Module):
-    """Rotary positions: each pair of features is turned by an angle that grows with the position.
+    """Rotary positions: rotates each pair of features by an angle that is proportional to the position.
 
-    The inner product of two vectors that were turned depends on how far they are apart. The pairs are feature ``i`` of the first
-    half with feature ``i`` of the second. The angles are computed in float32; the result has the dtype of the input.
+    The inner product of two rotated vectors depends on the distance of their positions only. `MultiHeadAttention` takes a
+    `RoPE` as its `rope`. The pairs are feature ``i`` of the first half with feature ``i`` of the second. The angles are
+    computed in float32, and the result has the dtype of the input.
 
     Args:
-      theta: the base of the wavelengths.
-      embedding_size: the number of features, to compute a table ahead; goes with `max_seq_len`.
-      max_seq_len: for how many positions.
+      theta: the base of the wavelengths: pair ``i`` turns by ``theta ** (-2 * i / features)`` radians for each position.
+      embedding_size: the number of features, for a table of angles that is computed once. None computes them in each call.
+      max_seq_len: the number of positions in the table. Give both sizes or neither.
 
     Attributes:
       cached_sin: Buffer of shape (max_seq_len, embedding_size // 2), or None.
@@ -42,13 +43,13 @@ class RoPE(Module):
     Example:
       >>> import jax.numpy as jnp, numpy as np, mutatis as mu
       >>> rope = mu.nn.RoPE()
-      >>> x = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 0.0]])  # two tokens, at the positions 0 and 1
       >>> print(np.asarray(rope(x), float).round(2))
       [[1.   0.  ]
        [0.54 0.84]]
-      >>> print(np.asarray(rope(x, jnp.array([1, 0])), float).round(2))
-      [[0.54 0.84]
-       [1.   0.  ]]
+      >>> attention = mu.nn.MultiHeadAttention(num_heads=4, in_features=16, rope=rope, rngs=mu.Rngs(0))
+      >>> attention(jnp.ones((2, 6, 16)), is_causal=True).shape
+      (2, 6, 16)
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class RoPE(Module):
             self.cached_sin, self.cached_cos = Buffer(sin), Buffer(cos)
 
     def __call__(self, x: ArrayLike, input_positions: ArrayLike | None = None) -> jax.Array:
-        """Turn vectors.
+        """Rotate vectors by their positions.
 
         Args:
-          x: an array of floats of shape (..., length, features).
-          input_positions: an array of shape (..., length), whose leading axes broadcast to those of `x`; None counts from 0.
+          x: an array of floats of shape (..., length, features). With heads, their axis comes before the length.
+          input_positions: the positions, numbers of shape (..., length) whose leading axes broadcast to those of `x`. None
+            counts from 0.
 
         Returns:
           An array of the same shape and dtype.
@@ -91,14 +93,17 @@ class RoPE(Module):
         return rotate(x, sin, cos)
 
     def angles(self, positions: ArrayLike, features: int) -> tuple[jax.Array, jax.Array]:
-        """The sine and cosine of the angles at some positions.
+        """The sine and the cosine of the angles at some positions.
 
         Args:
-          positions: an array of any shape.
+          positions: the positions, an array of any shape.
           features: the number of features.
 
         Returns:
-          Two arrays of shape (*positions.shape, features // 2).
+          Two arrays of shape (*positions.shape, features // 2), float32.
+
+        Raises:
+          ArgumentError: the number of features is odd.
         """
         return _angles(jnp.asarray(positions), features, self.theta)
 
@@ -121,11 +126,12 @@ class RoPE(Module):
 
 
 def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
-    """Turn feature ``i`` of the first half against feature ``i`` of the second.
+    """Rotate each pair of feature ``i`` of the first half and feature ``i`` of the second.
 
     Args:
       x: an array of shape (..., features).
-      sin, cos: arrays of shape (..., features // 2), whose leading axes broadcast to those of `x`.
+      sin, cos: the sine and the cosine of the angles, of shape (..., features // 2), whose leading axes broadcast to those of
+        `x`.
 
     Returns:
       An array of the shape and dtype of `x`.
@@ -137,9 +143,10 @@ def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
 
 
 class SinusoidalPositions(Module):
-    """Adds sines and cosines of each position, of wavelengths from 2π to 2π * theta: those of the first Transformer.
+    """Adds sines and cosines of the position to each vector, as the first Transformer did.
 
-    Sines and cosines take turns along the features. Nothing is learned, and there is no greatest position.
+    The wavelengths grow from 2π to 2π * theta along the features, in which sines and cosines alternate. The layer has no
+    parameters, and there is no greatest position.
 
     Args:
       theta: the base of the wavelengths.
@@ -149,7 +156,8 @@ class SinusoidalPositions(Module):
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, mutatis as mu
-      >>> print(np.asarray(mu.nn.SinusoidalPositions()(jnp.zeros((2, 4))), float).round(2))
+      >>> positions = mu.nn.SinusoidalPositions()
+      >>> print(np.asarray(positions(jnp.zeros((2, 4))), float).round(2))
       [[0.   1.   0.   1.  ]
        [0.84 0.54 0.01 1.  ]]
     """
@@ -158,11 +166,12 @@ class SinusoidalPositions(Module):
         self.theta = theta
 
     def __call__(self, x: ArrayLike, input_positions: ArrayLike | None = None) -> jax.Array:
-        """Add positions.
+        """Add the positions to vectors.
 
         Args:
           x: an array of floats of shape (..., length, features).
-          input_positions: an array of shape (..., length), whose leading axes broadcast to those of `x`; None counts from 0.
+          input_positions: the positions, numbers of shape (..., length) whose leading axes broadcast to those of `x`. None
+            counts from 0.
 
         Returns:
           An array of the same shape and dtype.
@@ -178,25 +187,26 @@ class SinusoidalPositions(Module):
 
 
 class LearnedPositions(Module):
-    """Adds a learned vector for each position.
+    """Adds a learned vector for its position to each vector.
 
     Args:
-      max_length: the number of positions. A later one gives NaN, since nothing can be raised inside a compiled program.
-      features: the number of features.
-      param_dtype: the dtype of the vectors.
-      embedding_init: makes them, an initializer of `jax.nn.initializers`.
-      rngs: random streams, of which `params` is drawn from.
+      max_length: the number of positions. A later position gives NaN, because compiled code cannot raise an error.
+      features: the size of each vector.
+      param_dtype: the dtype of the learned vectors.
+      embedding_init: the initializer of the learned vectors, as those of `jax.nn.initializers`. None takes a normal one with
+        standard deviation 0.02.
+      rngs: random streams; the vectors are drawn from the stream `params`.
 
     Attributes:
       embedding: Param of shape (max_length, features).
 
     Raises:
-      RandomStreamError: there is no stream to draw from.
+      RandomStreamError: there is no stream to draw the vectors from.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> positions = mu.nn.LearnedPositions(16, 8, rngs=mu.Rngs(0))
-      >>> positions(jnp.zeros((2, 5, 8))).shape
+      >>> positions = mu.nn.LearnedPositions(max_length=16, features=8, rngs=mu.Rngs(0))
+      >>> positions(jnp.zeros((2, 5, 8))).shape  # 2 sequences of 5 tokens
       (2, 5, 8)
     """
 
@@ -216,18 +226,18 @@ class LearnedPositions(Module):
         self.features = features
 
     def __call__(self, x: ArrayLike, input_positions: ArrayLike | None = None) -> jax.Array:
-        """Add positions.
+        """Add the positions to vectors.
 
         Args:
           x: an array of floats of shape (..., length, features).
-          input_positions: an array of shape (..., length), whose leading axes broadcast to those of `x`; None counts from 0.
+          input_positions: the positions, numbers of shape (..., length) whose leading axes broadcast to those of `x`. None
+            counts from 0.
 
         Returns:
           An array of the same shape and dtype.
 
         Raises:
-          ArgumentError: the input has another number of features, or is longer than there are positions; or the positions do
-            not fit.
+          ArgumentError: the input has another number of features, or is longer than `max_length`; or the positions do not fit.
         """
         x = jnp.asarray(x)
         check_input(self.embedding, x, along=1, ndim=2)

@@ -1,7 +1,7 @@
 """Recurrent cells: one step of a recurrent net. `RNN` of `nn.sequences` runs them over sequences.
 
-What a cell remembers, its *carry*, goes in and out, ``carry, y = cell(carry, x)``, or it lives in the model:
-``y = cell(x)`` goes on from the `Hidden` state `cell.carry` and writes it, which `mu.reset` starts anew.
+The memory of a cell, its *carry*, is an argument and a result, ``carry, y = cell(carry, x)``, or a state of the model:
+``y = cell(x)`` goes on from the `Hidden` state `cell.carry` and writes it. `mu.reset` starts it anew.
 """
 
 from __future__ import annotations
@@ -29,29 +29,34 @@ def orthogonal_kernel_init(key: Any, shape: Any, dtype: Any = jnp.float32) -> ja
 
 
 class SimpleCell(Cell):
-    """A cell that remembers its output: ``h' = tanh(dense_i(x) + dense_h(h))``.
+    """A cell of a simple recurrent net (Elman net): one step of it. `nn.RNN` runs it over sequences.
+
+    ``cell(carry, x)`` returns the next carry and the output. ``cell(x)`` goes on from the carry that the cell keeps, and
+    returns the output only. The carry is an array `h`, and the output is the new `h`::
+
+        h' = tanh(dense_i(x) + dense_h(h))
 
     Args:
       in_features: the size of the last axis of the input.
       hidden_features: the size of the last axis of the output.
-      dtype: the dtype to compute in; None takes what the input and the parameters promote to.
-      param_dtype: the dtype of the parameters and of the carry to start from.
-      carry_init: makes the carry to start from; None is zeros.
+      dtype: the dtype of the computation, float32 by default. None takes the common dtype of the input and the parameters.
+      param_dtype: the dtype of the parameters and of the first carry.
+      carry_init: the initializer of the first carry, as those of `jax.nn.initializers`. None takes zeros.
       residual: whether `h` is added before the activation.
       activation_fn: the activation.
-      kernel_init: makes the kernel for the input, an initializer of `jax.nn.initializers`.
-      recurrent_kernel_init: makes the kernel for `h`.
-      bias_init: makes the bias.
-      promote_dtype: as in `Linear`.
-      keep_rngs: whether the cell keeps a random stream for `initialize_carry`, forked from `carry`.
-      rngs: random streams, of which `params` is drawn from.
+      kernel_init: the initializer of the kernel for the input, as those of `jax.nn.initializers`.
+      recurrent_kernel_init: the initializer of the kernel for `h`.
+      bias_init: the initializer of the bias.
+      promote_dtype: the function that brings the input, kernel and bias of a linear map to one dtype, as in `Linear`.
+      keep_rngs: whether the cell has a random stream of its own, forked from `carry`, for first carries that are drawn.
+      rngs: random streams; the parameters are drawn from the stream `params`.
       kernel_metadata, recurrent_kernel_metadata, bias_metadata: metadata of the parameters, such as
         ``{"sharding": ("embed", "mlp")}``.
 
     Attributes:
-      dense_h: Linear from `hidden_features` to `hidden_features`, without a bias.
       dense_i: Linear from `in_features` to `hidden_features`.
-      carry: Hidden of shape (*batch, hidden_features).
+      dense_h: Linear from `hidden_features` to `hidden_features`, without a bias.
+      carry: Hidden of shape (*batch, hidden_features), the carry that the cell keeps.
 
     Raises:
       RandomStreamError: there is no stream to draw the parameters from.
@@ -59,10 +64,13 @@ class SimpleCell(Cell):
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> cell = mu.nn.SimpleCell(2, 3, rngs=mu.Rngs(0))
-      >>> x = jnp.ones((4, 2))
-      >>> h, y = cell(cell.initialize_carry(x.shape), x)
-      >>> bool((cell(x) == y).all()), cell.carry.shape
-      (True, (4, 3))
+      >>> x = jnp.ones((4, 2))  # one step of 4 sequences
+      >>> h = cell.initialize_carry(x.shape)
+      >>> h, y = cell(h, x)
+      >>> y.shape
+      (4, 3)
+      >>> bool((cell(x) == y).all())  # from the carry of the cell, which starts with zeros, too
+      True
     """
 
     def __init__(
@@ -120,31 +128,31 @@ class SimpleCell(Cell):
 
 
 class LSTMCell(Cell):
-    """A long short-term memory: gates say what is kept, taken in and given out.
+    """A cell of a long short-term memory (LSTM): one step of it. `nn.RNN` runs it over sequences.
 
-    With a linear map of `x` and one of `h` for each of them::
+    ``cell(carry, x)`` returns the next carry and the output. ``cell(x)`` goes on from the carry that the cell keeps, and returns
+    the output only. A carry is a pair ``(c, h)``, and the output is `h`. With linear maps `ii`, `hi`, ... of `x` and of `h`::
 
         i, f, o = sigmoid(ii(x) + hi(h)), sigmoid(if_(x) + hf(h)), sigmoid(io(x) + ho(h))
         c' = f * c + i * tanh(ig(x) + hg(h))
         h' = o * tanh(c')
 
-    The carry is the pair ``(c, h)``, the output `h`.
-
     Args:
       in_features: the size of the last axis of the input.
       hidden_features: the size of the last axis of the output.
-      gate_fn: the activation of the gates.
-      activation_fn: the activation of the memory and the output.
-      kernel_init: makes the kernels for the input, an initializer of `jax.nn.initializers`.
-      recurrent_kernel_init: makes the kernels for `h`.
-      bias_init: makes the biases, which the maps of `h` have.
-      dtype, param_dtype, carry_init, promote_dtype, keep_rngs, rngs, kernel_metadata, recurrent_kernel_metadata,
-        bias_metadata: as in `SimpleCell`; without `dtype` it takes what the input and the parameters promote to.
+      gate_fn: the activation of the gates i, f and o.
+      activation_fn: the activation of the memory and of the output.
+      kernel_init: the initializer of the kernels for the input, as those of `jax.nn.initializers`.
+      recurrent_kernel_init: the initializer of the kernels for `h`.
+      bias_init: the initializer of the biases, which the maps of `h` have.
+      dtype: the dtype of the computation. None takes the common dtype of the input and the parameters.
+      param_dtype, carry_init, promote_dtype, keep_rngs, rngs, kernel_metadata, recurrent_kernel_metadata, bias_metadata: as in
+        `SimpleCell`.
 
     Attributes:
       ii, if_, ig, io: Linear from `in_features` to `hidden_features`, without a bias.
       hi, hf, hg, ho: Linear from `hidden_features` to `hidden_features`.
-      carry: Hidden, a pair of arrays of shape (*batch, hidden_features).
+      carry: Hidden, the pair ``(c, h)`` of arrays of shape (*batch, hidden_features) that the cell keeps.
 
     Raises:
       RandomStreamError: there is no stream to draw the parameters from.
@@ -155,9 +163,11 @@ class LSTMCell(Cell):
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> cell = mu.nn.LSTMCell(2, 3, rngs=mu.Rngs(0))
-      >>> (c, h), y = cell(cell.initialize_carry((4, 2)), jnp.ones((4, 2)))
-      >>> c.shape, bool((h == y).all())
-      ((4, 3), True)
+      >>> x = jnp.ones((4, 2))  # one step of 4 sequences
+      >>> carry = cell.initialize_carry(x.shape)
+      >>> carry, y = cell(carry, x)
+      >>> y.shape
+      (4, 3)
     """
 
     def __init__(
@@ -222,7 +232,7 @@ class LSTMCell(Cell):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Rngs | RngState | None = None, carry_init: Initializer | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """A carry to start from: ``(c, h)``, arrays of shape (*batch, hidden_features).
+        """Make a first carry: ``(c, h)``, arrays of shape (*batch, hidden_features), of zeros by default.
 
         Args:
           input_shape, rngs, carry_init: as in `RNNCellBase`.
@@ -234,23 +244,30 @@ class LSTMCell(Cell):
 
 
 class OptimizedLSTMCell(LSTMCell):
-    """An `LSTMCell` whose four maps of the input are one, and likewise those of `h`: fewer, larger products.
+    """An `LSTMCell` with fewer, larger products: one for the four linear maps of `x`, and one for those of `h`.
 
-    The parameters are those of `LSTMCell` side by side, in the order i, f, g, o.
+    The parameters are those of `LSTMCell` side by side along the last axis, in the order i, f, g, o. An initializer draws the
+    four together.
 
     Args:
-      in_features, hidden_features, ...: as in `LSTMCell`.
+      in_features, hidden_features, gate_fn, activation_fn, kernel_init, recurrent_kernel_init, bias_init, dtype, param_dtype,
+        carry_init, promote_dtype, keep_rngs, rngs, kernel_metadata, recurrent_kernel_metadata, bias_metadata: as in `LSTMCell`.
 
     Attributes:
       dense_i: Linear from `in_features` to ``4 * hidden_features``, without a bias.
       dense_h: Linear from `hidden_features` to ``4 * hidden_features``.
-      carry: Hidden, a pair of arrays of shape (*batch, hidden_features).
+      carry: Hidden, the pair ``(c, h)`` of arrays of shape (*batch, hidden_features) that the cell keeps.
+
+    Raises:
+      RandomStreamError: there is no stream to draw the parameters from.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> cell = mu.nn.OptimizedLSTMCell(2, 3, rngs=mu.Rngs(0))
-      >>> [cell(jnp.ones((4, 2))).shape for _ in range(2)], [h.shape for h in cell.carry.value]
-      ([(4, 3), (4, 3)], [(4, 3), (4, 3)])
+      >>> rnn = mu.nn.RNN(mu.nn.OptimizedLSTMCell(2, 3, rngs=mu.Rngs(0)))
+      >>> rnn(jnp.ones((4, 6, 2))).shape  # 4 sequences of 6 steps
+      (4, 6, 3)
+      >>> rnn.cell.dense_i.kernel.shape
+      (2, 12)
     """
 
     def _make_maps(self, of_input: dict[str, Any], of_hidden: dict[str, Any]) -> None:
@@ -262,9 +279,11 @@ class OptimizedLSTMCell(LSTMCell):
 
 
 class GRUCell(Cell):
-    """A gated recurrent unit: one gate says how much is new, another how much of the old goes into it.
+    """A cell of a gated recurrent unit (GRU): one step of it. `nn.RNN` runs it over sequences.
 
-    With one map of `x` and one of `h`, cut in three::
+    ``cell(carry, x)`` returns the next carry and the output. ``cell(x)`` goes on from the carry that the cell keeps, and
+    returns the output only. The carry is an array `h`, and the output is the new `h`. With one linear map of `x` and one of
+    `h`, each split into three parts::
 
         r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
         h' = (1 - z) * tanh(x_n + r * h_n) + z * h
@@ -272,18 +291,20 @@ class GRUCell(Cell):
     Args:
       in_features: the size of the last axis of the input.
       hidden_features: the size of the last axis of the output.
-      gate_fn: the activation of the gates.
-      activation_fn: the activation of what is new.
-      kernel_init: makes the kernel for the input, an initializer of `jax.nn.initializers`.
-      recurrent_kernel_init: makes the kernel for `h`.
-      bias_init: makes the bias, which the map of the input has.
-      dtype, param_dtype, carry_init, promote_dtype, keep_rngs, rngs, kernel_metadata, recurrent_kernel_metadata,
-        bias_metadata: as in `SimpleCell`; without `dtype` it takes what the input and the parameters promote to.
+      gate_fn: the activation of the gates r and z.
+      activation_fn: the activation of the candidate, ``tanh`` in the formula.
+      kernel_init: the initializer of the kernel for the input, as those of `jax.nn.initializers`.
+      recurrent_kernel_init: the initializer of the kernel for `h`.
+      bias_init: the initializer of the biases.
+      use_recurrent_bias: whether the map of `h` has a bias, as in PyTorch and cuDNN. The map of the input always has one.
+      dtype: the dtype of the computation. None takes the common dtype of the input and the parameters.
+      param_dtype, carry_init, promote_dtype, keep_rngs, rngs, kernel_metadata, recurrent_kernel_metadata, bias_metadata: as in
+        `SimpleCell`.
 
     Attributes:
       dense_i: Linear from `in_features` to ``3 * hidden_features``, in the order r, z, n.
-      dense_h: Linear from `hidden_features` to ``3 * hidden_features``, without a bias.
-      carry: Hidden of shape (*batch, hidden_features).
+      dense_h: Linear from `hidden_features` to ``3 * hidden_features``, without a bias unless `use_recurrent_bias`.
+      carry: Hidden of shape (*batch, hidden_features), the carry that the cell keeps.
 
     Raises:
       RandomStreamError: there is no stream to draw the parameters from.
@@ -295,8 +316,11 @@ class GRUCell(Cell):
       >>> import jax.numpy as jnp, mutatis as mu
       >>> cell = mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0))
       >>> mu.reset(cell, mu.Hidden, batch_shape=(4,))
-      >>> mu.for_loop(cell, jnp.ones((5, 4, 2))).shape  # it goes on from step to step
+      >>> x = jnp.ones((5, 4, 2))  # 5 steps of 4 sequences
+      >>> mu.for_loop(cell, x).shape
       (5, 4, 3)
+      >>> cell.carry.shape  # the cell keeps its carry from step to step
+      (4, 3)
     """
 
     def __init__(
@@ -309,6 +333,7 @@ class GRUCell(Cell):
         kernel_init: Initializer = default_kernel_init,
         recurrent_kernel_init: Initializer = orthogonal_kernel_init,
         bias_init: Initializer = zeros,
+        use_recurrent_bias: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         carry_init: Initializer | None = None,
@@ -340,9 +365,11 @@ class GRUCell(Cell):
         self.dense_h = Linear(
             hidden_features,
             3 * hidden_features,
-            use_bias=False,
+            use_bias=use_recurrent_bias,
             kernel_init=recurrent_kernel_init,
+            bias_init=bias_init,
             kernel_metadata=recurrent_kernel_metadata,
+            bias_metadata=bias_metadata,
             **shared,
         )
         self.carry = self._own_carry()

@@ -25,34 +25,38 @@ from mutatis.transforms.loops import scan
 
 
 class RNN(Module):
-    """Runs a recurrent cell over sequences.
+    """A recurrent net: runs a recurrent cell, such as `nn.LSTMCell`, over sequences.
+
+    A call starts from the first carry of the cell (zeros, by default) or from an `initial_carry`. A stateful net goes on where
+    the last call ended.
 
     Args:
-      cell: the cell; any module with ``cell(carry, x) -> (carry, y)``, `initialize_carry` and `num_feature_axes`.
-      time_major: whether time is the first axis, before those of the batch; it is the one after them otherwise.
-      return_carry: whether calls return ``(carry, outputs)``.
+      cell: the cell: any module with ``cell(carry, x) -> (carry, y)``, `initialize_carry` and `num_feature_axes`.
+      time_major: whether time is the first axis of the input and the output. If False, it comes after the batch axes.
+      return_carry: whether a call returns ``(carry, outputs)``. If False, it returns the outputs.
       reverse: whether the cell goes from the end of each sequence to its start.
-      keep_order: whether the outputs of a reversed run are in the order of the input; else they come in the order in which the
-        cell made them.
-      unroll: how many steps are one iteration of the loop, as in `mu.scan`.
-      state_axes: what the loop does with the cell's states, as `states=` of `mu.scan`; None carries those that are written.
-      broadcast_rngs: which random streams of the cell give the same numbers in all steps of a call: ``"dropout"`` drops the same
-        elements.
-      rngs: random streams, of which `carry` is forked for carries to start from; True starts a stream if the cell needs one.
-      stateful: whether a call goes on from `cell.carry`, where the one before ended, and writes it; ``mu.reset(model, mu.Hidden,
-        batch_shape=...)`` starts anew.
+      keep_order: whether the outputs of a reversed run are in the order of the input. If False, the output of the first step, for
+        the end of the sequence, comes first.
+      unroll: how many steps are compiled into one iteration of the loop, as in `mu.scan`.
+      state_axes: the axes of the cell's states in the loop, as `states` of `mu.scan`. None carries the written ones.
+      broadcast_rngs: a filter: which random streams of the cell give the same numbers in all steps of a call. With ``"dropout"``,
+        all steps drop the same elements.
+      rngs: random streams, for first carries that are drawn: a stream is forked from `carry`. True makes one if the cell needs
+        it.
+      stateful: whether a call starts from `cell.carry` and writes the last carry to it.
+        ``mu.reset(model, mu.Hidden, batch_shape=...)`` starts anew.
 
     Raises:
       ArgumentError: `cell` is no recurrent cell.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> rnn = mu.nn.RNN(mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0)))
-      >>> x = jnp.ones((4, 6, 2))  # 4 sequences, 6 steps
+      >>> rnn = mu.nn.RNN(mu.nn.LSTMCell(2, 3, rngs=mu.Rngs(0)))
+      >>> x = jnp.ones((4, 6, 2))  # 4 sequences of 6 steps
       >>> rnn(x).shape
       (4, 6, 3)
-      >>> carry, y = rnn(x, seq_lengths=jnp.array([6, 2, 1, 4]), return_carry=True)
-      >>> bool((carry[1] == y[1, 1]).all())
+      >>> (c, h), y = rnn(x, seq_lengths=jnp.array([6, 2, 1, 4]), return_carry=True)
+      >>> bool((h[1] == y[1, 1]).all())  # the carry is that of the last step of each sequence
       True
     """
 
@@ -106,11 +110,12 @@ class RNN(Module):
 
         Args:
           inputs: an array of shape (*batch, time, features), or (time, *batch, features) with `time_major`.
-          initial_carry: what to start from; else it is `cell.carry` where the net is stateful, or what `initialize_carry` gives.
-          seq_lengths: how long each sequence is, integers of shape (*batch); what follows is padding. The outputs there are of no
-            meaning; the carry is the one after the last step of each sequence.
-          return_carry, time_major, reverse, keep_order, stateful: go before what the net was made with.
-          rngs: random streams for the carry to start from.
+          initial_carry: the first carry. None takes `cell.carry` if the net is stateful, or else the result of
+            `initialize_carry`.
+          seq_lengths: the length of each sequence, integers of shape (*batch). The steps after it are padding, and their outputs
+            have no meaning. The returned carry is that of the last step of each sequence.
+          return_carry, time_major, reverse, keep_order, stateful: override the settings of the net.
+          rngs: random streams for first carries that are drawn.
 
         Returns:
           The outputs, of shape (*batch, time, hidden_features) or (time, *batch, hidden_features), or ``(carry, outputs)``.
@@ -222,18 +227,21 @@ def _checked_lengths(lengths: ArrayLike, batch: tuple[int, ...], time: int) -> j
 def flip_sequences(
     inputs: ArrayLike, seq_lengths: ArrayLike | None, num_batch_dims: int, time_major: bool
 ) -> jax.Array:
-    """Sequences from their ends to their starts; padding stays behind them.
+    """Reverse each sequence in time; its padding stays at the end.
 
     Args:
       inputs: an array of shape (*batch, time, ...), or (time, *batch, ...) with `time_major`.
-      seq_lengths: the length of each sequence, integers of shape (*batch); None flips the whole axis.
+      seq_lengths: the length of each sequence, integers of shape (*batch). None reverses the whole axis.
       num_batch_dims: the number of batch axes.
       time_major: whether time is the first axis.
+
+    Returns:
+      An array of the same shape. The order within the padding is reversed, too.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> x = jnp.array([[1, 0, 0], [2, 3, 0], [4, 5, 6]])
-      >>> mu.nn.flip_sequences(x, jnp.array([1, 2, 3]), 1, False).tolist()
+      >>> mu.nn.flip_sequences(x, jnp.array([1, 2, 3]), num_batch_dims=1, time_major=False).tolist()
       [[1, 0, 0], [3, 2, 0], [6, 5, 4]]
     """
     x = jnp.asarray(inputs)
@@ -253,19 +261,22 @@ def _concatenate(one: jax.Array, other: jax.Array) -> jax.Array:
 
 
 class Bidirectional(Module):
-    """Runs one recurrent net from start to end and another from end to start, and puts their outputs side by side.
+    """Runs one recurrent net from start to end and another from end to start, and concatenates their outputs.
 
     Args:
-      forward_rnn: the net that goes forward.
-      backward_rnn: the net that goes backward. If it is the same object, the two share their parameters.
-      merge_fn: brings an output of each together; concatenates them, by default.
-      time_major, return_carry: as in `RNN`.
-      rngs: random streams for the carries to start from, as in `RNN`.
+      forward_rnn: the net that runs forward, such as an `RNN`.
+      backward_rnn: the net that runs backward. If it is the same object, the two share their parameters.
+      merge_fn: a function of an output of each net that joins them. The default concatenates them along the last axis.
+      time_major: whether time is the first axis of the input and the output. If False, it comes after the batch axes.
+      return_carry: whether a call returns ``((forward_carry, backward_carry), outputs)``. If False, it returns the outputs.
+      rngs: random streams for first carries that are drawn, as in `RNN`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> forward, backward = (mu.nn.RNN(mu.nn.GRUCell(2, 3, rngs=mu.Rngs(seed))) for seed in (0, 1))
-      >>> mu.nn.Bidirectional(forward, backward)(jnp.ones((4, 6, 2))).shape
+      >>> forward = mu.nn.RNN(mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0)))
+      >>> backward = mu.nn.RNN(mu.nn.GRUCell(2, 3, rngs=mu.Rngs(1)))
+      >>> x = jnp.ones((4, 6, 2))  # 4 sequences of 6 steps
+      >>> mu.nn.Bidirectional(forward, backward)(x).shape
       (4, 6, 6)
     """
 
@@ -302,11 +313,11 @@ class Bidirectional(Module):
 
         Args:
           inputs: an array of shape (*batch, time, features), or (time, *batch, features) with `time_major`.
-          initial_carry: what the two start from.
-          seq_lengths: how long each sequence is, as in `RNN`.
-          return_carry, time_major: go before what the net was made with.
-          rngs: random streams for the carries to start from.
-          reverse, keep_order: have no meaning here; a net that calls others of its kind may give them.
+          initial_carry: a pair of the first carries of the two nets. None leaves them to the nets.
+          rngs: random streams for first carries that are drawn.
+          seq_lengths: the length of each sequence, integers of shape (*batch), as in `RNN`.
+          return_carry, time_major: override the settings of the layer.
+          reverse, keep_order: have no effect; they are there so that the call has the arguments of `RNN`.
 
         Returns:
           The outputs in the order of the input, of shape (*batch, time, features) or (time, *batch, features), or

@@ -19,34 +19,40 @@ from mutatis.random import Rngs, as_key, stream_of
 
 
 class SlotCache(Module):
-    """The caches of all layers of a model, taken together, and a random stream for each row.
+    """The key-value caches of all layers of a model as slots for requests, with a random stream for each slot.
 
-    A slot is a row of the batch. Its number may be known only when the program runs, so one compiled program inserts into any
-    slot. What is in one slot has no influence on another: each has its own length, and draws from its own stream.
+    A server uses it to generate text for many requests in one batch (continuous batching). A slot is a row of the batch:
+    `insert` puts a new request into it while the others go on, and `evict` empties it. Slots do not influence each other: each
+    has its own length and draws from its own stream. The number of a slot may be a traced value, so one compiled program serves
+    all slots.
 
     Args:
-      model: a model with ragged caches (`init_cache(..., ragged=True)`), or these themselves.
-      rngs: random streams, from whose `default` the streams of the slots are split.
+      model: a model with ragged caches (``init_cache(..., ragged=True)``), or these caches themselves.
+      rngs: random streams; the streams of the slots are split from the stream `default`.
 
     Attributes:
-      caches: the caches of the model, in the order of its layers.
-      active: Cache, booleans of shape (slots,): whether there is a request.
+      caches: the `KVCache`s of the model, in the order of its layers.
+      slots: the number of slots, an int.
+      active: Cache, booleans of shape (slots,): whether there is a request in a slot.
       stream: RngState, a stream for each slot.
 
     Raises:
-      ArgumentError: there are no caches, or they are not ragged ones of one batch axis.
+      ArgumentError: there are no caches, or they are not ragged ones with one batch axis of one size.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> model = mu.nn.MultiHeadAttention(2, 8, decode=True, rngs=mu.Rngs(0))
       >>> model.init_cache((1, 16, 8))
-      >>> _ = model(jnp.ones((1, 3, 8)))
-      >>> request = mu.clone(model.cache)  # a prompt that was read
+      >>> _ = model(jnp.ones((1, 3, 8)))  # a prompt of 3 tokens
+      >>> request = mu.clone(model.cache)
       >>> model.init_cache((4, 16, 8), ragged=True)
       >>> slots = mu.nn.SlotCache(model, rngs=mu.Rngs(0))
       >>> slots.insert(2, request, seed=7)
       >>> slots.lengths.tolist(), slots.active.value.tolist()
       ([0, 0, 3, 0], [False, False, True, False])
+      >>> _ = model(jnp.ones((4, 1, 8)), lengths=slots.steps())  # one step for all active slots
+      >>> slots.lengths.tolist()
+      [0, 0, 4, 0]
     """
 
     def __init__(self, model: Any, *, rngs: Rngs) -> None:
@@ -68,21 +74,21 @@ class SlotCache(Module):
 
     @property
     def lengths(self) -> jax.Array:
-        """How many tokens there are in each slot, of shape (slots,)."""
+        """The number of tokens in each slot: int32 of shape (slots,)."""
         return self.caches[0].index.value
 
     def steps(self) -> jax.Array:
-        """1 for each slot with a request, else 0: the `lengths` of one step for all of them."""
+        """The `lengths` of one decoding step: int32 of shape (slots,), 1 for each slot with a request, else 0."""
         return self.active.value.astype(jnp.int32)
 
     def insert(self, slot: ArrayLike, request: Any, row: ArrayLike = 0, *, seed: ArrayLike | None = None) -> None:
-        """Put a request into a slot, whatever was there.
+        """Put a request into a slot, in place of its present content.
 
         Args:
-          slot: the number of the slot.
-          request: a model, or caches, that have read the request; of as many layers.
-          row: which row of these.
-          seed: a seed or key to start the slot's stream with; None lets it go on.
+          slot: the number of the slot, an int or an integer scalar.
+          request: a model that has read the prompt, or its caches; one for each cache of the slots.
+          row: the row of the batch of `request` to take.
+          seed: a seed or a random key from which the stream of the slot starts. None lets the stream go on.
 
         Raises:
           ArgumentError: there is no such slot, or the caches do not fit.
@@ -92,6 +98,10 @@ class SlotCache(Module):
         for target, source in zip(self.caches, sources, strict=True):
             length = source.index.value[row] if source.ragged else source.index.value
             target.index.value = target.index.value.at[slot].set(length)
+            if target.positions is not None and source.positions is not None:
+                stored = source.positions.value
+                _insert_ring(target, slot, source, row, stored[row] if source.ragged else stored, length)
+                continue
             for into, part in ((target.key, source.key), (target.value, source.value)):
                 taken = lax.dynamic_index_in_dim(part.value, row, keepdims=True).astype(into.dtype)
                 into.value = lax.dynamic_update_slice(into.value, taken, (slot, 0, 0, 0))
@@ -103,7 +113,7 @@ class SlotCache(Module):
         """Empty a slot.
 
         Args:
-          slot: the number of the slot, or an array of several.
+          slot: the number of the slot, or an array of several numbers.
 
         Raises:
           ArgumentError: there is no such slot.
@@ -111,36 +121,43 @@ class SlotCache(Module):
         self._check(slot)
         for cache in self.caches:
             cache.index.value = cache.index.value.at[slot].set(0)
+            if cache.positions is not None:
+                cache.positions.value = cache.positions.value.at[slot].set(-1)
         self.active.value = self.active.value.at[slot].set(False)
 
     def share(self, source: ArrayLike, target: ArrayLike, length: ArrayLike | None = None) -> None:
-        """Copy the beginning of a slot into another, which is then active: a prompt that many begin with is read once.
+        """Copy the first tokens of a slot into another, which is then active.
+
+        So a model reads a prompt that many requests begin with only once.
 
         Args:
           source: the number of the slot to copy from.
-          target: that of the slot to copy into.
-          length: how many tokens at most; None is for all.
+          target: the number of the slot to copy into.
+          length: the number of tokens to copy, at most. None copies all.
 
         Raises:
-          ArgumentError: there is no such slot.
+          ArgumentError: there is no such slot, or tokens in the window of a cache are no longer kept.
         """
         self._check(source)
         self._check(target)
-        for cache in self.caches:
-            there = cache.index.value[source]
-            cache.index.value = cache.index.value.at[target].set(
-                there if length is None else jnp.minimum(there, length)
-            )
+        ends = [cache.index.value[source] for cache in self.caches]
+        ends = ends if length is None else [jnp.minimum(end, length) for end in ends]
+        rings = [cache.kept_before(source, end) for cache, end in zip(self.caches, ends, strict=True)]  # all, or none
+        for cache, end, kept in zip(self.caches, ends, rings, strict=True):
+            cache.index.value = cache.index.value.at[target].set(end)
+            if cache.positions is not None:
+                cache.positions.value = cache.positions.value.at[target].set(kept)
             for cell in (cache.key, cache.value):
                 cell.value = cell.value.at[target].set(cell.value[source])
         self.active.value = self.active.value.at[target].set(True)
 
     def reorder(self, rows: ArrayLike, *, streams: bool = False) -> None:
-        """Let each slot go on from a slot.
+        """Replace each slot by a copy of some slot, as beam search does.
 
         Args:
-          rows: for each slot the number of the one that it goes on from.
-          streams: whether the streams go with them; beams that go on from one slot should not draw alike.
+          rows: for each slot the number of the slot to copy; integers of shape (slots,).
+          streams: whether the random streams are copied, too. Then copies of one slot draw the same numbers, which beams should
+            not.
 
         Raises:
           ArgumentError: there are more or fewer numbers.
@@ -152,20 +169,23 @@ class SlotCache(Module):
             self.stream.set(jax.tree.map(lambda x: x[jnp.asarray(rows)], self.stream.get()))
 
     def truncate(self, length: ArrayLike) -> None:
-        """Roll back to a length, one for all slots or one for each.
+        """Take back the last tokens, so that a length remains; slots that are shorter stay as they are.
+
+        Args:
+          length: the number of tokens that remain: an int for all slots, or integers of shape (slots,).
 
         Raises:
-          ArgumentError: the length is negative or of another shape.
+          ArgumentError: the length is negative or of another shape, or tokens in the window of a cache are no longer kept.
         """
         for cache in self.caches:
             cache.truncate(length)
 
     def reseed(self, slot: ArrayLike, seed: ArrayLike) -> None:
-        """Start the stream of a slot anew.
+        """Start the random stream of a slot anew.
 
         Args:
           slot: the number of the slot.
-          seed: a seed or key.
+          seed: a seed or a random key.
 
         Raises:
           ArgumentError: there is no such slot.
@@ -176,7 +196,11 @@ class SlotCache(Module):
         self.stream.set({"key": old["key"].at[slot].set(key), "count": old["count"].at[slot].set(0)})
 
     def keys(self) -> jax.Array:
-        """A fresh key from the stream of each slot, of shape (slots,)."""
+        """Draw a random key from the stream of each slot.
+
+        Returns:
+          An array of keys of shape (slots,).
+        """
         old = self.stream.get()
         self.stream.set({"key": old["key"], "count": old["count"] + jnp.uint32(1)})
         return jax.vmap(jax.random.fold_in)(old["key"], old["count"])
@@ -194,17 +218,43 @@ class SlotCache(Module):
             )
         if sources is None:
             return
-        ours, theirs = ([cache.key.shape[-3:] for cache in caches] for caches in (self.caches, sources))
-        rings = any(cache.window is not None for cache in [*self.caches, *sources])
-        fits = len(ours) == len(theirs) and all(
-            a[0] >= b[0] and a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True)
-        )
-        if not fits or rings:
+        if len(self.caches) != len(sources) or not all(map(_fits, self.caches, sources)):
             raise ArgumentError(
                 "the request's caches do not fit into the slots",
                 path="request",
                 where=naming.where(),
-                expected=f"{len(ours)} caches without a window, of at most these (max_length, heads, features): {ours[:3]}",
-                got=f"{len(theirs)} caches: {theirs[:3]}{', with a window' if rings else ''}",
+                expected=f"{len(self.caches)} caches of at most these sizes: {_sizes(self.caches)}",
+                got=f"{len(sources)} caches: {_sizes(sources)}",
                 cure="Read the request with the same model: `model.init_cache(...)` with at most as many places.",
             )
+
+
+def _insert_ring(
+    target: KVCache, slot: ArrayLike, source: KVCache, row: ArrayLike, positions: jax.Array, length: jax.Array
+) -> None:
+    """Put what a ring holds into a row of another, which may be longer or shorter."""
+    if target.positions is None:
+        return
+    fits = (positions >= 0) & (positions >= length - target.max_length)
+    places = jnp.where(fits, positions % target.max_length, target.max_length)
+    for into, part in ((target.key, source.key), (target.value, source.value)):
+        taken = lax.dynamic_index_in_dim(part.value, row, keepdims=False).astype(into.dtype)
+        empty = jnp.zeros(into.shape[1:], into.dtype)
+        into.value = into.value.at[slot].set(empty.at[places].set(taken, mode="drop"))
+    stored = jnp.full(target.max_length, -1, jnp.int32).at[places].set(positions, mode="drop")
+    target.positions.value = target.positions.value.at[slot].set(stored)
+
+
+def _fits(target: KVCache, source: KVCache) -> bool:
+    """Whether a row of a cache can hold what is in a row of another."""
+    same = target.key.shape[-2:] == source.key.shape[-2:] and target.window == source.window
+    return same and (target.window is not None or target.max_length >= source.max_length)
+
+
+def _sizes(caches: Sequence[KVCache]) -> str:
+    sizes = [
+        f"{cache.max_length} places, {cache.key.shape[-2]} heads of {cache.key.shape[-1]} features"
+        + (f", window {cache.window}" if cache.window is not None else "")
+        for cache in caches
+    ]
+    return "; ".join(dict.fromkeys(sizes))

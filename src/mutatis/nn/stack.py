@@ -1,7 +1,7 @@
 """`Stack`: layers of one kind, one after the other, whose states are stacked along a leading axis and run by one loop.
 
-The loop's body is traced and compiled once, so compiling takes as long for 64 layers as for 4. What a layer writes, its
-statistics, its cache, its random stream, is its own.
+The loop's body is traced and compiled once, so compiling takes as long for 64 layers as for 4. Each layer has its own
+statistics, cache and random stream.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from mutatis.transforms.rematerialize import remat as rematerialize
 
 
 class Stack(Module):
-    """Layers of one kind, one after the other.
+    """Many layers of one kind in a row, such as the blocks of a transformer, run by one loop.
+
+    The states of all layers are stacked along a leading axis, and one layer is compiled for all of them. So 64 layers compile as
+    fast as 4. Each layer has its own parameters, statistics, caches and random streams. ``stack[i]`` is a copy of one layer.
 
     Args:
-      make: makes a layer, ``make(rngs)``; or the layers themselves, a list of them. They have to differ in their values only.
-      length: how many to make.
-      rngs: random streams, from which each layer's own are split.
-      remat: whether to keep only what goes from layer to layer for the gradient, and compute the rest again.
-      unroll: how many layers the loop does at a time, as in `jax.lax.scan`.
+      make: a function that makes a layer, ``make(rngs)``, or a list of layers that differ in their values only.
+      length: the number of layers, if `make` is a function.
+      rngs: random streams, which are split among the layers, if `make` is a function.
+      remat: whether to save memory in gradients: only the values between layers are kept, and the rest is computed again.
+      unroll: how many layers are compiled into one iteration of the loop, as in `jax.lax.scan`.
 
     Attributes:
-      layer: one layer, whose states have an axis for the layers in front.
+      layer: one layer, whose states have a leading axis for all layers.
 
     Raises:
       ArgumentError: there is no layer, or streams are missing.
@@ -45,11 +48,10 @@ class Stack(Module):
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> stack = mu.nn.Stack(lambda rngs: mu.nn.Linear(8, 8, rngs=rngs), 12, rngs=mu.Rngs(0))
-      >>> stack(jnp.ones((2, 8))).shape, stack.layer.kernel.shape
-      ((2, 8), (12, 8, 8))
-      >>> first, *others = stack.layers()
-      >>> first.kernel.shape, len(mu.nn.Stack([first, *others]))
-      ((8, 8), 12)
+      >>> stack(jnp.ones((2, 8))).shape
+      (2, 8)
+      >>> stack.layer.kernel.shape, len(stack), stack[0].kernel.shape
+      ((12, 8, 8), 12, (8, 8))
     """
 
     def __init__(
@@ -82,11 +84,12 @@ class Stack(Module):
         """Call one layer after the other.
 
         Args:
-          x: the input of the first layer; what a layer gives is the input of the next, and has the same shape and dtype.
-          *args, **options: are given to all layers.
+          x: the input of the first layer: an array or a pytree of arrays. Each layer returns the input of the next, of the same
+            shapes and dtypes.
+          *args, **options: further arguments, the same for all layers.
 
         Returns:
-          What the last layer gives.
+          The result of the last layer.
         """
 
         def body(x: Any, layer: Module) -> tuple[Any, None]:
@@ -98,7 +101,7 @@ class Stack(Module):
         return self.length
 
     def __getitem__(self, index: int) -> Module:
-        """A copy of a layer."""
+        """A copy of one layer, by its number."""
         if not -self.length <= index < self.length:
             raise IndexError(f"there are {self.length} layers, and none has the number {index}")
         copy = clone(self.layer)
@@ -107,17 +110,17 @@ class Stack(Module):
         return copy
 
     def layers(self) -> list[Module]:
-        """Copies of the layers: a list of them has the paths of a model without `Stack`, ``blocks.0.kernel``."""
+        """Copies of the layers, as a list. A model with this list instead of the Stack has paths such as ``blocks[0].kernel``."""
         return [self[index] for index in range(self.length)]
 
     def load(self, layers: Sequence[Module]) -> None:
-        """Take over the states of layers, such as were read from the checkpoint of a model without `Stack`.
+        """Write the states of a list of layers into the stack, such as those of a checkpoint of a model without `Stack`.
 
         Args:
-          layers: as many as there are here, of the same structure.
+          layers: as many layers as in the stack, of the same structure.
 
         Raises:
-          StructureError: there are more or fewer, or they differ from those here in more than their values.
+          StructureError: there are more or fewer, or they differ from those of the stack in more than their values.
         """
         new = _stacked(layers)
         if len(layers) != self.length or graphdef(new) != graphdef(self.layer):
@@ -129,14 +132,14 @@ class Stack(Module):
             cell.set(theirs[path].get())
 
     def each(self, f: Callable[..., Any], *args: Any) -> Any:
-        """Do something with every layer: ``stack.each(lambda layer: layer.init_cache(shape))``.
+        """Call a function with every layer: ``stack.each(lambda layer: layer.init_cache(shape))``.
 
         Args:
-          f: a function of a layer, and of the slices of the others.
-          *args: arrays with an axis for the layers in front.
+          f: a function of a layer, and of one slice of each of `args`.
+          *args: arrays with a leading axis for the layers.
 
         Returns:
-          What it gives, stacked.
+          The results, stacked along axis 0.
         """
         return vmap(f)(self.layer, *args)
 

@@ -19,18 +19,19 @@ from mutatis.random import Rngs, as_key, is_stream, stream_of
 
 
 class Dropout(Layer):
-    """Sets elements to zero at random and scales up the others, so that the expected value stays.
+    """Sets elements to zero at random in training, and scales up the others so that the expected value stays the same.
 
-    The layer owns a random stream, forked from the stream `rng_collection` of `rngs` when it is made. So each layer draws
-    numbers of its own, also when layers are stacked and scanned over, and the stream is saved with the model.
+    After `model.eval()` it returns the input as it is. The layer owns a random stream, which it forks from the stream
+    `rng_collection` of `rngs` when it is made. So each layer draws numbers of its own, also when layers are stacked and scanned
+    over, and checkpoints save the stream.
 
     Args:
-      rate: the probability of an element to be set to zero, in [0, 1].
+      rate: the probability that an element is set to zero, in [0, 1].
       broadcast_dims: axes along which elements are dropped together.
-      deterministic: whether to return the input as it is, unless the call says so. None goes by `training` of the module:
-        elements are dropped unless `model.eval()` was called.
+      deterministic: whether to return the input as it is, unless the call says so. None follows `model.train()` and
+        `model.eval()`.
       rng_collection: the name of the stream among `rngs`, here and in calls.
-      rngs: random streams, or one of them; may be left out if nothing will be dropped, or if each call brings its own.
+      rngs: random streams, or one of them. It may be left out if nothing will be dropped, or if each call brings its own.
 
     Attributes:
       stream: RngState, or None without `rngs`.
@@ -85,11 +86,11 @@ class Dropout(Layer):
         deterministic: bool | None = None,
         rngs: Rngs | RngState | jax.Array | None = None,
     ) -> jax.Array:
-        """Drop elements.
+        """Drop elements at random.
 
         Args:
           inputs: an array of floats, of any shape.
-          deterministic: whether to return the input as it is; goes before what the layer was made with.
+          deterministic: whether to return the input as it is; overrides the setting of the layer.
           rngs: random streams, one of them, or a key, to draw from in place of the layer's own stream.
 
         Returns:

@@ -1,7 +1,7 @@
-"""Normalization of weights: `SpectralNorm` and `WeightNorm` lend the layer that they are around other weights for a call.
+"""Normalization of weights: `SpectralNorm` and `WeightNorm` call a layer with normalized weights in place of its own.
 
-The layer's own weights stay as they are. For the time of a call it finds the normalized ones in their place, and gradients
-go through the normalization to its own. (Flax NNX writes the normalized weights over them.)
+The layer's own weights stay as they are, and gradients go through the normalization to them. (Flax NNX overwrites the weights
+with the normalized ones.)
 """
 
 from __future__ import annotations
@@ -39,36 +39,39 @@ KERNELS = PathContains("kernel")
 
 
 class SpectralNorm(Layer):
-    """Calls a layer with its weights divided by their largest singular value, which a power iteration estimates.
+    """Calls a layer with its weights divided by their largest singular value, which is estimated by power iteration.
 
-    Weights with one axis or none are left as they are; of more than two axes, all but the last count as one.
+    The weights of the layer themselves stay as they are. All Params with two or more axes are divided. For one with more than
+    two axes, all axes but the last count as one.
 
     Args:
       layer_instance: the layer.
-      n_steps: how many steps of the iteration each call takes.
-      epsilon: keeps a norm from being zero.
-      dtype: the dtype of the normalized weights; None is that of the weights.
-      param_dtype: the dtype of what the iteration keeps.
-      error_on_non_matrix: whether weights with more than two axes are refused.
-      update_stats: whether a call keeps what its iteration came to, unless the call says so, or `model.eval()` was called.
-      rngs: random streams, of which `params` is drawn from.
+      n_steps: the number of steps of the power iteration in each call.
+      epsilon: a small number that is added to the square of a vector's length before the vector is divided by it.
+      dtype: the dtype of the normalized weights. None takes that of the weights.
+      param_dtype: the dtype of the states of the iteration.
+      error_on_non_matrix: whether weights with more than two axes are an error.
+      update_stats: whether a call in training keeps the vectors of its iteration, from which the next one starts. After
+        `model.eval()` a call keeps none, unless the call says so.
+      rngs: random streams; the first vectors are drawn from the stream `params`.
 
     Attributes:
       layer_instance: the layer.
-      batch_stats: BatchStat states by the path of the weight and ``"u"``, of shape (1, size of the last axis), or
-        ``"sigma"``, the estimate, of shape ().
+      batch_stats: a dictionary of BatchStats. For each weight there is one under its path and ``"u"``, the vector, of shape (1,
+        size of the last axis), and one under its path and ``"sigma"``, the estimate of the singular value, of shape ().
 
     Raises:
-      ArgumentError: a weight has more than two axes, and that is to be refused.
+      ArgumentError: a weight has more than two axes, and `error_on_non_matrix` is set.
+      RandomStreamError: there is no stream to draw from.
 
     Source:
       Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018, https://arxiv.org/abs/1802.05957
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> rngs = mu.Rngs(0)
-      >>> layer = mu.nn.SpectralNorm(mu.nn.Linear(2, 2, use_bias=False, rngs=rngs), n_steps=20, rngs=rngs)
-      >>> layer.layer_instance.kernel.value = jnp.diag(jnp.array([4.0, 1.0]))
+      >>> linear = mu.nn.Linear(2, 2, use_bias=False, rngs=mu.Rngs(0))
+      >>> linear.kernel.value = jnp.diag(jnp.array([4.0, 1.0]))  # the singular values are 4 and 1
+      >>> layer = mu.nn.SpectralNorm(linear, n_steps=20, rngs=mu.Rngs(1))
       >>> layer(jnp.ones((1, 2))).round(3).tolist()
       [[1.0, 0.25]]
     """
@@ -102,11 +105,11 @@ class SpectralNorm(Layer):
         """Call the layer with normalized weights.
 
         Args:
-          x: what the layer is called with.
-          update_stats: whether to keep what the iteration comes to; goes before what the layer was made with.
+          x: the input of the layer.
+          update_stats: whether to keep the vectors of the iteration; overrides the setting of the layer.
 
         Returns:
-          What the layer returns.
+          The result of the layer.
         """
         update = first_said(update_stats, self.update_stats and self.training)
         lent = {weight: self._divided(path, weight, update) for path, weight in self._weights().items()}
@@ -144,24 +147,27 @@ class SpectralNorm(Layer):
 
 
 class WeightNorm(Layer):
-    """Calls a layer with its weights at length 1 along their features, times a scale that is trained.
+    """Calls a layer with its weights scaled to length 1 for each output feature, times a learned scale.
+
+    The weights of the layer themselves stay as they are.
 
     Args:
       layer_instance: the layer.
-      feature_axes: the axes of a weight that count its features: each has a length and a scale of its own. None is for one
-        length of the whole weight.
+      feature_axes: the axes of a weight that count its features. Each feature has a length and a scale of its own. None takes
+        one length for the whole weight.
       use_scale: whether to multiply by scales.
-      scale_init: makes the scales, an initializer of `jax.nn.initializers`.
-      epsilon: is added to the square of the length.
-      dtype: the dtype of the normalized weights; None takes what the weight and its scale promote to.
+      scale_init: the initializer of the scales, as those of `jax.nn.initializers`.
+      epsilon: a small number that is added to the square of the length.
+      dtype: the dtype of the normalized weights. None takes the common dtype of a weight and its scale.
       param_dtype: the dtype of the scales.
-      variable_filter: which weights are normalized.
-      promote_dtype: brings ``(weight, scale)`` to one dtype; is called with that tuple and ``dtype=``.
-      rngs: random streams, of which `params` is drawn from; needed with other initializers only.
+      variable_filter: a filter: which states are normalized. The default takes those with "kernel" in their path.
+      promote_dtype: the function that brings ``(weight, scale)`` to one dtype; it is called with that tuple and ``dtype=``.
+      rngs: random streams, for initializers that draw from the stream `params`; the default one needs none.
 
     Attributes:
       layer_instance: the layer.
-      scales: Param states by the path of the weight, of the shape of its features; None without.
+      scales: a dictionary from the path of a weight to a Param, of the shape of the weight's features. None without
+        `use_scale`.
 
     Raises:
       RandomStreamError: an initializer is given that may draw, and no `rngs`.
@@ -171,8 +177,9 @@ class WeightNorm(Layer):
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> layer = mu.nn.WeightNorm(mu.nn.Linear(2, 1, rngs=mu.Rngs(0)))
-      >>> layer.layer_instance.kernel.value = jnp.array([[0.0], [40.0]])
+      >>> linear = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> linear.kernel.value = jnp.array([[0.0], [40.0]])
+      >>> layer = mu.nn.WeightNorm(linear)  # calls `linear` with the kernel [[0.0], [1.0]]
       >>> layer(jnp.array([[5.0, 7.0]])).tolist()
       [[7.0]]
     """
@@ -211,10 +218,10 @@ class WeightNorm(Layer):
         """Call the layer with normalized weights.
 
         Args:
-          x, *args, **kwargs: what the layer is called with.
+          x, *args, **kwargs: the arguments of the layer.
 
         Returns:
-          What the layer returns.
+          The result of the layer.
         """
         lent = {weight: self._normalized(path, weight) for path, weight in self._weights().items()}
         return _call_with(lent, self.layer_instance, x, *args, **kwargs)

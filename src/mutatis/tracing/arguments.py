@@ -60,7 +60,9 @@ def check_hashable(value: Any, position: Any, where: str) -> None:
             f"static {place} is not hashable",
             where=where,
             expected="a hashable value: a number, string, tuple, function or frozen dataclass",
-            got=f"{type(value).__name__}: {value!r:.60}",
+            got=f"{show_value(value)}, which is traced"
+            if isinstance(value, jax.core.Tracer)
+            else f"{type(value).__name__}: {value!r:.60}",
             cure="Pass it as an ordinary argument, or a hashable value in its place: `tuple(x)` for a list.",
         ) from None
 
@@ -134,13 +136,19 @@ def argument_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return [*names, *kwargs]
 
 
-def leaf_names(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[str]:
-    """What the leaves of the arguments go by in messages, in the order of a `FlatTree` of both: ``batch['x']``."""
+def leaf_names(
+    function: Any, args: Sequence[Any], kwargs: dict[str, Any], but: Collection[Any] = frozenset()
+) -> list[str]:
+    """What the leaves of the arguments go by in messages, in the order of a `FlatTree` of both: ``batch['x']``.
+
+    Those at the positions and keywords in `but` are left out.
+    """
     kwargs = dict(sorted(kwargs.items()))
-    values = [*args, *kwargs.values()]
+    values = [*enumerate(args), *kwargs.items()]
     return [
         name + place
-        for name, value in zip(argument_names(function, args, kwargs), values, strict=True)
+        for name, (position, value) in zip(argument_names(function, args, kwargs), values, strict=True)
+        if position not in but
         for place in leaf_places(value)
     ]
 

@@ -32,8 +32,16 @@ class _Mark:
         return self._name
 
 
-Carry = _Mark("Carry", "In `scan`: the state is carried from one iteration to the next.")
-Shared = _Mark("Shared", "In `vmap`: a random stream that all lanes draw alike from.")
+Carry = _Mark(
+    "Carry",
+    "In the place of an axis: `mu.scan` carries the state from one iteration to the next, instead of slicing it. For example "
+    "``mu.scan(f, init, model, states=mu.StateAxes({mu.Param: 0, ...: mu.Carry}))``.",
+)
+Shared = _Mark(
+    "Shared",
+    "In the place of an axis or a spec: all lanes of a `mu.vmap`, or all devices of a `mu.shard_map`, share the state, and they "
+    "draw the same numbers from a random stream. For example ``mu.vmap(model, states=mu.StateAxes({mu.RngState: mu.Shared}))``.",
+)
 
 
 class ByFilter:
@@ -90,16 +98,25 @@ class ByFilter:
 
 
 class StateAxes(ByFilter):
-    """Axes of states for `mu.vmap` and `mu.scan`, by filter: the first filter that selects a state decides.
+    """An axis for each state of a model, chosen by filters, for `mu.vmap` and `mu.scan`.
+
+    Give it in the place of an axis (`in_axes`, `out_axes`) or as `states=`.
 
     Args:
-      axes: for each filter an axis, or None (shared by all lanes of a `vmap`), `mu.Shared` (so are random draws) or
-        `mu.Carry` (carried by a `scan`).
+      axes: a dictionary from filters to axes. The first filter that selects a state decides; ``...`` selects the rest. An axis is
+        an int, or None (all lanes of a `vmap` share the state), or `mu.Shared` (they also draw the same random numbers), or
+        `mu.Carry` (a `scan` carries the state from iteration to iteration).
 
     Example:
-      >>> import mutatis as mu
-      >>> mu.StateAxes({mu.Param: None, ...: 0})
-      StateAxes({OfType(Param): None, Everything(): 0})
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.BatchNorm(2)
+      >>> model.mean.value = jnp.zeros((3, 2))  # statistics of 3 lanes, and one scale and bias for all
+      >>> model.var.value = jnp.ones((3, 2))
+      >>> axes = mu.StateAxes({mu.BatchStat: 0, ...: None})
+      >>> mu.vmap(lambda model, x: model(x), in_axes=(axes, 0))(model, jnp.ones((3, 4, 2))).shape
+      (3, 4, 2)
+      >>> model.mean.shape, model.scale.shape
+      ((3, 2), (2,))
     """
 
     __slots__ = ()
@@ -117,18 +134,31 @@ class StateAxes(ByFilter):
 
 
 class StateSharding(ByFilter):
-    """Partition specs of states for `mu.shard_map` and `mu.jit`, by filter: the first filter that selects a state decides.
+    """A partition spec for each state of a model, chosen by filters, for `mu.shard_map` and `mu.jit`.
+
+    Give it in the place of a spec or sharding (`in_specs`, `in_shardings`, `out_shardings`), or as `states=` of `mu.shard_map`.
 
     Args:
-      specs: for each filter a `jax.sharding.PartitionSpec`, or None (each device has the whole state), or `mu.Shared` (so
-        has it, and random streams draw alike on all devices). In `mu.jit` specs are of the mesh that is set
-        (`jax.set_mesh`), and a whole `jax.sharding.Sharding` will do.
+      specs: a dictionary from filters to specs. The first filter that selects a state decides; ``...`` selects the rest. A spec
+        is a `jax.sharding.PartitionSpec`, or None (each device has the whole state), or `mu.Shared` (likewise, and random streams
+        draw the same numbers on all devices). In `mu.jit` a spec refers to the mesh of `jax.set_mesh`, and a
+        `jax.sharding.Sharding` may stand in its place.
+
+    Raises:
+      ArgumentError: `specs` is not a dictionary.
+      AxisError: an entry of it is none of these.
 
     Example:
-      >>> import mutatis as mu
+      >>> import jax, jax.numpy as jnp, mutatis as mu
       >>> from jax.sharding import PartitionSpec as P
-      >>> mu.StateSharding({mu.Param: P("model"), ...: P()})
-      StateSharding({OfType(Param): P('model',), Everything(): P()})
+      >>> mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> model = mu.nn.Linear(2, 4, use_bias=False, rngs=mu.Rngs(0))
+      >>> specs = mu.StateSharding({mu.Param: P(None, "model"), ...: P()})  # the kernel is split along its outputs
+      >>> forward = mu.shard_map(
+      ...     lambda model, x: model(x), mesh=mesh, in_specs=(specs, P()), out_specs=P(None, "model")
+      ... )
+      >>> forward(model, jnp.ones((3, 2))).shape
+      (3, 4)
     """
 
     __slots__ = ()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 
@@ -30,6 +30,7 @@ from mutatis.core.cells import Cell
 from mutatis.core.journal import Journal
 from mutatis.core.leftovers import Leftovers
 from mutatis.core.nodes import is_node
+from mutatis.core.notes import annotate
 from mutatis.core.places import Place
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
@@ -38,9 +39,12 @@ from mutatis.model.graph import Encoder, made_modules
 from mutatis.model.kinds import Intermediate
 from mutatis.model.modules import Module, birth_of
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree, argument_names, function_name, named_nodes, unflatten
+from mutatis.tracing.arguments import FlatTree, argument_names, function_name, leaf_names, named_nodes, unflatten
+from mutatis.tracing.blame import Labels, name_inputs, new_mark
 from mutatis.tracing.captures import Captures, search
 from mutatis.tracing.scope import Scope
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RunResult:
@@ -91,7 +95,9 @@ class CallSite:
         functions: Sequence[Any] = (),
     ) -> None:
         self.function = function
+        self.name = name
         self.label = f"{name}({function_name(function)})"
+        self.mark = new_mark(name)  # of the functions that it has JAX trace
         self.args = tuple(args)
         self.kwargs = kwargs or {}
         self.packed = FlatTree((self.args, self.kwargs))
@@ -149,6 +155,20 @@ class CallSite:
         Returns:
           How it ended, the leaves of the result, and the values of the cells that were written or made.
         """
+        try:
+            return self._run(overlay, leaves, call, make)
+        except Exception as error:
+            name_inputs(error, self, [*overlay])
+            annotate(error)
+            raise
+
+    def _run(
+        self,
+        overlay: dict[Any, Any],
+        leaves: Sequence[Any] | None,
+        call: Callable[[], Any] | None,
+        make: Callable[..., Transaction],
+    ) -> tuple[RunResult, list[Any], list[Any]]:
         with make(self.label, locate=self.scope.locate, outer=self.outer, journal=self.journal) as tx:
             tx.preload(overlay)
             tx.repeats, tx.split = self.repeats, self.split
@@ -165,6 +185,18 @@ class CallSite:
                 drop_traced(made_modules(encoder, packed.nodes, self.journal))
             end = RunResult(packed, tx)
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
+
+    def marked(self, pure: F) -> F:
+        """A function that JAX is to trace in the place of the user's: if an error speaks of it, it is known which it is.
+
+        What JAX calls its arguments is ``values``, of the cells of the run, and ``leaves``, as `labels` says.
+        """
+        pure.__name__ = pure.__qualname__ = self.mark
+        return pure
+
+    def labels(self) -> Labels:
+        """What the leaves that the function is traced for go by in messages; a transform may say another."""
+        return {"leaves": leaf_names(self.function, self.args, self.kwargs)}
 
     def describe(self, cell: Variable) -> str:
         """A cell as messages name it, after the word state: by the path that this call knows it by."""

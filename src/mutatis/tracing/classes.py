@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 import types
 import weakref
@@ -19,6 +20,8 @@ def is_library_class(kind: type) -> bool:
     if known is None:
         file = getattr(sys.modules.get(kind.__module__), "__file__", None)
         inside = kind.__module__.partition(".")[0] in _STANDARD if file is None else is_library_file(file)
+        if kind.__module__ == "builtins" and _is_made_by_code(kind):  # by `exec` in a namespace without a name
+            inside = getattr(builtins, kind.__name__, None) is kind
         known = _classes[kind] = inside
     return known
 
@@ -33,8 +36,11 @@ def shows_its_state(kind: type) -> bool:
 
 def _is_python(kind: type) -> bool:
     file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    made = bool(kind.__flags__ & _HEAP) and not kind.__flags__ & _IMMUTABLE
-    return made and not (is_library_class(kind) and not file.endswith(".py"))
+    return _is_made_by_code(kind) and not (is_library_class(kind) and not file.endswith(".py"))
+
+
+def _is_made_by_code(kind: type) -> bool:
+    return bool(kind.__flags__ & _HEAP) and not kind.__flags__ & _IMMUTABLE
 
 
 _STANDARD = sys.stdlib_module_names | {"builtins"}

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from mutatis.core import access
-from mutatis.core.avals import show_type
+from mutatis.core.avals import shapes_of, show_type
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.core.showing import show_class, show_structure, show_value
+from mutatis.core.showing import notation, show_class, show_structure, show_value
 from mutatis.errors import ArgumentError, DeferredStateError, FilterError, StructureError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.state import State
-from mutatis.model.variables import Variable
+from mutatis.model.tags import check_tags
+from mutatis.model.variables import Variable, detached_error
 from mutatis.model.walks import variables
 from mutatis.tracing.arguments import FlatTree, broadcast, function_name, unflatten
 from mutatis.tracing.call_site import CallSite
@@ -95,12 +96,12 @@ class Target:
                     cure="What `mu.grad` of the same gives has the structure.",
                 )
             for path, shape in shapes.items():
-                if jax.tree.map(jnp.shape, flat[path]) != shape:
+                if shapes_of(flat[path]) != shape:
                     raise ArgumentError(
                         f"the tangent of state `{show_path(path) or self.name}` has another shape",
                         path=show_path(path),
-                        expected=show_value(shape),
-                        got=show_value(jax.tree.map(jnp.shape, flat[path])),
+                        expected=notation(shape[0], map(str, shape[1])),
+                        got=show_type(flat[path]),
                         cure="What `mu.grad` of the same gives has the structure.",
                     )
             cells += [flat[path] for path in kinds]
@@ -134,16 +135,21 @@ def select(name: str, value: Any, wrt: FilterLike, seen: set[Variable]) -> tuple
         seen.update(by_node[-1].values())
     cells = [cell for chosen in by_node for cell in chosen.values()]
     if packed.nodes and not cells and not packed.leaves and not elsewhere:
+        check_tags([wrt], variables(packed.nodes))
+        for path, cell in [item for node in packed.nodes for item in variables(node).items()]:
+            if cell._frozen == "detached" and selects(path, cell):
+                raise detached_error(cell, "differentiated", f"{name}.{show_path(path)}")
         raise FilterError(
             f"there is nothing to differentiate in `{name}`",
             path=name,
             expected=f"float states, not frozen, selected by {selects!r}",
-            cure="Say which states: `wrt=mu.Variable`, or make them `mu.Param`; `mu.thaw(model)` makes them live.",
+            cure="Say which states: `wrt=mu.Variable`, or make them `mu.Param`; `mu.thaw(model)` makes them live. A model that "
+            "makes its parameters when it is called is called once before.",
         )
     kinds: list[dict[Path, type[Variable]]] = [
         {path: type(cell) for path, cell in chosen.items()} for chosen in by_node
     ]
-    shapes = [{path: jax.tree.map(jnp.shape, access.load(cell)) for path, cell in chosen.items()} for chosen in by_node]
+    shapes = [{path: shapes_of(access.load(cell)) for path, cell in chosen.items()} for chosen in by_node]
     return Target(name, packed.structure, kinds, shapes), cells, packed.leaves
 
 

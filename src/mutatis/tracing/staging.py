@@ -105,7 +105,7 @@ def stage(
             return out, written
 
         values = [types[cell] if cell in types else access.load(cell) for cell in inputs]
-        closed, shapes = jax.make_jaxpr(pure, return_shape=True)(values, leaves)
+        closed, shapes = jax.make_jaxpr(site.marked(pure), return_shape=True)(values, leaves)
         (end,) = ends
         if first_used := [cell for cell in end.cells if _may_be_created(cell, end, types)]:
             site.undo()
@@ -147,7 +147,12 @@ def check_kept(site: CallSite, staged: Staged, cell: Variable, before: Any, what
         return
     old, new = show_type(before), show_type(after)
     dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(before)}
-    cast = f" Convert what is written: `v.value = x.astype(jnp.{next(iter(dtypes))})`." if len(dtypes) == 1 else ""
+    same = jax.tree.structure(before) == jax.tree.structure(after)  # else it is another container, or unit
+    cast = (
+        f" Convert what is written: `v.value = x.astype(jnp.{next(iter(dtypes))})`."
+        if len(dtypes) == 1 and same
+        else ""
+    )
     cure = f"What is carried or chosen has one type.{cast} Or give the state the type {new} before."
     if isinstance(cell, Intermediate):
         cure = "It holds what was sown before: take that out first, `mu.pop(model, mu.Intermediate)`."

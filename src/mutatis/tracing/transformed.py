@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import jax
 
@@ -23,6 +23,22 @@ P = ParamSpec("P")
 Rest = ParamSpec("Rest")
 R_co = TypeVar("R_co", covariant=True)
 Owner = TypeVar("Owner")
+
+
+if TYPE_CHECKING:
+    from typing import final
+
+    @final
+    class ForPartial:
+        """Nothing that there is, and so no call of a transform is its first overload, which takes this.
+
+        To mypy, `functools.partial(mu.jit, static_argnames="n")` gives what the first overload gives, and from one with
+        parameters to infer it infers ``Never``. Pyright asks the others.
+        """
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+else:
+    ForPartial = None
 
 
 class Transformed(Wrapped, Generic[P, R_co]):

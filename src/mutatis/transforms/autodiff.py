@@ -133,19 +133,25 @@ def value_and_grad(
     wrt: FilterLike = Param,
     of: Any = None,
 ) -> Any:
-    """A function that gives the value of `f` and its gradient; as `jax.value_and_grad`, with states.
+    """Make a function that returns the value of `f` and its gradient; as `jax.value_and_grad`, with states.
 
-    The gradient has the structure of the argument, with each Module or Variable replaced by a `State` of the gradients of
-    the states that `wrt` selects. A state that is reached by several paths has one entry, the sum, at its first place.
-    All writes of `f` happen, once.
+    The gradient has the structure of the differentiated argument, with a `State` in place of each Module or Variable. The State
+    has one gradient for each state that `wrt` selects, by path. A state with several paths (a shared weight) has one entry, at
+    its first path: the sum over all uses. `f` may write to states; each write happens once.
 
     Args:
-      f: a function with a scalar result, or a pair of it and anything, if `has_aux`.
-      argnums, has_aux, holomorphic, allow_int, reduce_axes: as in `jax.value_and_grad`.
-      wrt: which states of modules are differentiated; frozen states and those that are not floats are left out. A tuple
-        gives one filter for each of several `argnums`.
-      of: a Module, a Variable, or a tuple of them, that `f` names: they are differentiated in place of an argument; with
-        `argnums` said too, the gradient is a pair, of `of` and of the arguments.
+      f: a function whose result is a float scalar, or with `has_aux` a pair of it and anything else. Without `f`, the result is a
+        decorator.
+      argnums: the position of the argument to differentiate, or a tuple of positions. The default is the first argument.
+      has_aux: whether `f` returns a pair ``(value, aux)``, of which `aux` is passed through.
+      holomorphic, allow_int, reduce_axes: as in `jax.value_and_grad`.
+      wrt: a filter: which states of modules are differentiated. States that are frozen or not of floats are left out. With
+        several `argnums`, a tuple gives one filter for each.
+      of: a Module, a Variable, or a tuple of them, that `f` uses without having it as an argument. It is differentiated in place
+        of an argument. If `argnums` is given too, the gradient is a pair: of `of` and of the arguments.
+
+    Returns:
+      A function with the arguments of `f` that returns ``(value, gradient)``, or with `has_aux` ``((value, aux), gradient)``.
 
     Raises:
       FilterError: an argument holds nothing to differentiate.
@@ -153,10 +159,12 @@ def value_and_grad(
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> w = mu.Param(jnp.array([1.0, 2.0]))
-      >>> value, gradient = mu.value_and_grad(lambda x: jnp.sum(w * x) ** 2, of=w)(jnp.array([3.0, 4.0]))
-      >>> value, gradient[()]
-      (Array(121., dtype=float32), Array([66., 88.], dtype=float32))
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> def loss_fn(model, x, y):
+      ...     return jnp.mean((model(x) - y) ** 2)
+      >>> loss, grads = mu.value_and_grad(loss_fn)(model, jnp.ones((4, 2)), jnp.zeros((4, 1)))
+      >>> loss.shape, [*grads], grads["kernel"].shape
+      ((), [('bias',), ('kernel',)], (2, 1))
     """
     options = _options(locals())
     return _transform(value_and_grad, f, options, lambda value, gradient: (value, gradient))
@@ -220,14 +228,31 @@ def grad(
     wrt: FilterLike = Param,
     of: Any = None,
 ) -> Any:
-    """A function that gives the gradient of `f`: `value_and_grad` without the value.
+    """Make a function that returns the gradient of `f`; as `jax.grad`, with states.
 
-    With `has_aux` it gives a pair of the gradient and the auxiliary result.
+    The gradient has the structure of the differentiated argument, with a `State` in place of each Module or Variable. By default
+    the State has the gradients of all parameters (`mu.Param`) by path. See `mu.value_and_grad`, which returns the value too.
+
+    Args:
+      f, argnums, has_aux, holomorphic, allow_int, reduce_axes, wrt, of: as in `mu.value_and_grad`. `f` returns a float scalar,
+        `wrt` selects states, and `of` is a model that `f` uses without having it as an argument.
+
+    Returns:
+      A function with the arguments of `f` that returns the gradient, or with `has_aux` a pair ``(gradient, aux)``.
+
+    Raises:
+      FilterError: an argument holds nothing to differentiate.
+      DeferredStateError: a state to differentiate has not been created yet.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> mu.grad(lambda v: jnp.sum(v.value**2))(mu.Param(jnp.array([1.0, 2.0])))[()]
-      Array([2., 4.], dtype=float32)
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> def loss_fn(model, x):
+      ...     return jnp.sum(model(x))
+      >>> grads = mu.grad(loss_fn)(model, jnp.array([3.0, 4.0]))
+      >>> grads["kernel"], grads["bias"]
+      (Array([[3.],
+             [4.]], dtype=float32), Array([1.], dtype=float32))
     """
     options = _options(locals())
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis import _compat
-from mutatis.core import naming
+from mutatis.core import naming, placements
 from mutatis.core.calls import takes
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import is_node
@@ -28,12 +28,14 @@ from mutatis.tracing.arguments import broadcast, check_result, leaf_names
 from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
-from mutatis.tracing.transformed import Transformed
+from mutatis.tracing.transformed import ForPartial, Transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@overload
+def vmap(f: ForPartial, /) -> Any: ...
 @overload
 def vmap(
     f: Transformed[P, R],
@@ -84,19 +86,29 @@ def vmap(
 ) -> Any:
     """Vectorize a function over an axis of its arguments; as `jax.vmap`, with states.
 
-    An axis for a Module argument splits all its states, random streams too: the module is an ensemble. None shares
-    them. States that the function makes have axis 0 outside; those of a Module that it makes and returns, the axis of `out_axes`.
+    The parallel computations are called *lanes*. A Module argument with an axis is an ensemble: each of its states, random
+    streams too, has an axis with an entry for each lane. A Module argument with the axis None is shared by all lanes, and so are
+    the states that the function uses from outside. All lanes may read a shared state. They may write to it only a value that does
+    not depend on the lane, such as a count of calls.
 
-    A random stream that is shared gives each lane a stream of its own, from the stream's key, its count and the number of
-    the lane; outside, its count is one further if it was used.
+    A state that the function makes is stacked along axis 0. The states of a Module that it makes and returns are stacked along
+    the axis of `out_axes`. From a shared random stream each lane draws numbers of its own; afterwards the count of the stream is
+    one higher, if it was used.
 
     Args:
-      f: the function, bound method, partial or callable Module.
-      in_axes: as in `jax.vmap`; `mu.StateAxes` in the place of a Module's axis chooses by filter.
-      out_axes: as in `jax.vmap`, for Modules that the function makes, too: an axis, or a `mu.StateAxes`. One that was there
-        before keeps the axes that it came in with.
-      axis_name, axis_size, spmd_axis_name, sum_match: as in `jax.vmap`.
-      states: `mu.StateAxes` for everything that the function captures, or pairs of a node and its axes.
+      f: the function, bound method, partial or callable Module. Without `f`, the result is a decorator.
+      in_axes: the axis of each argument, an int or None, as in `jax.vmap`. For a Module a `mu.StateAxes` gives an axis for each
+        filter.
+      out_axes: the axis of each result, as in `jax.vmap`. For a Module that the function makes: an axis or a `mu.StateAxes`. A
+        Module that existed before keeps its axes.
+      axis_name: a name for the axis, for collectives such as ``jax.lax.pmean(x, axis_name)``, as in `jax.vmap`.
+      axis_size: the number of lanes, where no argument has an axis, as in `jax.vmap`.
+      spmd_axis_name, sum_match: as in `jax.vmap`.
+      states: the axes of states that the function uses from outside: a `mu.StateAxes` for all of them, or pairs of a node and its
+        axes.
+
+    Returns:
+      A function of stacked arguments that returns stacked results.
 
     Raises:
       LaneError: a value that differs per lane is written to a shared state.
@@ -104,12 +116,14 @@ def vmap(
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> calls = mu.Variable(0)
-      >>> def f(x):
-      ...     calls.value += 1
-      ...     return 2 * x
-      >>> mu.vmap(f)(jnp.arange(3)), int(calls)
-      (Array([0, 2, 4], dtype=int32), 1)
+      >>> def make(rngs):
+      ...     return mu.nn.Linear(2, 1, rngs=rngs)
+      >>> ensemble = mu.vmap(make)(mu.Rngs(0).split(3))  # one model whose states have an axis for 3 members
+      >>> ensemble.kernel.shape
+      (3, 2, 1)
+      >>> predict = mu.vmap(lambda model, x: model(x), in_axes=(0, None))
+      >>> predict(ensemble, jnp.ones((4, 2))).shape
+      (3, 4, 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
     remake: functools.partial[Any] = functools.partial(vmap, **options)
@@ -191,6 +205,8 @@ def vectorize(
             if cell in end.born and axis is not None:
                 leaves = jax.tree.leaves(value)  # none, if the state has yet to start
                 note_stacked(cell, axis % jnp.ndim(leaves[0]) if leaves else axis, lanes.size)
+                if cell.sharding is not None:
+                    ordered[-1] = placements.declared(cell, value)
         return site.commit(end, ordered, jax.tree.leaves(out))
 
 

@@ -47,27 +47,35 @@ def cond(pred: ArrayLike, true_fun: Callable[[X], R], false_fun: Callable[[X], R
 def cond(
     pred: Any, true_fun: Callable[..., Any], false_fun: Callable[..., Any], *operands: Any, operand: Any = _NONE
 ) -> Any:
-    """Run one of two functions; as `jax.lax.cond`, with states.
+    """Run one of two functions, by a condition that may be an array; as `jax.lax.cond`, with states.
+
+    In compiled code a Python ``if`` cannot test an array, and `cond` can. Only the branch that runs changes states.
 
     Args:
       pred: a boolean scalar.
-      true_fun: what is run if it is true.
-      false_fun: what is run if not.
-      *operands: their arguments.
+      true_fun: the function that runs if `pred` is true.
+      false_fun: the function that runs if `pred` is false. It returns the same structure, shapes and dtypes.
+      *operands: the arguments of both functions.
       operand: a single argument, as in `jax.lax.cond`.
+
+    Returns:
+      The result of the function that ran.
 
     Raises:
       StateTypeError: a branch changes a state's shape or dtype.
       StructureError: a branch makes states or changes attributes, or the results differ in structure.
 
     Example:
-      >>> import mutatis as mu
-      >>> n = mu.Variable(0)
-      >>> def add():
-      ...     n.value += 1
-      >>> mu.cond(True, add, lambda: None); mu.cond(False, add, lambda: None)
-      >>> int(n)
-      1
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> skipped = mu.Variable(0)
+      >>> def skip(x):
+      ...     skipped.value += 1
+      ...     return jnp.zeros_like(x)
+      >>> @mu.jit
+      ... def step(x):
+      ...     return mu.cond(jnp.isfinite(x), lambda x: x, skip, x)
+      >>> float(step(1.0)), float(step(jnp.nan)), int(skipped)
+      (1.0, 0.0, 1)
     """
     _check_choice("cond", pred, _COND)
     check_function(true_fun, "cond", "true_fun", _COND)
@@ -93,7 +101,22 @@ def switch(index: ArrayLike, branches: Sequence[Callable[[*Xs], R]], *operands: 
 def switch(index: ArrayLike, branches: Sequence[Callable[[X], R]], *, operand: X) -> R: ...
 @takes("mu.switch(index, [f, g], *operands)", _=_SWITCH)  # type: ignore[misc]  # `*Any` takes what `*Xs` does
 def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any, operand: Any = _NONE) -> Any:
-    """Run one of several functions; as `jax.lax.switch`, with states. The index is clamped.
+    """Run one of several functions, by its number; as `jax.lax.switch`, with states.
+
+    Only the branch that runs changes states.
+
+    Args:
+      index: an integer scalar, the number of the branch from 0. A smaller one runs the first branch, and a larger one the last.
+      branches: the functions. All return the same structure, shapes and dtypes.
+      *operands: the arguments of all functions.
+      operand: a single argument, as in `jax.lax.switch`.
+
+    Returns:
+      The result of the function that ran.
+
+    Raises:
+      StateTypeError: a branch changes a state's shape or dtype.
+      StructureError: a branch makes states or changes attributes, or the results differ in structure.
 
     Example:
       >>> import mutatis as mu
@@ -229,7 +252,9 @@ def _refuse_types(site: CallSite, name: str, branches: Sequence[Staged], error: 
                 where=site.label,
                 expected=f"what {names[0]} returns: {shown[0]}",
                 got=f"{names[other]}: {shown[other]}",
-                cure="Return arrays of one type from every branch: `jnp.asarray(x, jnp.float32)`.",
+                cure="Return arrays of one shape from every branch: `jnp.broadcast_to(x, (3,))`."
+                if len({str(kind.dtype) for kind in kinds}) == 1
+                else "Return arrays of one type from every branch: `jnp.asarray(x, jnp.float32)`.",
             ) from error
 
 

@@ -50,29 +50,36 @@ def jvp(
     wrt: FilterLike = Param,
     of: Any = None,
 ) -> tuple[Any, ...]:
-    """The value of a function and its derivative along tangents; as `jax.jvp`, with states.
+    """Compute the value of a function and its derivative along tangents (forward mode); as `jax.jvp`, with states.
+
+    `fun` runs once, and each of its writes to states happens once.
 
     Args:
-      fun: the function; its result is differentiated, or the first of a pair, if `has_aux`.
-      primals: its positional arguments.
-      tangents: a tangent for each, in its structure, with a `State` of tangents for the states that `wrt` selects in the
-        place of each Module or Variable; with `of`, a pair of a State for it and these (a State only, without primals).
-      has_aux: as in `jax.jvp`.
-      wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
-      of: nodes that the function names and that are differentiated besides.
+      fun: the function. Its result is an array or a pytree of arrays, or with `has_aux` a pair of it and anything else.
+      primals: a tuple of the positional arguments of `fun`: the point at which it is differentiated.
+      tangents: a tuple with a tangent for each argument: arrays of the shapes and dtypes of the argument, in its structure, with
+        a `State` in place of each Module or Variable. The State has one tangent for each state that `wrt` selects, by path. With
+        `of`, a pair: a State for `of`, and this tuple. If there are no arguments, the State alone.
+      has_aux: whether `fun` returns a pair ``(value, aux)``, of which `aux` is passed through, as in `jax.jvp`.
+      wrt: a filter: which states of modules are differentiated. States that are frozen or not of floats are left out.
+      of: a Module, a Variable, or a tuple of them, that `fun` uses without having it as an argument. It is differentiated too.
 
     Returns:
-      The value and its tangent (and the auxiliary result). What `fun` writes has no tangent outside: return it to get one.
+      A pair ``(value, tangent)``, both in the structure of the result; with `has_aux` a triple ``(value, tangent, aux)``. The
+      values that `fun` writes to states have no tangent afterwards; return a value from `fun` to get its tangent.
 
     Raises:
-      ArgumentError: the tangents do not fit.
+      ArgumentError: the tangents do not fit the arguments, or the primals are no tuple.
       FilterError: an argument holds nothing to differentiate.
 
     Example:
-      >>> import jax.numpy as jnp, mutatis as mu
-      >>> w = mu.Param(jnp.array([1.0, 2.0]))
-      >>> mu.jvp(lambda v, x: jnp.sum(v * x), (w, 3.0), (mu.state(w), 0.0))
-      (Array(9., dtype=float32), Array(9., dtype=float32))
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> direction = jax.tree.map(jnp.ones_like, mu.state(model, mu.Param))
+      >>> x = jnp.array([3.0, 4.0])
+      >>> value, tangent = mu.jvp(lambda model, x: model(x), (model, x), (direction, jnp.zeros(2)))
+      >>> tangent  # 3 + 4 of the kernel, 1 of the bias
+      Array([8.], dtype=float32)
     """
     if not isinstance(primals, tuple | list):
         raise ArgumentError(
@@ -117,29 +124,37 @@ def vjp(
     of: Any = None,
     **options: Any,
 ) -> tuple[Any, ...]:
-    """The value of a function and its pullback; as `jax.vjp`, with states.
+    """Compute the value of a function and its pullback, which maps cotangents of the result to cotangents of the arguments.
+
+    It is `jax.vjp`, with states: reverse-mode differentiation of a function whose result need not be a scalar. `fun` runs once,
+    and each of its writes to states happens once. The pullback writes nothing; you may call it several times.
 
     Args:
-      fun: the function; its result is differentiated, or the first of a pair, if `has_aux`.
-      *primals: its positional arguments.
-      has_aux: as in `jax.vjp`.
-      reduce_axes: as in `jax.vjp`.
-      wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
-      of: nodes that the function names and that are differentiated besides.
+      fun: the function. Its result is an array or a pytree of arrays, or with `has_aux` a pair of it and anything else.
+      *primals: the positional arguments of `fun`: the point at which it is differentiated.
+      has_aux: whether `fun` returns a pair ``(value, aux)``, of which `aux` is passed through, as in `jax.vjp`.
+      reduce_axes: as in `jax.vjp`, which has deprecated it and takes only ``()``.
+      wrt: a filter: which states of modules are differentiated. States that are frozen or not of floats are left out.
+      of: a Module, a Variable, or a tuple of them, that `fun` uses without having it as an argument. It is differentiated too.
       **options: `saveable_args` and `in_nzs` of the `jax.vjp` of JAX 0.12: bools for the primals, one for each Module.
 
     Returns:
-      The value and the pullback (and the auxiliary result). The pullback takes a cotangent of the value and gives a tuple of
-      cotangents of the primals, with a `State` for each Module or Variable; with `of`, a pair of a State for it and that
-      tuple (a State only, without primals). JAX's own pullback, with its attributes, is ``pullback.args[0]``.
+      A pair ``(value, pullback)``; with `has_aux` a triple ``(value, pullback, aux)``. The pullback takes a cotangent in the
+      structure of the value. It returns a tuple with a cotangent for each argument, with a `State` in place of each Module or
+      Variable; with `of`, a pair of a State for `of` and this tuple. If there are no arguments, it returns the State alone. The
+      pullback of JAX itself, with its attributes, is ``pullback.args[0]``.
+
+    Raises:
+      FilterError: an argument holds nothing to differentiate.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> w = mu.Param(jnp.array([1.0, 2.0]))
-      >>> value, pullback = mu.vjp(lambda v, x: v * x, w, 3.0)
-      >>> for_w, for_x = pullback(jnp.array([1.0, 0.0]))
-      >>> for_w[()], float(for_x)
-      (Array([3., 0.], dtype=float32), 1.0)
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> value, pullback = mu.vjp(lambda model, x: model(x), model, jnp.array([3.0, 4.0]))
+      >>> for_model, for_x = pullback(jnp.ones(1))
+      >>> for_model["kernel"], for_x.shape
+      (Array([[3.],
+             [4.]], dtype=float32), (2,))
     """
     with _site("vjp", fun, primals, has_aux, wrt, of) as site:
         flags = {name: site.flags(value) for name, value in options.items()}
@@ -179,26 +194,35 @@ def linearize(
     of: Any = None,
     **options: Any,
 ) -> tuple[Any, ...]:
-    """The value of a function and its derivative there as a function of tangents; as `jax.linearize`, with states.
+    """Compute the value of a function and its derivative there, as a linear map of tangents; as `jax.linearize`, with states.
+
+    Use it in place of `mu.jvp` for many tangents at one point: `fun` runs once, and each of its writes to states happens once.
+    The map writes nothing; you may call it several times.
 
     Args:
-      fun: the function; its result is differentiated, or the first of a pair, if `has_aux`.
-      *primals: its positional arguments.
-      has_aux: as in `jax.linearize`.
-      wrt: which states of modules are differentiated; frozen states and those that are not floats are left out.
-      of: nodes that the function names and that are differentiated besides; their tangents, a State, come first.
+      fun: the function. Its result is an array or a pytree of arrays, or with `has_aux` a pair of it and anything else.
+      *primals: the positional arguments of `fun`: the point at which it is differentiated.
+      has_aux: whether `fun` returns a pair ``(value, aux)``, of which `aux` is passed through, as in `jax.linearize`.
+      wrt: a filter: which states of modules are differentiated. States that are frozen or not of floats are left out.
+      of: a Module, a Variable, or a tuple of them, that `fun` uses without having it as an argument. It is differentiated too;
+        the map then takes a State of its tangents as the first argument.
       **options: `in_nzs` of the `jax.linearize` of JAX 0.12: bools for the primals, one for each Module.
 
     Returns:
-      The value and the linear map (and the auxiliary result). The map takes a tangent for each primal, as `mu.jvp`. JAX's own
-      map, with its attributes, is ``map.args[0]``.
+      A pair ``(value, linear_map)``; with `has_aux` a triple ``(value, linear_map, aux)``. The map takes a tangent for each
+      argument, with a `State` in place of each Module or Variable as in `mu.jvp`, and returns the tangent of the value. The map
+      of JAX itself, with its attributes, is ``linear_map.args[0]``.
+
+    Raises:
+      FilterError: an argument holds nothing to differentiate.
 
     Example:
-      >>> import jax.numpy as jnp, mutatis as mu
-      >>> w = mu.Param(2.0)
-      >>> value, along = mu.linearize(lambda v, x: v * x, w, 3.0)
-      >>> value, along(mu.state(w), 1.0)
-      (Array(6., dtype=float32), Array(8., dtype=float32))
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> value, linear_map = mu.linearize(lambda model, x: model(x), model, jnp.array([3.0, 4.0]))
+      >>> direction = jax.tree.map(jnp.ones_like, mu.state(model, mu.Param))
+      >>> linear_map(direction, jnp.zeros(2))  # 3 + 4 of the kernel, 1 of the bias
+      Array([8.], dtype=float32)
     """
     with _site("linearize", fun, primals, has_aux, wrt, of) as site:
         flags = {name: site.flags(value) for name, value in options.items()}

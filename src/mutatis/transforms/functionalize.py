@@ -23,32 +23,32 @@ R = TypeVar("R")
 def functionalize(
     f: Callable[P, R], *, of: Any = None
 ) -> tuple[Callable[Concatenate[State, P], tuple[R, State]], State]:
-    """A pure function and the state it starts from.
+    """Turn a function that reads and writes state into a pure function, and the state from which it starts.
 
-    ``pure(state, *args, **kwargs) -> (out, new_state)`` runs `f` in a transaction that is filled from `state`; what `f`
-    writes is in `new_state` and nowhere else. It goes through every raw JAX transform.
+    Every raw JAX transform, solver or library takes the pure function: its states are an argument and a result. It does not touch
+    the model: the values that `f` writes are in the new state and nowhere else. `mu.update(model, state)` brings them back.
 
     Args:
       f: a function, bound method, partial or callable Module.
-      of: the nodes whose states are taken: a Module, a Variable, or a list, tuple or dict of them. Without it, those that
-        `f` names. The paths of the state are those in the one node, or start with the names of several.
+      of: the nodes whose states are taken: a Module, a Variable, or a list, tuple or dict of them. Without it, the ones that `f`
+        uses. With one node, the paths of the state are the paths in it; with several, they begin with the name of the node.
+
+    Returns:
+      A pair: ``pure``, called as ``pure(state, *args, **kwargs) -> (out, new_state)``, and a `State` with the present values.
 
     Raises:
       StructureError: `state` has other paths than the one given, or `f` writes to a state that is not in it.
 
     Example:
-      >>> import jax, mutatis as mu
-      >>> class Counter(mu.Module):
-      ...     def __init__(self):
-      ...         self.n = mu.Variable(0)
-      ...     def __call__(self):
-      ...         self.n += 1
-      ...         return self.n.value
-      >>> counter = Counter()
-      >>> pure, state = mu.functionalize(counter)
-      >>> out, state = jax.jit(pure)(state)
-      >>> out, state["n"], counter.n
-      (Array(1, dtype=int32), Array(1, dtype=int32), Variable(0, int32))
+      >>> import jax, jax.numpy as jnp, mutatis as mu
+      >>> norm = mu.nn.BatchNorm(2)
+      >>> pure, state = mu.functionalize(norm)
+      >>> out, new_state = jax.jit(pure)(state, jnp.ones((4, 2)))
+      >>> bool((new_state["mean"] == state["mean"]).all()), bool((norm.mean == state["mean"]).all())
+      (False, True)
+      >>> mu.update(norm, new_state)
+      >>> bool((norm.mean == new_state["mean"]).all())
+      True
     """
     node = _named_nodes(f) if of is None else of
 
@@ -73,6 +73,7 @@ def functionalize(
                 cure="Pass the state that `mu.functionalize` gave, or one that `pure` returned.",
             )
         with CallSite("functionalize", f, args, kwargs, others=[("of", node)]) as site:
+            site.mark = f"pure at {__file__}"  # the name of this function may be part of a program's
             end, leaves, values = site.run({cell: state[path] for path, cell in cells.items()})
             site.refuse_changes("a pure function")
             site.let_go(end)

@@ -45,21 +45,37 @@ def jacfwd(
     wrt: FilterLike = Param,
     of: Any = None,
 ) -> Any:
-    """A function that gives the Jacobian of `fun`, column by column; as `jax.jacfwd`, with states.
+    """Make a function that returns the Jacobian of `fun`, computed in forward mode; as `jax.jacfwd`, with states.
 
-    The result has the structure of what `fun` returns, with what `mu.grad` would give in the place of each leaf: its arrays
-    have the axes of the output and then those of the input. All writes of `fun` happen, once.
+    It computes the Jacobian column by column, so it is the cheaper choice where there are fewer inputs than outputs; `mu.jacrev`
+    is the choice otherwise. Each write of `fun` to a state happens once.
 
     Args:
-      fun: a function with an array or a pytree of arrays as its result, or a pair of that and anything, if `has_aux`.
-      argnums, has_aux, holomorphic: as in `jax.jacfwd`.
-      wrt, of: as in `mu.grad`.
+      fun: a function whose result is an array or a pytree of arrays, or with `has_aux` a pair of it and anything else. Without
+        `fun`, the result is a decorator.
+      argnums: the position of the argument to differentiate, or a tuple of positions. The default is the first argument.
+      has_aux: whether `fun` returns a pair ``(value, aux)``, of which `aux` is passed through.
+      holomorphic: whether `fun` is promised to be holomorphic, as in `jax.jacfwd`.
+      wrt: a filter: which states of modules are differentiated, as in `mu.value_and_grad`.
+      of: a model that `fun` uses without having it as an argument, as in `mu.value_and_grad`.
+
+    Returns:
+      A function with the arguments of `fun` that returns the Jacobian, or with `has_aux` a pair ``(jacobian, aux)``. The Jacobian
+      has the structure of the result of `fun`. In place of each array of it stands a tree as `mu.grad` returns it, with a `State`
+      for each Module or Variable; the arrays in this tree have the axes of the output, followed by the axes of the input.
+
+    Raises:
+      FilterError: an argument holds nothing to differentiate.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> mu.jacfwd(lambda v: v.value**2)(mu.Param(jnp.array([1.0, 2.0])))[()]
-      Array([[2., 0.],
-             [0., 4.]], dtype=float32)
+      >>> model = mu.nn.Linear(2, 3, rngs=mu.Rngs(0))
+      >>> x = jnp.ones(2)
+      >>> jacobian = mu.jacfwd(lambda model, x: model(x))(model, x)
+      >>> jacobian["kernel"].shape, jacobian["bias"].shape
+      ((3, 2, 3), (3, 3))
+      >>> mu.jacfwd(lambda model, x: model(x), argnums=1)(model, x).shape
+      (3, 2)
     """
     options = {"argnums": argnums, "has_aux": has_aux, "wrt": wrt, "of": of}
     return _transform(jacfwd, jax.jacfwd, fun, options, {"holomorphic": holomorphic})
@@ -97,13 +113,31 @@ def jacrev(
     wrt: FilterLike = Param,
     of: Any = None,
 ) -> Any:
-    """A function that gives the Jacobian of `fun`, row by row; as `jax.jacrev`, with states. See `mu.jacfwd`.
+    """Make a function that returns the Jacobian of `fun`, computed in reverse mode; as `jax.jacrev`, with states.
+
+    It computes the Jacobian row by row, so it is the cheaper choice where there are fewer outputs than inputs, as in most models;
+    `mu.jacfwd` is the choice otherwise. Each write of `fun` to a state happens once.
+
+    Args:
+      fun: a function whose result is an array or a pytree of arrays, or with `has_aux` a pair of it and anything else. Without
+        `fun`, the result is a decorator.
+      argnums, has_aux, wrt, of: as in `mu.jacfwd`. They say which arguments and states are differentiated, and whether `fun`
+        returns a pair ``(value, aux)``.
+      holomorphic, allow_int: as in `jax.jacrev`: whether `fun` is promised to be holomorphic, and whether inputs may be integers.
+
+    Returns:
+      A function with the arguments of `fun` that returns the Jacobian in the form of `mu.jacfwd`, or with `has_aux` a pair
+      ``(jacobian, aux)``.
+
+    Raises:
+      FilterError: an argument holds nothing to differentiate.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> w = mu.Param(jnp.array([1.0, 2.0]))
-      >>> mu.jacrev(lambda x: jnp.sum(w * x), of=w)(jnp.array([3.0, 4.0]))[()]
-      Array([3., 4.], dtype=float32)
+      >>> model = mu.nn.Linear(4, 2, rngs=mu.Rngs(0))
+      >>> jacobian = mu.jacrev(lambda x: model(x), of=model)(jnp.ones(4))
+      >>> jacobian["kernel"].shape, jacobian["bias"].shape
+      ((2, 4, 2), (2, 2))
     """
     options = {"argnums": argnums, "has_aux": has_aux, "wrt": wrt, "of": of}
     return _transform(jacrev, jax.jacrev, fun, options, {"holomorphic": holomorphic, "allow_int": allow_int})
@@ -138,16 +172,33 @@ def hessian(
     wrt: FilterLike = Param,
     of: Any = None,
 ) -> Any:
-    """A function that gives the second derivatives of `fun`; as `jax.hessian`, with states.
+    """Make a function that returns the Hessian of `fun`, its second derivatives; as `jax.hessian`, with states.
 
-    The result is that of `mu.jacfwd`, with what `mu.grad` would give once more in the place of each leaf: of a model it is a
-    `State` of States.
+    Each write of `fun` to a state happens once.
+
+    Args:
+      fun: a function whose result is an array or a pytree of arrays, mostly a scalar loss, or with `has_aux` a pair of it and
+        anything else. Without `fun`, the result is a decorator.
+      argnums, has_aux, holomorphic, wrt, of: as in `mu.jacfwd`. They say which arguments and states are differentiated, whether
+        `fun` returns a pair ``(value, aux)``, and whether it is promised to be holomorphic.
+
+    Returns:
+      A function with the arguments of `fun` that returns the Hessian, or with `has_aux` a pair ``(hessian, aux)``. The Hessian
+      has the structure of a Jacobian (`mu.jacfwd`) in which another such tree stands in place of each array. For a scalar
+      function of a model it is a `State` of States: ``hessian[path][other]`` has the axes of the one state, followed by those of
+      the other.
+
+    Raises:
+      FilterError: an argument holds nothing to differentiate.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> mu.hessian(lambda v: jnp.sum(v.value**3))(mu.Param(jnp.array([1.0, 2.0])))[()][()]
-      Array([[ 6.,  0.],
-             [ 0., 12.]], dtype=float32)
+      >>> model = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
+      >>> def loss_fn(model, x):
+      ...     return jnp.sum(model(x) ** 2)
+      >>> hessian = mu.hessian(loss_fn)(model, jnp.array([3.0, 4.0]))
+      >>> hessian["kernel"]["bias"].shape, float(hessian["bias"]["bias"][0, 0])
+      ((2, 1, 1), 2.0)
     """
     options = {"argnums": argnums, "has_aux": has_aux, "wrt": wrt, "of": of}
     return _transform(hessian, jax.hessian, fun, options, {"holomorphic": holomorphic})

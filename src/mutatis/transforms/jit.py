@@ -16,9 +16,10 @@ from mutatis.compilation.options import Options
 from mutatis.compilation.program import Program
 from mutatis.core.calls import check_transformed, takes, without_own_frames
 from mutatis.core.showing import show_value
-from mutatis.errors import ArgumentError
-from mutatis.tracing.arguments import as_names, as_numbers, function_name
-from mutatis.tracing.transformed import Transformed
+from mutatis.core.statics import Static
+from mutatis.errors import ArgumentError, StructureError
+from mutatis.tracing.arguments import argument_names, as_names, as_numbers, function_name, static_positions
+from mutatis.tracing.transformed import ForPartial, Transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,10 +42,10 @@ class Jitted(Transformed[P, R_co]):
             raise without_own_frames(error)  # noqa: B904  # it is the same error
 
     def expect(self, *, compilations: int) -> contextlib.AbstractContextManager[None]:
-        """Allow so many compilations inside a ``with`` block; one more is an error that says what differed.
+        """Allow only a number of compilations inside a ``with`` block; one more is an error that says the difference.
 
         Args:
-          compilations: how many there may be.
+          compilations: the largest number of compilations, an int.
 
         Raises:
           CompilationError: in the block, by the call that would compile once more; it changes no state.
@@ -66,7 +67,7 @@ class Jitted(Transformed[P, R_co]):
           >>> mu.jit(lambda x: w * x).trace(jnp.ones(3)).out_info
           ShapeDtypeStruct(shape=(3,), dtype=float32)
         """
-        return Traced(self, *self._compiler.trace(self.__wrapped__, args, kwargs))
+        return Traced(self, StaticArguments(self, args, kwargs), *self._compiler.trace(self.__wrapped__, args, kwargs))
 
     def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """The shapes and dtypes of the result; as `jax.jit(f).eval_shape`. A module that is made comes back with shapes.
@@ -79,13 +80,14 @@ class Jitted(Transformed[P, R_co]):
         return self._compiler.eval_shape(self.__wrapped__, args, kwargs)
 
     def clear_cache(self) -> None:
-        """Forget all programs that were compiled of the function; as `jax.jit(f).clear_cache`. The next call traces anew."""
+        """Forget all compiled programs of the function; as `jax.jit(f).clear_cache`. The next call traces and compiles anew."""
         self._compiler.clear()
 
     def lower(self, /, *args: Any, **kwargs: Any) -> Lowered[R_co]:
         """Trace and lower the function for these arguments, without calling it; as `jax.jit(f).lower`.
 
-        Arrays may be `jax.ShapeDtypeStruct`; modules are given as they are.
+        Arrays may be `jax.ShapeDtypeStruct`; modules are given as they are. What is compiled of it takes no static
+        arguments: they are those of this call.
 
         Example:
           >>> import jax, jax.numpy as jnp, mutatis as mu
@@ -97,7 +99,57 @@ class Jitted(Transformed[P, R_co]):
           >>> compiled(jnp.float32(2)), float(total)
           (None, 2.0)
         """
-        return Lowered(self, *self._compiler.lower(self.__wrapped__, args, kwargs))
+        return Lowered(self, StaticArguments(self, args, kwargs), *self._compiler.lower(self.__wrapped__, args, kwargs))
+
+
+class StaticArguments:
+    """The static arguments of the call that a function was lowered for: what is compiled takes the others.
+
+    Args:
+      function: the function.
+      args: the positional arguments of the call.
+      kwargs: its keyword arguments.
+    """
+
+    def __init__(self, function: Jitted[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        options = function._compiler.options
+        positions = static_positions(len(args), kwargs, options.static_argnums, options.static_argnames)
+        names = argument_names(function.__wrapped__, args, {})
+        self._label = f"jit({function_name(function)})"
+        self._count = len(args)
+        self._by_position = {n: args[n] for n in sorted(p for p in positions if isinstance(p, int))}
+        self._by_keyword = {name: kwargs[name] for name in kwargs if name in positions}
+        self._names = {names[n]: n for n in self._by_position}
+
+    def insert(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of what was compiled, with the static ones where they were; they may be given, too.
+
+        Raises:
+          StructureError: they are given, and others than it was compiled for.
+        """
+        given: dict[Any, Any] = {n: args[n] for n in self._by_position} if len(args) == self._count else {}
+        given |= {self._names[name]: kwargs[name] for name in self._names if name in kwargs}
+        given |= {name: kwargs[name] for name in self._by_keyword if name in kwargs}
+        for place, value in given.items():
+            known = self._by_position[place] if isinstance(place, int) else self._by_keyword[place]
+            if Static(value) != Static(known):
+                self._refuse(place, known, value)
+        if self._by_position and len(args) == self._count - len(self._by_position):
+            rest = iter(args)
+            args = tuple(self._by_position[n] if n in self._by_position else next(rest) for n in range(self._count))
+        others = {name: value for name, value in kwargs.items() if name not in self._names}
+        return args, {**self._by_keyword, **others}
+
+    def _refuse(self, place: Any, known: Any, value: Any) -> None:
+        name = next((name for name, n in self._names.items() if n == place), place)
+        raise StructureError(
+            f"argument `{name}` is static, and another than what was compiled for it",
+            path=name,
+            where=self._label,
+            expected=show_value(known),
+            got=show_value(value),
+            cure="What was compiled takes no static arguments, `compiled(x)`; what `mu.jit` returned compiles for others.",
+        )
 
 
 class Traced(Generic[R_co]):
@@ -107,8 +159,17 @@ class Traced(Generic[R_co]):
     result.
     """
 
-    def __init__(self, function: Jitted[..., R_co], program: Program, number: int, traced: Any, out_info: Any) -> None:
+    def __init__(
+        self,
+        function: Jitted[..., R_co],
+        statics: StaticArguments,
+        program: Program,
+        number: int,
+        traced: Any,
+        out_info: Any,
+    ) -> None:
         self._function = function
+        self._statics = statics
         self._program = program
         self._number = number
         self._traced = traced
@@ -116,7 +177,7 @@ class Traced(Generic[R_co]):
 
     def lower(self, **options: Any) -> Lowered[R_co]:
         """Lower it."""
-        return Lowered(self._function, self._program, self._number, self._traced.lower(**options))
+        return Lowered(self._function, self._statics, self._program, self._number, self._traced.lower(**options))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._traced, name)
@@ -128,8 +189,11 @@ class Lowered(Generic[R_co]):
     Everything but `compile` is what JAX's own `Lowered` has.
     """
 
-    def __init__(self, function: Jitted[..., R_co], program: Program, number: int, lowered: Any) -> None:
+    def __init__(
+        self, function: Jitted[..., R_co], statics: StaticArguments, program: Program, number: int, lowered: Any
+    ) -> None:
         self._function = function
+        self._statics = statics
         self._program = program
         self._number = number
         self._lowered = lowered
@@ -137,7 +201,8 @@ class Lowered(Generic[R_co]):
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Compiled[R_co]:
         """Compile it, for calls with arguments of these types and modules of this structure."""
         options = {} if compiler_options is None else {"compiler_options": compiler_options}
-        return Compiled(self._function, self._program, self._number, self._lowered.compile(**options))
+        compiled = self._lowered.compile(**options)
+        return Compiled(self._function, self._statics, self._program, self._number, compiled)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lowered, name)
@@ -149,19 +214,23 @@ class Compiled(Generic[R_co]):
     Everything else (`cost_analysis`, `memory_analysis`, `as_text`, ...) is what JAX's own `Compiled` has.
     """
 
-    def __init__(self, function: Jitted[..., R_co], program: Program, number: int, compiled: Any) -> None:
+    def __init__(
+        self, function: Jitted[..., R_co], statics: StaticArguments, program: Program, number: int, compiled: Any
+    ) -> None:
         self._function = function
+        self._statics = statics
         self._program = program
         self._number = number
         self._compiled = compiled
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> R_co:
-        """Call it.
+        """Call it. Static arguments are left out, as in JAX: they are those that it was lowered for.
 
         Raises:
           StructureError: it was compiled for arguments of another structure, or the call is inside a transform.
         """
         f = self._function
+        args, kwargs = self._statics.insert(args, kwargs)
         call = f._compiler.call_compiled
         return call(self._program, self._number, self._compiled, f.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
 
@@ -187,6 +256,8 @@ class JitOptions(TypedDict, total=False):
 
 
 @overload
+def jit(f: ForPartial, /) -> Any: ...
+@overload
 def jit(f: Transformed[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
 @overload
 def jit(f: Callable[P, R], /, **options: Unpack[JitOptions]) -> Jitted[P, R]: ...
@@ -210,35 +281,47 @@ def jit(
     compiler_options: dict[str, Any] | None = None,
     donate: str | bool = "auto",
 ) -> Any:
-    """Compile a function that reads and writes state.
+    """Compile a function that reads and writes state; as `jax.jit`, with states.
 
-    States of modules among the arguments and of those that the function names are inputs of the program; those
-    that are written are outputs, and are committed when the call returns. It is traced again for other shapes and
-    dtypes, for another structure of a model and for other static attributes; every program is kept. Another model
-    of the same structure compiles nothing.
+    The states of modules that you pass as arguments are inputs of the compiled program, and so are those that the function uses
+    from outside: by a global variable, a closure or `self`. The new values of written states are outputs, and Mutatis stores them
+    in the states when the call returns. If the function raises, no state changes.
+
+    The function is traced and compiled at its first call, and again for arguments of other shapes or dtypes, for a model of
+    another structure, and for another value of a static attribute or argument. All programs are kept. Another model of the same
+    structure uses the same program. `mu.inspect.explain` says why a function was compiled again.
 
     Args:
-      f: a function, bound method, partial or callable Module; without it, the result is a decorator.
-      in_shardings, out_shardings: as in `jax.jit`; for a Module among the arguments or in the result a sharding for all its
-        states, a `State` of shardings, or a `mu.StateSharding`.
-      static_argnums, static_argnames, donate_argnums, donate_argnames, keep_unused, device, backend, inline,
-        compiler_options: as in `jax.jit`, for the arguments that are not modules.
-      donate: whether the buffers of written states are reused for their new values. ``"auto"``: wherever this cannot
-        be observed; a state whose array was handed out is copied first. ``True``: even when the program calls back into
-        Python and can fail at run time, which then loses the states. ``False``: never.
+      f: a function, bound method, partial or callable Module. Without `f`, the result is a decorator.
+      in_shardings, out_shardings: the shardings of arguments and results, as in `jax.jit`. For a Module give one sharding for all
+        its states, a `State` of shardings, or a `mu.StateSharding`.
+      static_argnums, static_argnames: the positions and names of arguments that are static: hashable Python values, each of which
+        compiles a program of its own. As in `jax.jit`, for the arguments that are not modules.
+      donate_argnums, donate_argnames: the arguments whose memory the program may reuse, as in `jax.jit`, for those that are not
+        modules.
+      keep_unused, device, backend, inline, compiler_options: as in `jax.jit`.
+      donate: whether the memory of written states is reused for their new values. ``"auto"``: yes, wherever nobody can notice; a
+        state whose array you still hold is copied first. ``True``: even if the program calls back into Python and may fail while
+        it runs, which then loses the states. ``False``: never.
+
+    Returns:
+      A function with the arguments and the result of `f`. It also has `lower`, `trace`, `eval_shape` and `clear_cache`, as in
+      JAX, and `expect`, which limits the number of compilations.
 
     Raises:
-      TraceLevelError: a state is written across a raw JAX transform, or read where it would go stale.
+      TraceLevelError: a state is written across a raw JAX transform, or read where a trace would keep its old value.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> total = mu.Variable(0.0)
+      >>> model, calls = mu.nn.Linear(3, 2, rngs=mu.Rngs(0)), mu.Variable(0)
       >>> @mu.jit
-      ... def add(x):
-      ...     total.value += x
-      >>> add(2.0); add(3.0)
-      >>> float(total)
-      5.0
+      ... def forward(model, x):
+      ...     calls.value += 1
+      ...     return model(x)
+      >>> forward(model, jnp.ones((4, 3))).shape, forward(model, jnp.zeros((4, 3))).shape
+      ((4, 2), (4, 2))
+      >>> int(calls)
+      2
     """
     options = {k: v for k, v in locals().items() if k != "f" and v is not _DEFAULTS[k]}
     if f is None:

@@ -6,6 +6,7 @@ of a scan are sliced, and what is written to them is stacked. In ordinary Python
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
@@ -18,14 +19,16 @@ from jax.typing import ArrayLike
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
 from mutatis.core import access
-from mutatis.core.calls import check_function, takes
+from mutatis.core.calls import check_function, is_count, takes
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.model.walks import variables
-from mutatis.tracing.arguments import FlatTree, function_name
+from mutatis.tracing.arguments import FlatTree, argument_names, function_name, leaf_names, leaf_places
 from mutatis.tracing.axes import axes_by_cell, check_axis
+from mutatis.tracing.blame import Labels
 from mutatis.tracing.call_site import CallSite, RunResult
+from mutatis.tracing.progress import Bar, Progress
 from mutatis.tracing.staging import (
     Staged,
     check_kept,
@@ -63,6 +66,7 @@ class LoopOptions(TypedDict, total=False):
     unroll: Unroll
     states: Any
     checkpoint_every: int | None
+    progress: Progress
 
 
 class ScanOptions(TypedDict, total=False):
@@ -73,6 +77,7 @@ class ScanOptions(TypedDict, total=False):
     _split_transpose: bool
     states: Any
     checkpoint_every: int | None
+    progress: Progress
 
 
 @overload  # a carry may start as a number, and slices of what is like an array are arrays
@@ -119,21 +124,34 @@ def scan(
     *,
     states: Any = None,
     checkpoint_every: int | None = None,
+    progress: Progress = None,
 ) -> tuple[Any, Any]:
-    """Loop over leading axes with a carry; as `jax.lax.scan`, with states.
+    """Loop over the leading axis of arrays and modules, with a carry; as `jax.lax.scan`, with states.
 
-    States that the body writes are carried along; modules among `xs` are sliced along axis 0 in each iteration (a stack
-    of layers), and what is written to them is stacked back. The states are then what the last iteration left. What the body
-    sows (`mu.sow`), and a module that it makes and returns, come back stacked along axis 0; a Variable among the `y` gives a
-    stack of its values.
+    The body is compiled once, however many iterations there are. States that it writes go from one iteration to the next, and
+    after the loop they have the values of the last iteration. So a `carry` is often not needed.
+
+    Modules among `xs` are sliced along axis 0, as a stack of layers is: each iteration gets one slice, and the values that it
+    writes are stacked again. Values that the body sows (`mu.sow`), and a module that it makes and returns, come back stacked
+    along axis 0. A Variable in `y` counts as its value.
 
     Args:
-      f: ``f(carry, x) -> (carry, y)``.
-      init, xs, length, reverse, unroll: as in `jax.lax.scan`.
-      states: `StateAxes`, or pairs of a node and `StateAxes`, for captured states and for modules in `xs`: an int slices
-        a state along that axis, `mu.Carry` carries it.
-      checkpoint_every: for gradients, keep what is carried only every so many iterations, and compute the rest again in
-        the backward pass: memory for ``length / n + n`` carries instead of ``length``.
+      f: the body, ``f(carry, x) -> (carry, y)``.
+      init: the first carry: an array or a pytree of arrays. None if there is none.
+      xs: arrays and modules with leading axes of one size, as a pytree. None if only `length` counts.
+      length: the number of iterations; it may be left out if `xs` says it.
+      reverse: whether to go from the last slice to the first.
+      unroll: how many iterations are compiled into one step of the loop, as in `jax.lax.scan`.
+      states: `mu.StateAxes`, or pairs of a node and its `mu.StateAxes`, for captured states and for modules in `xs`. An int
+        slices a state along that axis, and `mu.Carry` carries it from iteration to iteration.
+      checkpoint_every: for gradients, keep the carry and the carried states only every so many iterations (an int), and compute
+        the rest again in the backward pass. With n it needs memory for ``length / n + n`` carries instead of ``length``.
+      progress: show a progress bar: a text beside it, or True for the name of `f`. A loop of less than half a second shows none,
+        and the package tqdm draws the bar. A function of (steps done, all steps) is called instead, a few times a second and at
+        the end. With a bar, `mu.jit` waits for the program and donates nothing unless told to, because it calls back into Python.
+
+    Returns:
+      The last carry, and the `y` of all iterations stacked along axis 0.
 
     Raises:
       StateTypeError: the body changes a state's shape or dtype; the message gives the cast.
@@ -141,12 +159,13 @@ def scan(
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> total = mu.Variable(0.0)
-      >>> def body(carry, x):
-      ...     total.value += x
-      ...     return carry, total.value
-      >>> mu.scan(body, None, jnp.arange(4.0))[1], float(total)
-      (Array([0., 1., 3., 6.], dtype=float32), 6.0)
+      >>> mean = mu.BatchStat(0.0)
+      >>> def body(total, x):
+      ...     mean.value = 0.5 * mean + 0.5 * x
+      ...     return total + x, mean.value
+      >>> total, means = mu.scan(body, 0.0, jnp.array([4.0, 4.0, 8.0]))
+      >>> total, means, mean
+      (Array(16., dtype=float32), Array([2. , 3. , 5.5], dtype=float32), BatchStat(5.5, float32))
     """
     check_function(f, "scan", "f", _SCAN)
     options: dict[str, Any] = {
@@ -155,6 +174,7 @@ def scan(
         "unroll": unroll,
         "_split_transpose": _split_transpose,
         "checkpoint_every": checkpoint_every,
+        "progress": None if progress is False else progress,
     }
     _check_every("scan", checkpoint_every)
     if runs_eagerly() and states is None:
@@ -180,16 +200,25 @@ def for_loop(
     unroll: Unroll = 1,
     states: Any = None,
     checkpoint_every: int | None = None,
+    progress: Progress = None,
 ) -> Any:
-    """Run ``f(*x)`` for the slices of `xs`: a `scan` whose only carry is the state.
+    """Call ``f(*x)`` for each slice of `xs`: a `mu.scan` without an explicit carry.
+
+    States that `f` writes go from one iteration to the next. The body is compiled once, however many iterations there are.
 
     Args:
-      f: the function.
-      *xs: arrays, and modules, with leading axes of one size.
-      length, reverse, unroll, states, checkpoint_every: as in `mu.scan`.
+      f: the body. It takes one slice of each of `xs`, and its result is kept.
+      *xs: arrays and modules with leading axes of one size.
+      length: the number of iterations, if there are no `xs`.
+      reverse, unroll, states, checkpoint_every: as in `mu.scan`.
+      progress: show a progress bar with this text, such as ``"epoch 1"``; as in `mu.scan`.
 
     Returns:
-      The results, stacked.
+      The results of all iterations, stacked along axis 0.
+
+    Raises:
+      StateTypeError: the body changes a state's shape or dtype; the message gives the cast.
+      StructureError: the body makes states or changes attributes or containers.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -211,7 +240,13 @@ def for_loop(
             "`mu.for_loop(f, jnp.arange(10))`.",
         )
     _check_every("for_loop", checkpoint_every)
-    options = {"length": length, "reverse": reverse, "unroll": unroll, "checkpoint_every": checkpoint_every}
+    options: dict[str, Any] = {
+        "length": length,
+        "reverse": reverse,
+        "unroll": unroll,
+        "checkpoint_every": checkpoint_every,
+        "progress": None if progress is False else progress,
+    }
     if runs_eagerly() and states is None:
         return compiled("for_loop", _for_compiled, (f,), options, xs, names=("xs",))
     return _for_compiled((f,), {**options, "states": states}, (xs,))
@@ -246,9 +281,11 @@ def _scan(
     states: Any = None,
     _split_transpose: bool = False,
     checkpoint_every: int | None = None,
+    progress: Progress = None,
 ) -> tuple[Any, Any]:
     with CallSite(name, f, others=[("init", init), ("xs", xs)]) as site:
         carry, slices = FlatTree(init), FlatTree(xs)
+        site.labels = lambda: _labels(name, f, init, xs)  # type: ignore[method-assign]
         axes = axes_by_cell(site, [], states)
         for node in slices.nodes:
             for cell in variables(node).values():
@@ -321,7 +358,8 @@ def _scan(
 
         start = [values[cell] for cell in carried], carry.leaves
         x = [*stacks.values()], slices.leaves
-        (last, leaves), (ys, new_stacks) = _in_blocks(loop, start, x, count, checkpoint_every, reverse)
+        bar = None if progress is None else Bar(progress, f, count, site.label)
+        (last, leaves), (ys, new_stacks) = _in_blocks(loop, start, x, count, checkpoint_every, reverse, bar)
         new = dict(zip(carried, last, strict=True))
         stacks_of = dict(zip((*stacked, *sown, *made), new_stacks, strict=True))
         new |= {cell: _from_front(stacks_of[cell], sliced[cell]) for cell in stacked}
@@ -332,16 +370,25 @@ def _scan(
         return end.unflatten([*leaves, *ys])  # type: ignore[no-any-return]
 
 
-def _in_blocks(loop: Callable[..., Any], start: Any, xs: Any, count: int, size: int | None, reverse: bool) -> Any:
-    """Run a loop in checkpointed blocks: a scan over whole blocks, and one that is shorter at the end."""
-    if size is None or count == 0:
+def _in_blocks(
+    loop: Callable[..., Any], start: Any, xs: Any, count: int, every: int | None, reverse: bool, bar: Bar | None
+) -> Any:
+    """Run a loop in blocks, which are checkpointed, or between which a bar moves: a scan over whole blocks, and a shorter one."""
+    if count == 0 or (every is None and bar is None):
         return loop(start, xs, count)
+    size = bar.block() if every is None and bar is not None else every or count
     number = count // size
     whole = number * size
 
     def block(carry: Any, x: Any, length: int) -> Any:
-        # Not `static_argnums`, which keeps `loop`, and the tracers it closes over, in a cache of JAX.
-        return jax.checkpoint(lambda carry, x: loop(carry, x, length))(carry, x)
+        carry, shown = carry
+        if bar is not None:
+            shown = bar.tick(shown, length)
+        if every is None:
+            carry, ys = loop(carry, x, length)
+        else:  # not `static_argnums`, which keeps `loop`, and the tracers it closes over, in a cache of JAX
+            carry, ys = jax.checkpoint(lambda carry, x: loop(carry, x, length))(carry, x)
+        return (carry, shown), ys
 
     def blocks(carry: Any) -> Any:
         stacked = jax.tree.map(lambda x: x[:whole].reshape(number, size, *x.shape[1:]), xs)
@@ -353,11 +400,16 @@ def _in_blocks(loop: Callable[..., Any], start: Any, xs: Any, count: int, size: 
 
     parts = [part for part, length in ((blocks, whole), (rest, count - whole)) if length]
     results = []
+    carry = (start, None if bar is None else bar.start())
     for part in reversed(parts) if reverse else parts:
-        start, ys = part(start)
+        carry, ys = part(carry)
         results.append(ys)
+    if bar is not None:
+        bar.end(carry[1])
+    if len(results) == 1:
+        return carry[0], results[0]
     ordered = reversed(results) if reverse else results
-    return start, jax.tree.map(lambda *ys: jax.lax.concatenate(ys, 0), *ordered)
+    return carry[0], jax.tree.map(lambda *ys: jax.lax.concatenate(ys, 0), *ordered)
 
 
 def _to_front(value: Any, axis: int) -> Any:
@@ -461,43 +513,92 @@ def _carry_cure(before: Sequence[Any], after: Sequence[Any]) -> str:
 
 @overload
 def while_loop(
-    cond_fun: Callable[[jax.Array], ArrayLike], body_fun: Callable[[jax.Array], jax.Array], init_val: ArrayLike
+    cond_fun: Callable[[jax.Array], ArrayLike],
+    body_fun: Callable[[jax.Array], jax.Array],
+    init_val: ArrayLike,
+    *,
+    max_steps: int | None = ...,
 ) -> jax.Array: ...
 @overload
-def while_loop(cond_fun: Callable[[C], ArrayLike], body_fun: Callable[[C], C], init_val: C) -> C: ...
+def while_loop(
+    cond_fun: Callable[[C], ArrayLike], body_fun: Callable[[C], C], init_val: C, *, max_steps: int | None = ...
+) -> C: ...
 @takes("mu.while_loop(cond_fun, body_fun, init_val)", _=_WHILE)
-def while_loop(cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any) -> Any:
+def while_loop(
+    cond_fun: Callable[[Any], Any], body_fun: Callable[[Any], Any], init_val: Any, *, max_steps: int | None = None
+) -> Any:
     """Loop while a condition holds; as `jax.lax.while_loop`, with states.
 
-    States that the body writes are carried. The condition may read states.
+    States that the body writes go from one iteration to the next. The condition may read states, but not write them.
+
+    Args:
+      cond_fun: the condition, ``cond_fun(val) -> bool``.
+      body_fun: the body, ``body_fun(val) -> val``, of the same shapes and dtypes.
+      init_val: the first value: an array or a pytree of arrays. None if the states say it all.
+      max_steps: the largest number of iterations, after which the loop ends even if the condition still holds. With it, the loop
+        can be differentiated in reverse mode (`mu.grad`), which needs memory for that many iterations.
+
+    Returns:
+      The last value.
 
     Raises:
+      ArgumentError: `max_steps` is not an int from 0.
       StructureError: the condition writes a state, or the body makes states or changes attributes.
       StateTypeError: the body changes a state's shape or dtype.
 
     Example:
       >>> import mutatis as mu
-      >>> n = mu.Variable(0)
-      >>> def body(_):
-      ...     n.value += 3
-      >>> mu.while_loop(lambda _: n.value < 10, body, None)
-      >>> int(n)
-      12
+      >>> steps = mu.Variable(0)
+      >>> def halve(x):
+      ...     steps.value += 1
+      ...     return x / 2
+      >>> float(mu.while_loop(lambda x: x > 1.0, halve, 10.0)), int(steps)
+      (0.625, 4)
     """
     check_function(cond_fun, "while_loop", "cond_fun", _WHILE)
     check_function(body_fun, "while_loop", "body_fun", _WHILE)
+    if max_steps is not None and not is_count(max_steps, 0):
+        raise ArgumentError(
+            f"a loop cannot have `max_steps={show_value(max_steps)}`",
+            path="max_steps",
+            where="while_loop",
+            expected="an int, from 0; or None",
+            got=show_value(max_steps),
+            cure="`mu.while_loop(cond_fun, body_fun, init_val, max_steps=100)`",
+        )
     if runs_eagerly():
-        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), {}, init_val, names=("init_val",))
-    return _while("while_loop", cond_fun, body_fun, init_val)
+        options = {"max_steps": max_steps}
+        return compiled("while_loop", _while_compiled, (cond_fun, body_fun), options, init_val, names=("init_val",))
+    return _while("while_loop", cond_fun, body_fun, init_val, max_steps=max_steps)
 
 
 def _while_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
     return _while("while_loop", *functions, *operands, **options)
 
 
-def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Sequence[Any] = ()) -> Any:
+def _labels(name: str, f: Any, init: Any, xs: Any) -> Labels:
+    """What the leaves of a carry and of slices go by: the parameters of the body that they are given to."""
+    if name == "for_loop":
+        return {"leaves[1]": leaf_names(f, xs, {})}
+    first, second = argument_names(f, (init, xs), {})
+    of_carry, of_slices = (second, first) if name == "fori_loop" else (first, second)
+    return {
+        "leaves[0]": [of_carry + place for place in leaf_places(init)],
+        "leaves[1]": [of_slices + place for place in leaf_places(xs)],
+    }
+
+
+def _while(
+    name: str,
+    cond_fun: Any,
+    body_fun: Any,
+    init_val: Any,
+    functions: Sequence[Any] = (),
+    max_steps: int | None = None,
+) -> Any:
     with CallSite(name, body_fun, others=[("init_val", init_val)], functions=[cond_fun, *functions]) as site:
         carry = FlatTree(init_val)
+        site.labels = lambda: {"leaves": leaf_names(body_fun, (init_val,), {})}  # type: ignore[method-assign]
         carry.leaves = [jnp.asarray(leaf) for leaf in carry.leaves]
         site.repeats = None
 
@@ -513,7 +614,8 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             return holds[0]
 
         if _compat.jit_disabled() and decides_in_python(test_once(carry.leaves)):
-            last_end, leaves = while_in_python(site, test_once, "the body of a loop", step_once, carry.leaves)
+            holds = _at_most(max_steps, test_once)
+            last_end, leaves = while_in_python(site, holds, "the body of a loop", step_once, carry.leaves)
             return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
 
@@ -546,10 +648,27 @@ def _while(name: str, cond_fun: Any, body_fun: Any, init_val: Any, functions: Se
             (holds,), _ = test(states_now(loop), loop[1])
             return holds
 
-        last, leaves = jax.lax.while_loop(goes_on, step, ([values[cell] for cell in written], carry.leaves))
+        last, leaves = _loop_while(goes_on, step, ([values[cell] for cell in written], carry.leaves), max_steps)
         for cell, value in zip(written, last, strict=True):
             access.write(cell, value)
         return body.end.unflatten(leaves)[0]
+
+
+def _loop_while(goes_on: Callable[[Any], Any], step: Callable[[Any], Any], start: Any, max_steps: int | None) -> Any:
+    """JAX's loop; with a bound, one that has a derivative in reverse."""
+    if max_steps is None:
+        return jax.lax.while_loop(goes_on, step, start)
+
+    def step_or_stay(loop: Any, _: None) -> Any:
+        return jax.lax.cond(goes_on(loop), step, lambda loop: loop, loop), None
+
+    return jax.lax.scan(step_or_stay, start, None, length=max_steps)[0]
+
+
+def _at_most(max_steps: int | None, holds: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A condition that also ends a loop in Python."""
+    numbers = itertools.count()
+    return lambda leaves: (max_steps is None or next(numbers) < max_steps) and holds(leaves)
 
 
 def _held(condition: Any) -> Any:
@@ -598,7 +717,23 @@ def fori_loop(
 def fori_loop(
     lower: Any, upper: Any, body_fun: Callable[[Any, Any], Any], init_val: Any, *, unroll: Unroll | None = None
 ) -> Any:
-    """Loop from `lower` to `upper`; as `jax.lax.fori_loop`, with states.
+    """Loop over the integers from `lower` to `upper` - 1; as `jax.lax.fori_loop`, with states.
+
+    States that the body writes go from one iteration to the next.
+
+    Args:
+      lower: the first integer.
+      upper: the integer after the last one.
+      body_fun: the body, ``body_fun(i, val) -> val``, of the same shapes and dtypes.
+      init_val: the first value: an array or a pytree of arrays. None if there is none.
+      unroll: how many iterations are compiled into one step of the loop, as in `jax.lax.fori_loop`.
+
+    Returns:
+      The last value.
+
+    Raises:
+      StateTypeError: the body changes a state's shape or dtype.
+      StructureError: the body makes states or changes attributes or containers.
 
     Example:
       >>> import mutatis as mu

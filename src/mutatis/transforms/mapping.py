@@ -28,15 +28,19 @@ def map(f: Callable[[jax.Array], Y], xs: ArrayLike, *, batch_size: int | None = 
 def map(f: Callable[[X], Y], xs: X, *, batch_size: int | None = ...) -> Y: ...
 @takes("mu.map(f, xs)")
 def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> Any:
-    """Apply a function to slices along axis 0; as `jax.lax.map`, with states.
+    """Apply a function to each slice of arrays along axis 0; as `jax.lax.map`, with states.
 
-    Without `batch_size` it is a loop, and states that `f` writes are carried. With it, batches are vectorized, and a write
-    to a state has no order among the items: it is refused. Random draws differ per item either way.
+    Without `batch_size` the slices are handled one after the other, and states that `f` writes go from one to the next. With
+    ``batch_size=n``, n slices are handled in parallel. They have no order then, so a write to a state is refused. Random draws
+    differ from slice to slice either way.
 
     Args:
       f: ``f(x) -> y``.
-      xs: arrays (and modules, without `batch_size`) with leading axes of one size.
-      batch_size: how many items are vectorized at a time; the last batch may be smaller.
+      xs: arrays with leading axes of one size, as a pytree; without `batch_size` also modules.
+      batch_size: how many slices are vectorized at a time; the last batch may be smaller.
+
+    Returns:
+      The results, stacked along axis 0.
 
     Raises:
       LaneError: `f` writes a state, with `batch_size`.

@@ -11,14 +11,23 @@ import jax.numpy as jnp
 
 from mutatis import _compat
 from mutatis.core.calls import takes
-from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, check_static_arguments, static_positions
+from mutatis.tracing.arguments import (
+    FlatTree,
+    as_names,
+    as_numbers,
+    check_static_arguments,
+    leaf_names,
+    static_positions,
+)
 from mutatis.tracing.call_site import CallSite
-from mutatis.tracing.transformed import Transformed
+from mutatis.tracing.transformed import ForPartial, Transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@overload
+def remat(f: ForPartial, /) -> Any: ...
 @overload
 def remat(
     f: Transformed[P, R],
@@ -55,23 +64,30 @@ def remat(
     static_argnums: int | tuple[int, ...] = (),
     static_argnames: str | Iterable[str] = (),
 ) -> Any:
-    """Save memory in gradients by computing again; as `jax.checkpoint`, with states.
+    """Save memory in gradients: compute a function again in the backward pass instead of keeping its intermediate values.
 
-    What the function writes is written once, and the recomputation draws the same random numbers.
+    It is `jax.checkpoint`, with states. Writes to states happen once, although the function is computed twice, and the second
+    computation draws the same random numbers.
 
     Args:
-      f: a function, or a Module: `self.block = mu.remat(Block(...))`.
-      prevent_cse, policy, static_argnums, static_argnames: as in `jax.checkpoint`.
+      f: a function, or a Module: `self.block = mu.remat(Block(...))`. Without `f`, the result is a decorator.
+      policy: which intermediate values are kept after all, such as `jax.checkpoint_policies.dots_saveable`; as in
+        `jax.checkpoint`.
+      prevent_cse, static_argnums, static_argnames: as in `jax.checkpoint`.
+
+    Returns:
+      A function with the arguments and the result of `f`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> w, calls = mu.Param(jnp.array(3.0)), mu.Variable(0)
+      >>> layer = mu.nn.Linear(2, 1, rngs=mu.Rngs(0))
       >>> @mu.remat
-      ... def square():
-      ...     calls.value += 1
-      ...     return w.value**2
-      >>> mu.grad(square, of=w)()[()], int(calls)
-      (Array(6., dtype=float32), 1)
+      ... def block(layer, x):
+      ...     return jnp.tanh(layer(x))
+      >>> def loss_fn(layer, x):
+      ...     return jnp.sum(block(layer, x))
+      >>> mu.grad(loss_fn)(layer, jnp.ones((4, 2)))["kernel"].shape
+      (2, 1)
     """
     options = {k: v for k, v in locals().items() if k != "f"}
     remake: functools.partial[Any] = functools.partial(remat, **options)
@@ -98,6 +114,7 @@ def _remat(
     )
     packed = FlatTree(dynamic)
     with CallSite("remat", function, args, kwargs) as site:
+        site.labels = lambda: {"leaves": leaf_names(function, args, kwargs, statics)}  # type: ignore[method-assign]
 
         def pure(leaves: list[Any]) -> Any:
             new_args, new_kwargs = packed.unflatten(leaves)
@@ -106,7 +123,7 @@ def _remat(
             return out, written
 
         # `pure` is new on each call: `jax.checkpoint` reuses traces by function object.
-        out, written = jax.checkpoint(pure, prevent_cse=prevent_cse, policy=policy)(packed.leaves)
+        out, written = jax.checkpoint(site.marked(pure), prevent_cse=prevent_cse, policy=policy)(packed.leaves)
         return site.commit(site.end, jax.tree.map(_as_array, written), out)
 
 

@@ -24,7 +24,7 @@ from mutatis.tracing.axes import Shared, StateSharding, axes_by_cell
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
 from mutatis.tracing.staging import refuse_structure
-from mutatis.tracing.transformed import Transformed
+from mutatis.tracing.transformed import ForPartial, Transformed
 
 _REPLICATED = PartitionSpec()
 _INFER = inspect.signature(jax.shard_map).parameters["in_specs"].default
@@ -33,6 +33,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@overload
+def shard_map(f: ForPartial, /, *, out_specs: Any) -> Any: ...
 @overload
 def shard_map(
     f: Transformed[P, R],
@@ -80,24 +82,37 @@ def shard_map(
     check_vma: bool = True,
     states: Any = None,
 ) -> Any:
-    """Run a function on each device of a mesh; as `jax.shard_map`, with states.
+    """Run a function on each device of a mesh, over its part of the data; as `jax.shard_map`, with states.
 
-    A state is replicated (each device has the whole of it), or split as a spec says: devices see their part. What is written
-    to a state has to be the same on all devices along the mesh axes that its spec does not name. Random streams that are
-    replicated give each device a stream of its own, from the stream's key, its count and the number of the device; outside,
-    its count is one further if it was used.
+    Each state is either replicated, so that each device has the whole of it, or split by a spec, so that each device sees its
+    part. A value that `f` writes to a state has to be the same on all devices along the mesh axes that the spec of the state does
+    not name; reduce it first, for instance with `jax.lax.pmean`.
+
+    From a replicated random stream each device draws numbers of its own: they depend on the key of the stream, its count and the
+    number of the device. Afterwards the count of the stream is one higher, if it was used.
 
     Args:
-      f: the function, bound method, partial or callable Module; its arguments are given by position.
-      out_specs, mesh, axis_names, check_vma: as in `jax.shard_map`.
-      in_specs: as in `jax.shard_map`; a spec for a Module is for all its states, and `mu.StateSharding` chooses by filter. If
-        it is left out, states too are split as they are placed.
-      states: `mu.StateSharding` for everything that the function captures, or pairs of a node and a spec or StateSharding.
+      f: the function, bound method, partial or callable Module; its arguments are given by position. Without `f`, the result is a
+        decorator.
+      out_specs: a `jax.sharding.PartitionSpec` for each result, which says how the parts are put together, as in `jax.shard_map`.
+      in_specs: a `jax.sharding.PartitionSpec` for each argument, which says how it is split, as in `jax.shard_map`. The spec of a
+        Module holds for all its states; a `mu.StateSharding` gives a spec for each filter. Without `in_specs`, arguments and
+        states are split as they are placed, on a mesh of explicit axes.
+      mesh: the mesh of devices, as in `jax.shard_map`. The default is the mesh of `jax.set_mesh`.
+      axis_names: the axes of the mesh that are split by hand, as in `jax.shard_map`. The default is all of them.
+      check_vma: whether JAX checks that results without an axis are equal along it, as in `jax.shard_map`. Without the check, a
+        replicated state may be written with another value on each device, and holds the one of the first.
+      states: the specs of states that the function uses from outside: a `mu.StateSharding` for all of them, or pairs of a node
+        and its spec or StateSharding. States without a spec are split as they are placed on explicit axes, and else replicated.
+
+    Returns:
+      A function of whole arrays that returns whole arrays.
 
     Raises:
       LaneError: a value that differs from device to device is written to a state that is replicated along that axis.
-      AxisError: two specs are asked for one state.
+      AxisError: two different specs are given for one state.
       StructureError: the function makes states or changes attributes or containers.
+      ArgumentError: the function is called with keyword arguments, or a sharding is given in place of a spec.
 
     Example:
       >>> import jax, jax.numpy as jnp, mutatis as mu
@@ -106,7 +121,7 @@ def shard_map(
       >>> total = mu.Variable(0.0)
       >>> @mu.shard_map(mesh=mesh, in_specs=P("data"), out_specs=P("data"))
       ... def double(x):
-      ...     total.value += jax.lax.psum(jnp.sum(x), "data")
+      ...     total.value += jax.lax.psum(jnp.sum(x), "data")  # the same on all devices
       ...     return 2 * x
       >>> double(jnp.arange(4.0)), float(total)
       (Array([0., 2., 4., 6.], dtype=float32), 6.0)

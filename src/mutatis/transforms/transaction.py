@@ -50,15 +50,15 @@ class EagerTransaction:
         return Cells(self._tx.written)
 
     def rollback(self, *filters: FilterLike) -> None:
-        """Take back what the block has done so far; it goes on from there.
+        """Take back the changes of the block so far. The block goes on after the call.
 
         Args:
-          *filters: which states, whose values are put back. Without filters it is all of them, and attributes and
-            containers, too. (To propose anew, keep the random streams: ``tx.rollback(mu.Not(mu.RngState))``.)
+          *filters: which states get their old values back. Without filters, all of them do, and attributes and containers are put
+            back too. To try again with new random numbers, keep the random streams: ``tx.rollback(mu.Not(mu.RngState))``.
 
         Raises:
-          TransactionError: the block has ended, or it is not what runs now: another transaction or a transform is open in it.
-          TraceLevelError: a raw JAX transform has read what was written.
+          TransactionError: the block has ended, or another transaction or a transform is open inside it.
+          TraceLevelError: a raw JAX transform has read a written value.
         """
         tx = self._tx
         if transactions.current() is not tx or _compat.current_trace() not in (tx.trace, _compat.EVAL_TRACE):
@@ -126,26 +126,32 @@ class EagerTransaction:
 
 
 def transaction(*nodes: Any) -> EagerTransaction:
-    """All or nothing for the code inside a ``with`` block: commit at its end, roll back at an exception.
+    """Run the code of a ``with`` block as a transaction: all of its changes are kept, or none.
 
-    Values of all states and attributes of all modules are rolled back; what plain lists and dicts hold is, in the nodes that are
-    named. Transactions nest: what an inner one commits an outer one may still drop. Jitted functions and all other transforms
-    mean inside what they mean outside; they donate nothing there.
+    If the block ends well, its writes are committed. If it raises, or calls ``tx.rollback()``, the values of all states and the
+    attributes of all modules are as they were before. Changes to plain lists and dicts are rolled back in the named nodes only.
 
-    It keeps pointers to the arrays of before, no copies. A state that was read inside is held by user code from then on, so the
-    next donating step copies it, once.
+    Transactions nest: the outer one can still drop the writes that an inner one committed. Jitted functions and other transforms
+    work in the block as elsewhere, except that they donate no memory.
+
+    A transaction keeps references to the old arrays, no copies. A state that was read in the block counts as held by your code,
+    so the next compiled step that would donate its memory copies it, once.
 
     Args:
-      *nodes: Modules, Variables, or lists, tuples or dicts of them.
+      *nodes: Modules, Variables, or lists, tuples or dicts of them, whose containers are to be rolled back too.
+
+    Returns:
+      A context manager. It gives an object with `rollback()`, and with `reads` and `writes`, the Variables that were read and
+      written.
 
     Example:
       >>> import mutatis as mu
-      >>> n = mu.Variable(1)
+      >>> weight = mu.Param(1.0)
       >>> with mu.transaction() as tx:
-      ...     n.value = 5
-      ...     if n > 3:
+      ...     weight.value = 5.0
+      ...     if weight > 3:  # the block sees its own writes
       ...         tx.rollback()
-      >>> n, tx.reads == (n,), tx.writes
-      (Variable(1, int32), True, ())
+      >>> weight
+      Param(1.0, float32)
     """
     return EagerTransaction(nodes)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from mutatis.model.state import State
+from mutatis.tracing.transformed import ForPartial
 from mutatis.transforms.custom.rule import CustomRule, _Call, _instantiate, _is_float, _Plan, _run_primal
 
 P = ParamSpec("P")
@@ -21,6 +22,8 @@ Q = ParamSpec("Q")
 S = TypeVar("S", bound=tuple[Any, Any])
 
 
+@overload
+def custom_jvp(fun: ForPartial, /) -> Any: ...
 @overload
 def custom_jvp(
     fun: Callable[P, R], nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
@@ -32,27 +35,43 @@ def custom_jvp(
 def custom_jvp(
     fun: Callable[..., Any] | None = None, nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
 ) -> Any:
-    """A function with a forward-mode rule: ``@f.defjvp``; as `jax.custom_jvp`, with states.
+    """Make a function whose derivative in forward mode is a rule of yours; as `jax.custom_jvp`, with states.
 
-    ``jvp(primals, tangents) -> (out, tangent_out)``; the tangent of a Module or Variable is a `State` of the tangents of its
-    float states that are not frozen. What the function or its rule writes is committed, and is a constant for derivatives.
+    Define the rule by the decorator ``@f.defjvp``: a function ``rule(primals, tangents) -> (out, tangent_out)``. The tangent of a
+    Module or Variable is a `State`, with the tangents of its float states that are not frozen, by path. Reverse mode uses the
+    rule too.
+
+    The function and its rule may write to states, and each write happens once. For derivatives a written value is a constant.
 
     Args:
-      fun: the function.
-      nondiff_argnums, nondiff_argnames: as in `jax.custom_jvp`.
+      fun: the function. Without `fun`, the result is a decorator.
+      nondiff_argnums: the positions of arguments that are not differentiated, as in `jax.custom_jvp`. The rule gets them first.
+      nondiff_argnames: the names of such arguments.
+
+    Returns:
+      A function with the arguments and the result of `fun`, and the methods `defjvp` and `defjvps`.
 
     Raises:
-      StructureError: a state is differentiated that is in no argument.
+      StructureError: a derivative is taken with respect to a state that is in no argument, or no rule was defined.
 
     Example:
-      >>> import mutatis as mu
+      >>> import jax.numpy as jnp, mutatis as mu
       >>> @mu.custom_jvp
+      ... def log1pexp(x):
+      ...     return jnp.log(1.0 + jnp.exp(x))
+      >>> @log1pexp.defjvp
+      ... def rule(primals, tangents):
+      ...     (x,), (dx,) = primals, tangents
+      ...     return log1pexp(x), (1.0 - 1.0 / (1.0 + jnp.exp(x))) * dx
+      >>> float(mu.grad(log1pexp)(100.0))
+      1.0
+      >>> @mu.custom_jvp  # with a state among the arguments
       ... def scaled(w, x):
       ...     return w * x
       >>> @scaled.defjvp
       ... def rule(primals, tangents):
       ...     (w, x), (dw, dx) = primals, tangents
-      ...     return scaled(w, x), 10 * (x * dw[()] + w * dx)
+      ...     return scaled(w, x), 10 * (x * dw[()] + w * dx)  # `dw` is a State; the path of a lone Variable is ()
       >>> float(mu.grad(scaled, argnums=1)(mu.Param(5.0), 2.0))
       50.0
     """
@@ -62,7 +81,7 @@ def custom_jvp(
 
 
 class CustomJVP(CustomRule[P, R_co]):
-    """A function with a forward-mode rule."""
+    """A function with a forward-mode rule, as `mu.custom_jvp` makes it."""
 
     _name = "custom_jvp"
     _gives_tangents = True
@@ -71,14 +90,23 @@ class CustomJVP(CustomRule[P, R_co]):
         """Define the rule; a decorator.
 
         Args:
-          jvp: ``jvp(*nondiff_args, primals, tangents) -> (out, tangent_out)``.
-          symbolic_zeros: as in `jax.custom_jvp.defjvp`; zeros are always given as arrays.
+          jvp: the rule, ``jvp(*nondiff_args, primals, tangents) -> (out, tangent_out)``. `primals` and `tangents` are tuples with
+            one entry for each argument that is differentiated.
+          symbolic_zeros: as in `jax.custom_jvp.defjvp`, except that the rule gets zeros as arrays in any case.
+
+        Returns:
+          The rule itself.
         """
         self._define((jvp,), {"symbolic_zeros": symbolic_zeros})
         return jvp
 
     def defjvps(self, *jvps: Callable[..., Any] | None) -> None:
-        """Define the rule as a sum of rules for each argument, ``jvp(tangent, out, *primals)``, or None for zero."""
+        """Define the rule as a sum of one rule for each argument.
+
+        Args:
+          *jvps: for each argument a function ``jvp(tangent, out, *primals) -> tangent_out``, or None if the derivative with
+            respect to this argument is zero.
+        """
         function: Any = self
 
         def jvp(*given: Any) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ from mutatis.core.showing import show_structure, show_value
 from mutatis.core.transactions import Transaction
 from mutatis.errors import ArgumentError, StructureError, TraceLevelError
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, function_name, static_positions
+from mutatis.tracing.arguments import FlatTree, as_names, as_numbers, function_name, leaf_names, static_positions
 from mutatis.tracing.call_site import CallSite
 from mutatis.tracing.staging import Code, Staged, check_kept, refuse_structure, stage
 from mutatis.tracing.transformed import Transformed
@@ -132,7 +132,9 @@ class _Call:
         self._stage_primal()
 
     def _stage_primal(self) -> None:
-        site, function = self.site, self.owner.__wrapped__
+        site, function, args = self.site, self.owner.__wrapped__, self.args
+        fixed = {*range(len(args))} - {*self.places}
+        site.labels = lambda: {"leaves": leaf_names(function, args, {}, fixed)}  # type: ignore[method-assign]
         self.primal = stage(
             site, site.scope.cells, {}, self.packed.leaves, lambda leaves: function(*self.with_leaves(leaves))
         )
@@ -160,6 +162,7 @@ class _Call:
             return rule(*arguments(leaves))
 
         late = [cell for cell in self.primal.cells if access.peek(cell) is UNSET]
+        site.labels = dict  # type: ignore[method-assign]  # of its arguments, some are the user's
         _discovering.rules[owner] = False
         try:
             staged = stage(site, site.scope.cells, {}, leaves, call)
@@ -195,6 +198,7 @@ class _Call:
         """Let go of arrays and tracers: what JAX keeps of a rule that calls its own function holds this call."""
         self.args = tuple(None if place in self.places else value for place, value in enumerate(self.args))
         self.site.args, self.site.kwargs = (), {}
+        self.site.labels = dict  # type: ignore[method-assign]
         self.packed.leaves, self.site.packed.leaves, self.values = [], [], []
         del self.primal, self.rule
 

@@ -20,6 +20,7 @@ from mutatis.model.state import State
 from mutatis.tracing.arguments import FlatTree
 from mutatis.tracing.captures import search
 from mutatis.tracing.scope import Scope
+from mutatis.tracing.transformed import ForPartial
 from mutatis.transforms.custom.rule import CustomRule, _Call, _instantiate, _is_float, _Late, _Plan, _run_primal
 
 P = ParamSpec("P")
@@ -27,6 +28,8 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 
+@overload
+def custom_vjp(fun: ForPartial, /) -> Any: ...
 @overload
 def custom_vjp(
     fun: Callable[P, R], nondiff_argnums: Sequence[int] = ..., nondiff_argnames: Sequence[str] = ...
@@ -38,39 +41,45 @@ def custom_vjp(
 def custom_vjp(
     fun: Callable[..., Any] | None = None, nondiff_argnums: Sequence[int] = (), nondiff_argnames: Sequence[str] = ()
 ) -> Any:
-    """A function with a reverse-mode rule: ``f.defvjp(fwd, bwd)``; as `jax.custom_vjp`, with states.
+    """Make a function whose derivative in reverse mode is a rule of yours; as `jax.custom_vjp`, with states.
 
-    ``fwd(*args) -> (out, residuals)`` and ``bwd(residuals, cotangent) -> cotangents``, a tuple with one for each argument that
-    is differentiated: for a Module or Variable a `State` of cotangents by path, of those of its float states that
-    have one; None for nothing. Residuals may hold modules; a program that runs the rule then keeps them alive.
+    Define the rule by ``f.defvjp(fwd, bwd)``. The forward rule ``fwd(*args) -> (out, residuals)`` returns the result and the
+    values that the backward rule needs. The backward rule ``bwd(residuals, cotangent) -> cotangents`` returns a tuple with a
+    cotangent for each argument that is differentiated. For a Module or Variable the cotangent is a `State`, by path, with an
+    entry for each of the float states that are differentiated; None stands for no cotangent. Residuals may hold modules; a
+    compiled program that runs the rule then keeps these modules alive.
 
-    What the function or its forward rule writes is committed, and is a constant for derivatives. A backward rule may read
-    states: it finds what they held when the forward rule had run. It may not write any.
+    The function and its forward rule may write to states, and each write happens once. For derivatives a written value is a
+    constant. The backward rule may read states: it reads the values that they had when the forward rule had run. It may not
+    write.
 
     Args:
-      fun: the function.
-      nondiff_argnums, nondiff_argnames: as in `jax.custom_vjp`.
+      fun: the function. Without `fun`, the result is a decorator.
+      nondiff_argnums: the positions of arguments that are not differentiated, as in `jax.custom_vjp`. `bwd` gets them first.
+      nondiff_argnames: the names of such arguments.
+
+    Returns:
+      A function with the arguments and the result of `fun`, and the method `defvjp`.
 
     Raises:
-      StructureError: a state is differentiated that is in no argument, or for which the rule gives no cotangent; the rule gives
-        a cotangent for a state that there is not; a backward rule writes a state.
+      StructureError: a derivative is taken with respect to a state that is in no argument, or for which the rule returns no
+        cotangent; the rule returns a cotangent for a state that does not exist; a backward rule writes a state; no rule was
+        defined.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
-      >>> calls = mu.Variable(0)
       >>> @mu.custom_vjp
       ... def scaled(w, x):
       ...     return w * x
-      >>> def forward(w, x):
-      ...     calls.value += 1
+      >>> def fwd(w, x):
       ...     return w * x, (w.value, x)
-      >>> def backward(residuals, g):
+      >>> def bwd(residuals, g):  # clips the gradient for `x`
       ...     w, x = residuals
-      ...     return mu.State({(): g * x}), jnp.clip(g * w, -1, 1)
-      >>> scaled.defvjp(forward, backward)
-      >>> w = mu.Param(5.0)
-      >>> float(mu.grad(scaled, argnums=1)(w, 2.0)), int(calls)
-      (1.0, 1)
+      ...     return mu.State({(): g * x}), jnp.clip(g * w, -1, 1)  # the path of a lone Variable is ()
+      >>> scaled.defvjp(fwd, bwd)
+      >>> for_w, for_x = mu.grad(scaled, argnums=(0, 1))(mu.Param(5.0), 2.0)
+      >>> float(for_w[()]), float(for_x)
+      (2.0, 1.0)
     """
     if fun is None:
         return functools.partial(custom_vjp, nondiff_argnums=nondiff_argnums, nondiff_argnames=nondiff_argnames)
@@ -78,7 +87,7 @@ def custom_vjp(
 
 
 class CustomVJP(CustomRule[P, R_co]):
-    """A function with a reverse-mode rule."""
+    """A function with a reverse-mode rule, as `mu.custom_vjp` makes it."""
 
     _name = "custom_vjp"
 
@@ -93,11 +102,12 @@ class CustomVJP(CustomRule[P, R_co]):
         """Define the rule.
 
         Args:
-          fwd: ``fwd(*args) -> (out, residuals)``.
-          bwd: ``bwd(*nondiff_args, residuals, cotangent) -> cotangents``.
-          symbolic_zeros: as in `jax.custom_vjp.defvjp`; every argument counts as perturbed.
-          optimize_remat: as in `jax.custom_vjp.defvjp`.
-          **options: further options of `jax.custom_vjp.defvjp`.
+          fwd: the forward rule, ``fwd(*args) -> (out, residuals)``, with the arguments of the function.
+          bwd: the backward rule, ``bwd(*nondiff_args, residuals, cotangent) -> cotangents``.
+          symbolic_zeros: whether the rules are told which values are differentiated, as in `jax.custom_vjp.defvjp`; here every
+            argument counts as differentiated.
+          optimize_remat: an experimental option for use under `mu.remat`, as in `jax.custom_vjp.defvjp`.
+          **options: further options of `jax.custom_vjp.defvjp`, such as `generic_batching` of JAX 0.12.
         """
         self._define((fwd, bwd), {"symbolic_zeros": symbolic_zeros, "optimize_remat": optimize_remat, **options})
 

@@ -254,7 +254,7 @@ def test_a_changed_shape_is_refused() -> None:
         (lambda g: g | mu.State({("extra",): jnp.zeros(1)}), ["unexpected: extra"]),
         (lambda g: g.map(lambda _, x: x[None]), ["w: expected float32[2,2], got float32[1,2,2]"]),
         (lambda g: {"w": jnp.zeros((2, 2))}, ["missing:    layers[0]"]),
-        (lambda g: jnp.zeros(2), ["missing:    w"]),
+        (lambda g: {"w": jnp.zeros((2, 2)), "x": g}, ["unexpected: x.w"]),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused(bad: Any, lines: list[str]) -> None:

@@ -1,0 +1,99 @@
+"""Encoders: functions and modules that turn numbers into spikes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mutatis.core.avals import show_type
+from mutatis.errors import ArgumentError
+from mutatis.model.kinds import RngState, stream_value
+from mutatis.model.modules import Module
+from mutatis.nn.spiking.integrators import step_length
+from mutatis.random import Rngs, stream_of
+
+
+class Poisson(Module):
+    """Encodes rates as spikes at random times (a Poisson process). There is at most one spike in a step.
+
+    Args:
+      rngs: random streams; a stream of the encoder's own is forked from `default`.
+      dtype: the dtype of the spikes.
+
+    Attributes:
+      stream: RngState, the stream that calls draw from.
+
+    Raises:
+      RandomStreamError: there is no stream to draw from.
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> encode = mu.nn.Poisson(rngs=mu.Rngs(0))
+      >>> rates = jnp.full(100, 200.0)  # 100 neurons at 200 Hz
+      >>> spikes = mu.for_loop(lambda _: encode(rates), jnp.arange(1000))  # 1000 steps of 1 ms: a second
+      >>> bool(abs(spikes.sum(0).mean() - 200) < 5)
+      True
+    """
+
+    def __init__(self, *, rngs: Rngs, dtype: Any = jnp.float32) -> None:
+        key = stream_of(rngs, "default", "`nn.Poisson`").draw()
+        self.stream = RngState(stream_value(key), tag="default")
+        self.dtype = dtype
+
+    def __call__(self, rates: ArrayLike) -> jax.Array:
+        """Draw the spikes of one step in time.
+
+        Args:
+          rates: the rates in Hz (spikes per second), an array of floats of any shape.
+
+        Returns:
+          The spikes, 0 or 1, of the same shape.
+
+        Raises:
+          ArgumentError: the rates are not floats.
+        """
+        array = jnp.asarray(rates)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ArgumentError(
+                "`nn.Poisson` was given rates that are no floating numbers",
+                path="rates",
+                expected="spikes per second, as floating numbers",
+                got=show_type(array),
+                cure="`encode(200.0 * pixels)`, with pixels from 0 to 1",
+            )
+        chance = array * (step_length() * 1e-3)
+        return (jax.random.uniform(self.stream.draw(), array.shape, array.dtype) < chance).astype(self.dtype)
+
+
+def latency(
+    x: ArrayLike, steps: int, *, tau: float = 5.0, threshold: float = 0.01, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Encodes each number as one spike, which comes the earlier, the larger the number is.
+
+    The spike comes when a leaky membrane with the number as its input would reach the threshold.
+
+    Args:
+      x: an array of floats from 0 to 1, of any shape.
+      steps: the number of steps in time.
+      tau: the time constant of the membrane, in steps.
+      threshold: the threshold of the membrane. Numbers up to it never spike.
+      dtype: the dtype of the spikes.
+
+    Returns:
+      The spikes, 0 or 1, of shape (steps, *x.shape).
+
+    Example:
+      >>> import jax.numpy as jnp, mutatis as mu
+      >>> spikes = mu.nn.latency(jnp.array([1.0, 0.02, 0.0]), steps=20)
+      >>> spikes.argmax(0)[:2], spikes.sum(0)
+      (Array([0, 3], dtype=int32), Array([1., 1., 0.], dtype=float32))
+    """
+    array = jnp.asarray(x)
+    above = array > threshold
+    safe = jnp.where(above, array, threshold + 1.0)
+    when = jnp.floor(tau * jnp.log(safe / (safe - threshold))).astype(jnp.int32)
+    at = jnp.arange(steps).reshape((steps,) + (1,) * array.ndim)
+    return ((at == when[None]) & above[None]).astype(dtype)

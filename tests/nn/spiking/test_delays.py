@@ -1,0 +1,96 @@
+"""`Delay` beside a list of what was pushed: a number, one for each, between steps; transforms, gradients, bad input."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mutatis as mu
+from mutatis import nn
+from mutatis.errors import ArgumentError
+
+pytestmark = pytest.mark.once
+X = np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32)
+
+
+def at_by_hand(now: int, steps: float) -> np.ndarray:
+    def one(back: int) -> np.ndarray:
+        return X[now - back] if now >= back else np.zeros(3, np.float32)
+
+    below = int(np.floor(steps))
+    share = steps - below
+    return one(below) * (1 - share) + (one(below + 1) * share if share else 0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 0.5, 2.75, 4.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_number(steps: float, compiled: bool) -> None:
+    delay = nn.Delay(3, max_steps=4)
+
+    def step(x: jax.Array, steps: float) -> jax.Array:
+        delay.push(x)
+        return delay.at(steps)
+
+    run = mu.jit(lambda xs, steps: mu.for_loop(lambda x: step(x, steps), xs))
+    out = run(X, steps) if compiled else jnp.stack([step(x, steps) for x in X])
+    np.testing.assert_allclose(out, [at_by_hand(n, steps) for n in range(12)], rtol=1e-6, atol=1e-6)
+
+
+def test_one_for_each() -> None:
+    delay, steps = nn.Delay(3, max_steps=4), jnp.array([0, 2, 4])
+    for number, x in enumerate(X):
+        delay.push(x)
+        wanted = [at_by_hand(number, int(n))[i] for i, n in enumerate(steps)]
+        np.testing.assert_array_equal(delay.at(steps), np.array(wanted, np.float32))
+        np.testing.assert_allclose(delay.at(steps.astype(jnp.float32)), np.array(wanted, np.float32))
+
+
+def test_transforms_gradients_and_checkpoints(tmp_path: Path) -> None:
+    several = mu.vmap(lambda _: nn.Delay(3, max_steps=2))(jnp.arange(2))
+    mu.vmap(lambda delay, x: delay.push(x))(several, jnp.asarray(X[:2]))
+    np.testing.assert_array_equal(mu.vmap(lambda delay: delay.at(0))(several), X[:2])
+
+    def loss(x: jax.Array, steps: jax.Array) -> jax.Array:
+        delay = nn.Delay(3, max_steps=4)
+        return jnp.sum(mu.for_loop(lambda x: (delay.push(x), delay.at(steps))[1], x)[-1] ** 2)
+
+    by_x, by_steps = jax.grad(loss, (0, 1))(jnp.asarray(X), jnp.float32(1.25))
+    mixed = 0.75 * X[-2] + 0.25 * X[-3]
+    np.testing.assert_allclose(by_x[-2], 2 * mixed * 0.75, rtol=1e-5)
+    np.testing.assert_allclose(by_x[-3], 2 * mixed * 0.25, rtol=1e-5)
+    np.testing.assert_allclose(by_steps, np.sum(2 * mixed * (X[-3] - X[-2])), rtol=1e-4)
+    delay, other = nn.Delay(3, max_steps=4), nn.Delay(3, max_steps=4)
+    for x in X[:7]:
+        delay.push(x)
+    mu.checkpoint.save(tmp_path / "delay", delay)
+    mu.checkpoint.restore(tmp_path / "delay", other)
+    np.testing.assert_array_equal(other.at(3), X[3])
+    mu.reset(other)
+    assert not other.at(3).any()
+
+
+def test_one_write_for_a_step() -> None:
+    delay = nn.Delay(1000, max_steps=500)
+    text = mu.jit(lambda delay, x: (delay.push(x), delay.at(17))[1]).lower(delay, jnp.ones(1000)).compile().as_text()
+    assert text.count("dynamic-update-slice(") + text.count("scatter(") <= 2
+    assert not re.search(r"f32\[50\d,1000\]\S* (concatenate|copy)\(", text)
+
+
+def test_bad_input() -> None:
+    delay = nn.Delay(3, max_steps=4)
+    for use, text in [
+        (lambda: nn.Delay(3, max_steps=-1), "nothing to hold"),
+        (lambda: nn.Delay(3, max_steps=2.5), "nothing to hold"),  # type: ignore[arg-type]
+        (lambda: delay.push(jnp.ones(4)), "another shape"),
+        (lambda: delay.at(5), r"(?s)does not reach so far back.*max_steps=5"),
+        (lambda: delay.at(4.5), "does not reach so far back"),
+        (lambda: delay.at(-1), "does not reach so far back"),
+        (lambda: delay.at(jnp.array([1, 2])), "another shape than its values"),
+    ]:
+        with pytest.raises(ArgumentError, match=text):
+            use()
