@@ -14,6 +14,7 @@ from mutatis import _homes
 from mutatis.core import checks, naming
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, CheckError
+from mutatis.tracing import masks
 
 _CURE = (
     "The states are as they were before the outermost transform or transaction. `mu.inspect.find_nonfinite(step)(*args)` finds "
@@ -25,8 +26,12 @@ def error_if(pred: ArrayLike, message: str) -> None:
     """Raise an error if a condition holds, in ordinary and in compiled code, and take back all writes of the step.
 
     In `mu.jit` the call raises, and every state has the value from before the call: the outermost transform or transaction is
-    rolled back. A loop ends with the first iteration in which the condition holds. Under `mu.vmap` one lane is enough. Checks
-    work inside derivatives and `mu.remat`. In raw JAX a check raises `jax.errors.JaxRuntimeError` with the same text.
+    rolled back. A loop ends with the first iteration in which the condition holds. Checks work inside derivatives and `mu.remat`.
+    In raw JAX a check raises `jax.errors.JaxRuntimeError` with the same text.
+
+    Under `mu.vmap` one lane is enough. A branch of `mu.cond` or `mu.switch` that a lane does not choose, and an iteration of
+    `mu.while_loop` after its last one, are not checked for that lane. In a raw `jax.lax.cond` or `jax.lax.while_loop` under
+    `vmap` they are, because JAX computes them for all lanes.
 
     A program with checks calls back into Python when one fails. So `mu.jit` waits for its results before it commits, and donates
     no memory, because the old states may be needed again. With ``mu.jit(donate=True)`` it does donate; a step that fails then
@@ -75,7 +80,8 @@ def error_if(pred: ArrayLike, message: str) -> None:
         return
     checked_at = f"checked at: {naming.show_place(naming.caller())}"
     error = CheckError(message, where=naming.where(), differences=[checked_at], cure=_CURE)
-    _check(jnp.any(jax.lax.stop_gradient(pred)), error)
+    fails, taken = jnp.any(jax.lax.stop_gradient(pred)), masks.taken()
+    _check(fails if taken is None else fails & taken, error)
 
 
 def _check(pred: jax.Array, error: CheckError) -> None:

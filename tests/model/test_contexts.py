@@ -783,6 +783,24 @@ def test_a_state_that_is_the_value() -> None:
     np.testing.assert_array_equal(v, np.full(4, 4.0))
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, mu.jit, mu.remat])
+def test_a_kept_transform_notices_a_static_value(wrap: Any) -> None:
+    dt = mu.Context("dt", 1.0)
+    kept = wrap(lambda x: x * dt.get())
+    step = mu.jit(lambda x: kept(x))
+
+    def twice(x: Any) -> Any:
+        before = mu.grad(kept)(x)
+        with dt.set(3.0):
+            return before, kept(x), mu.vmap(kept)(x[None])[0], kept(x)
+
+    for _ in range(2):
+        assert float(step(f32(2))) == 2
+        with dt.set(5.0):
+            assert float(step(f32(2))) == 10
+        assert [*map(float, mu.jit(twice)(f32(2)))] == [1, 6, 6, 6]
+
+
 def test_no_leaks() -> None:
     dt, net = mu.Context("dt"), Net()
 

@@ -79,6 +79,13 @@ def load(cell: Cell) -> Any:
     return load_committed(cell, trace) if tx is None else tx.load(cell, trace)
 
 
+def depend_on_setting() -> None:
+    """Have a raw transform that is tracing depend on a setting that is read, which is no state, as on a state."""
+    tx: Transaction | None = innermost()
+    if tx is not None:
+        tx.depend(_compat.current_trace())
+
+
 def peek(cell: Cell) -> Any:
     """The value of a cell, only to look at what kind of thing it is."""
     tx: Transaction | None = innermost()

@@ -34,7 +34,7 @@ from mutatis.core.cells import UNSET, Cell, load_many
 from mutatis.core.committed import check_stale, is_local, load_committed, staging_trace, write_refused
 from mutatis.core.interrupts import divert, undivert
 from mutatis.core.journal import Journal
-from mutatis.core.stamps import Stamp, latest, stamped
+from mutatis.core.stamps import Stamp, latest, retire, stamped
 from mutatis.errors import TraceLevelError
 
 _MISSING = object()
@@ -219,6 +219,16 @@ class Transaction(frames.Frame):
         """The value of a cell further out: where the transaction was opened."""
         parent = self.open_parent()
         return load_committed(cell, self.outer, self._outside) if parent is None else parent.load(cell, self.outer)
+
+    def depend(self, trace: Any) -> None:
+        """Note that code that runs at `trace` depends on a setting here, which is no state, as if it read one."""
+        if trace is not self.trace and (staging := _compat.staging_trace(trace, self.trace)) is not None:
+            retire(self._stamp, staging)
+        parent = self.open_parent()
+        if parent is not None:
+            parent.depend(self.outer)
+        elif (staging := _compat.staging_trace(self.outer)) is not None:
+            retire(self._outside, staging)
 
     def write(self, cell: Cell, value: Any, trace: Any) -> None:
         """Give a cell another value, on behalf of code that runs at `trace`."""

@@ -35,8 +35,8 @@ class Context:
     """A setting that any function can read without having it as an argument, and that a ``with`` block changes.
 
     `get` reads the value, and ``with context.set(value):`` changes it inside the block, on this thread. Jitted functions notice
-    the change: an array or a model is an input of the program, and another static value compiles another program. A raw `jax.jit`
-    does not: it keeps a static value that it read when it traced.
+    the change: an array or a model is an input of the program, and another static value compiles another program. So does a raw
+    `jax.jit` inside a transform of Mutatis. Elsewhere it does not: it keeps a static value that it read when it traced.
 
     Args:
       name: the name, for messages.
@@ -75,6 +75,7 @@ class Context:
           ContextError: there is neither.
         """
         active: dict[Context, Any] = dict(_active.get())
+        access.depend_on_setting()
         if self not in active:
             if self.default is UNSET:
                 raise ContextError(

@@ -61,6 +61,7 @@ class Staged:
         self.leaves = list(closed.out_avals[: len(leaves)])  # with their weak types, unlike `shapes`
         self.values = dict(zip(end.cells, values, strict=True))  # shapes of what is written, by cell
         self.code = Code(closed, jax.tree.structure(shapes))
+        self.checks = bool(closed.effects) and _compat.has_host_callback(closed.jaxpr)  # whether it may hold some
 
     def __call__(self, values: Mapping[Any, Any], leaves: Any) -> tuple[list[Any], dict[Any, Any]]:
         """Run the jaxpr.

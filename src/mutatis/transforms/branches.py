@@ -23,6 +23,7 @@ from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, leaf_places
 from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.masks import Masked
 from mutatis.tracing.staging import Staged, check_kept, refuse_structure, stage, stage_together
 from mutatis.tracing.unrolled import decides_in_python, run_once
 
@@ -179,12 +180,14 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             return end.unflatten(leaves)
         cells = site.scope.cells
 
-        def stage_branch(function: Any) -> Staged:
-            staged = stage(site, cells, {}, packed.leaves, _caller(function, packed))
-            refuse_structure(site, staged.end, "a branch")
-            return staged
+        def stage_branch(number: int) -> Masked:
+            call = _caller(functions[number], packed)
+            branch = Masked(site, lambda leaves, call: stage(site, cells, {}, leaves, call), packed.leaves, call)
+            refuse_structure(site, branch.staged.end, "a branch")
+            return branch
 
-        branches: list[Staged] = stage_together(site, lambda: [stage_branch(f) for f in functions])
+        masked: list[Masked] = stage_together(site, lambda: [*map(stage_branch, range(len(functions)))])
+        branches = [branch.staged for branch in masked]
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
         written: list[Any] = list(
@@ -196,10 +199,14 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
                     check_kept(site, staged, cell, values[cell], "in a branch")
         _check_results(site, name, branches)
 
-        def pure(staged: Staged) -> Callable[[Any, Any], Any]:
+        def chosen() -> jax.Array:
+            given = jnp.asarray(index, jnp.bool_) if name == "cond" else index
+            return jnp.clip(jnp.asarray(given, jnp.int32), 0, len(branches) - 1)
+
+        def pure(number: int) -> Callable[[Any, Any], Any]:
             def branch(states: list[Any], leaves: list[Any]) -> Any:
                 now = {**values, **dict(zip(written, states, strict=True))}
-                out, new = staged(now, leaves)
+                out, new = masked[number](now, leaves, lambda: chosen() == number)
                 return [new.get(cell, now[cell]) for cell in written], out
 
             return branch
@@ -207,9 +214,9 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         inputs = ([values[cell] for cell in written], packed.leaves)
         try:
             if name == "cond":
-                new, leaves = jax.lax.cond(index, pure(branches[1]), pure(branches[0]), *inputs)
+                new, leaves = jax.lax.cond(index, pure(1), pure(0), *inputs)
             else:
-                new, leaves = jax.lax.switch(index, [pure(staged) for staged in branches], *inputs)
+                new, leaves = jax.lax.switch(index, [*map(pure, range(len(branches)))], *inputs)
         except TypeError as error:
             _refuse_types(site, name, branches, error)
             raise

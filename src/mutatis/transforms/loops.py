@@ -28,6 +28,7 @@ from mutatis.tracing.arguments import FlatTree, argument_names, function_name, l
 from mutatis.tracing.axes import axes_by_cell, check_axis
 from mutatis.tracing.blame import Labels
 from mutatis.tracing.call_site import CallSite, RunResult
+from mutatis.tracing.masks import Masked
 from mutatis.tracing.progress import Bar, Progress
 from mutatis.tracing.staging import (
     Staged,
@@ -619,18 +620,19 @@ def _while(
             return init_val if last_end is None else last_end.unflatten(leaves)[0]
         cells = site.scope.cells
 
-        def stage_both() -> tuple[Staged, Staged]:
+        def stage_both() -> tuple[Masked, Staged]:
             while True:
-                body = stage(site, cells, {}, carry.leaves, step_once)
-                refuse_structure(site, body.end, "the body of a loop")
-                if not _promote(carry, body):
+                masked = Masked(site, lambda *given: stage(site, cells, {}, *given), carry.leaves, step_once)
+                refuse_structure(site, masked.staged.end, "the body of a loop")
+                if not _promote(carry, masked.staged):
                     break
-            test = stage(site, body.cells, {}, carry.leaves, condition)
+            test = stage(site, masked.staged.cells, {}, carry.leaves, condition)
             _refuse_condition_writes(site, test.end, test.leaves)
             refuse_structure(site, test.end, "the condition of a loop")
-            return body, test
+            return masked, test
 
-        body, test = stage_together(site, stage_both)
+        masked, test = stage_together(site, stage_both)
+        body = masked.staged
         _check_carry(site, carry, body)
         values = dict(zip(test.cells, site.values(test.cells), strict=True))
         written: list[Any] = [cell for cell in body.end.cells if cell not in body.end.born]
@@ -641,7 +643,7 @@ def _while(
             return {**values, **dict(zip(written, loop[0], strict=True))}
 
         def step(loop: Any) -> Any:
-            leaves, new = body(states_now(loop), loop[1])
+            leaves, new = masked(states_now(loop), loop[1], lambda: goes_on(loop))
             return [new[cell] for cell in written], leaves
 
         def goes_on(loop: Any) -> Any:
