@@ -186,7 +186,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             refuse_structure(site, branch.staged.end, "a branch")
             return branch
 
-        masked: list[Masked] = stage_together(site, lambda: [*map(stage_branch, range(len(functions)))])
+        masked: list[Masked] = stage_together(site, lambda: [stage_branch(n) for n in range(len(functions))])
         branches = [branch.staged for branch in masked]
         every: list[Any] = list(dict.fromkeys(cell for staged in branches for cell in staged.cells))
         values = dict(zip(every, site.values(every), strict=True))
@@ -216,7 +216,7 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
             if name == "cond":
                 new, leaves = jax.lax.cond(index, pure(1), pure(0), *inputs)
             else:
-                new, leaves = jax.lax.switch(index, [*map(pure, range(len(branches)))], *inputs)
+                new, leaves = jax.lax.switch(index, [pure(n) for n in range(len(branches))], *inputs)
         except TypeError as error:
             _refuse_types(site, name, branches, error)
             raise
