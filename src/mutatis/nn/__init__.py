@@ -90,7 +90,6 @@ from mutatis.nn.spiking.connections import Sparse as Sparse
 from mutatis.nn.spiking.delays import Delay as Delay
 from mutatis.nn.spiking.encoders import Poisson as Poisson
 from mutatis.nn.spiking.encoders import latency as latency
-from mutatis.nn.spiking.integrators import dt as dt
 from mutatis.nn.spiking.integrators import exp_euler as exp_euler
 from mutatis.nn.spiking.integrators import rk4 as rk4
 from mutatis.nn.spiking.neurons import ALIF as ALIF
@@ -103,6 +102,7 @@ from mutatis.nn.spiking.synapses import STP as STP
 from mutatis.nn.spiking.synapses import Alpha as Alpha
 from mutatis.nn.spiking.synapses import DualExpon as DualExpon
 from mutatis.nn.spiking.synapses import Expon as Expon
+from mutatis.nn.spiking.units import dt as dt
 from mutatis.nn.stack import Stack as Stack
 from mutatis.nn.stochastic import Dropout as Dropout
 from mutatis.nn.weight_norms import SpectralNorm as SpectralNorm

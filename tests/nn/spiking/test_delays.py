@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +75,70 @@ def test_transforms_gradients_and_checkpoints(tmp_path: Path) -> None:
     assert not other.at(3).any()
 
 
+def test_a_batch() -> None:
+    xs = np.random.default_rng(1).standard_normal((8, 5, 2)).astype(np.float32)
+    batch, several = nn.Delay(2, max_steps=3), [nn.Delay(2, max_steps=3) for _ in range(5)]
+    mu.reset(batch, mu.Hidden, batch_shape=5)
+    assert batch.buffer.shape == (5, 4, 2)
+    each = jnp.asarray(np.random.default_rng(2).uniform(0, 3, (5, 2)), jnp.float32)
+    for x in xs:
+        batch.push(x)
+        for delay, part in zip(several, x, strict=True):
+            delay.push(part)
+        for steps in (0, 3, 1.5, jnp.array([3, 1]), jnp.array([0.25, 3.0])):
+            np.testing.assert_allclose(batch.at(steps), jnp.stack([delay.at(steps) for delay in several]), rtol=1e-6)
+        one = [delay.at(steps) for delay, steps in zip(several, each, strict=True)]
+        np.testing.assert_allclose(batch.at(each), jnp.stack(one), rtol=1e-6)
+    lanes = mu.vmap(lambda delay, steps: delay.at(steps))(batch, each)
+    np.testing.assert_allclose(lanes, jnp.stack(one), rtol=1e-6)
+    slope = mu.grad(lambda steps: batch.at(steps).sum())(jnp.float32(1.5))
+    np.testing.assert_allclose(slope, (xs[-3] - xs[-2]).sum(), rtol=1e-5)
+    with pytest.raises(ArgumentError, match=r"(?s)expected: shape \(5, 2\).*a value for each element"):
+        batch.push(xs[0, :4, 0])
+    with pytest.raises(ArgumentError, match=r"mu\.reset\(model, mu\.Hidden, batch_shape=\(5,\)\)"):
+        several[0].push(xs[0])
+
+
+def test_out_of_range_in_compiled_code() -> None:
+    delay = nn.Delay(3, max_steps=4)
+    for x in X[:7]:
+        delay.push(x)
+    at = mu.jit(lambda steps: delay.at(steps))
+    for steps, nearest in ((9, 4), (-2, 0), (4.75, 4), (-0.5, 0), (jnp.array([7, -7, 2]), jnp.array([4, 0, 2]))):
+        np.testing.assert_array_equal(at(steps), delay.at(nearest))
+
+
+@pytest.mark.parametrize("steps", [0.0, 1.0, 2.5, 4.0])
+def test_the_slope_by_the_delay(steps: float) -> None:
+    delay = nn.Delay(3, max_steps=4)
+    for x in X[:7]:
+        delay.push(x)
+    first = min(int(steps), 3)
+    wanted = X[6 - first - 1] - X[6 - first]  # at the last step, the slope of the last interval
+    np.testing.assert_allclose(jax.jacobian(delay.at)(steps), wanted, rtol=1e-5)
+    np.testing.assert_allclose(jax.jacobian(delay.at)(jnp.full(3, steps)), np.diag(wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result"), [(jnp.int32, jnp.float32), (jnp.bool_, jnp.float32), (jnp.bfloat16, None)]
+)
+def test_values_of_other_dtypes(dtype: Any, result: Any) -> None:
+    delay = nn.Delay(2, max_steps=3, dtype=dtype)
+    delay.push(jnp.array([0, 1]))
+    delay.push(jnp.array([1, 1]))
+    assert delay.at(1).dtype == dtype and delay.at(0.5).dtype == (result or dtype)
+    np.testing.assert_array_equal(delay.at(0.5), np.array([0.5, 1.0]))
+    np.testing.assert_array_equal(delay.at(jnp.uint8(1)), np.array([0, 1]))
+
+
 def test_one_write_for_a_step() -> None:
     delay = nn.Delay(1000, max_steps=500)
-    text = mu.jit(lambda delay, x: (delay.push(x), delay.at(17))[1]).lower(delay, jnp.ones(1000)).compile().as_text()
+    step = mu.jit(lambda delay, x: (delay.push(x), delay.at(17))[1])
+    text = step.lower(delay, jnp.ones(1000)).compile().as_text()
+    mu.reset(delay, batch_shape=4)
+    batch = step.lower(delay, jnp.ones((4, 1000))).compile().as_text()
+    assert batch.count("dynamic-update-slice(") + batch.count("scatter(") <= 2
+    assert not re.search(r"f32\[4,50\d,1000\]\S* (concatenate|copy)\(", batch)
     assert text.count("dynamic-update-slice(") + text.count("scatter(") <= 2
     assert not re.search(r"f32\[50\d,1000\]\S* (concatenate|copy)\(", text)
 
@@ -89,7 +151,9 @@ def test_bad_input() -> None:
         (lambda: delay.push(jnp.ones(4)), "another shape"),
         (lambda: delay.at(5), r"(?s)does not reach so far back.*max_steps=5"),
         (lambda: delay.at(4.5), "does not reach so far back"),
-        (lambda: delay.at(-1), "does not reach so far back"),
+        (lambda: delay.at(-1), r"(?s)does not know what comes.*delay.at\(0\)"),
+        (lambda: delay.at(float("nan")), "does not know what comes"),
+        (lambda: delay.at(True), "no number of steps"),
         (lambda: delay.at(jnp.array([1, 2])), "another shape than its values"),
     ]:
         with pytest.raises(ArgumentError, match=text):

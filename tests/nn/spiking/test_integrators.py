@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -33,6 +34,32 @@ def test_exact_where_linear(rate: float) -> None:
     wanted = 1 + 2.0 * 0.7 if rate == 0 else 2 / rate + (1 - 2 / rate) * np.exp(-rate * 0.7)
     np.testing.assert_allclose(y, wanted, rtol=1e-3 if rate == 1e-6 else 1e-5)
     assert bool(jnp.isfinite(jax.grad(lambda r: nn.exp_euler(lambda y: -r * y, jnp.array(1.0), 0.7))(rate)))
+
+
+@pytest.mark.parametrize("z", [0.0, 1e-12, -1e-6, 1e-3, -0.0199, 0.0201, -0.3, 2.0, -30.0])
+def test_the_share_of_a_step_and_its_derivatives(z: float) -> None:
+    """``phi(z) = (exp(z) - 1) / z``, beside its series and its recursion."""
+
+    def phi(z: Any) -> Any:
+        return nn.exp_euler(lambda y: z * y + 1.0, jnp.zeros(()), 1.0)
+
+    def by_hand(order: int) -> float:
+        if abs(z) < 0.5:  # of z**n / (n + 1)!, differentiated
+            return sum(math.perm(n, order) * z ** (n - order) / math.factorial(n + 1) for n in range(order, 25))
+        e = math.exp(z)
+        return [(e - 1) / z, (e * (z - 1) + 1) / z**2, (e * (z * z - 2 * z + 2) - 2) / z**3][order]
+
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        first, second = jax.grad(phi), jax.grad(jax.grad(phi))
+        for f, order, rtol in ((phi, 0, 1e-15), (first, 1, 1e-13), (second, 2, 1e-10)):
+            np.testing.assert_allclose(f(jnp.float64(z)), by_hand(order), rtol=rtol)
+
+
+@pytest.mark.parametrize("step", [np.float64(0.1), np.float32(0.1), jnp.float32(0.1)])
+def test_the_dtype_is_that_of_the_value(step: Any) -> None:
+    y = jnp.ones(3, jnp.bfloat16)
+    assert nn.exp_euler(lambda y: -y, y, step).dtype == jnp.bfloat16
+    assert nn.rk4(lambda y: -y, y, step).dtype == jnp.bfloat16
 
 
 def test_trees() -> None:

@@ -16,13 +16,14 @@ from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Hidden
 from mutatis.model.modules import Module
 from mutatis.nn.layers import as_axes
-from mutatis.nn.spiking.integrators import in_base_units
+from mutatis.nn.spiking.units import has_unit, in_unit, step_length
 
 
 class Delay(Module):
     """A buffer of the values of the last steps, for signals that arrive later.
 
-    It is a ring buffer, so a push writes one value, however long the buffer is.
+    It is a ring buffer, so a push writes one value, however long the buffer is. ``mu.reset(net, mu.Hidden, batch_shape=(32,))``
+    starts a batch.
 
     Args:
       shape: the shape of a value; an int is for one axis.
@@ -30,8 +31,8 @@ class Delay(Module):
       dtype: the dtype of the values.
 
     Attributes:
-      buffer: Hidden of shape (max_steps + 1, *shape), zeros at the start.
-      newest: Hidden, an int32 scalar: the place of the last value in the buffer.
+      buffer: Hidden of shape (*batch, max_steps + 1, *shape), zeros at the start.
+      newest: Hidden, int32 of shape (*batch,): the place of the last value in the buffer, which is the same for a whole batch.
 
     Raises:
       ArgumentError: `max_steps` is no int from 0; a value of another shape is pushed; or `at` looks back too far.
@@ -70,73 +71,109 @@ class Delay(Module):
         """Add the value of the present step; the oldest value is dropped.
 
         Args:
-          x: an array of shape `shape`.
+          x: an array of shape (*batch, *shape). A quantity is taken as a number of mV.
 
         Raises:
           ArgumentError: the value has another shape.
         """
-        buffer = self.buffer.value
-        value = jnp.asarray(in_base_units(x, "x"))
-        if value.shape != self.shape:
+        buffer, axis = self.buffer.value, self._axis()
+        value = jnp.asarray(in_unit(x, "mV", "x"))
+        wanted = buffer.shape[:axis] + buffer.shape[axis + 1 :]
+        if value.shape != wanted:
+            batch = value.shape[: max(0, value.ndim - len(self.shape))]
             raise ArgumentError(
                 f"delay {naming.describe(self.buffer)} was given a value of another shape",
                 path=naming.path_of(self.buffer),
                 where=naming.where(),
-                expected=f"shape {self.shape}",
+                expected=f"shape {wanted}",
                 got=show_type(value),
                 made_at=self.buffer.made_at,
-                cure="A batch has a delay for each element: `mu.vmap` over the net, or `nn.Delay((batch, size), ...)`.",
+                cure=f"Start a batch first: `mu.reset(model, mu.Hidden, batch_shape={batch})`."
+                if value.shape == batch + self.shape
+                else "Push a value for each element: `jnp.broadcast_to(x, delay.shape)`.",
             )
-        at = (self.newest.value + 1) % (self.max_steps + 1)
-        self.buffer.value = jax.lax.dynamic_update_index_in_dim(buffer, value.astype(buffer.dtype), at, 0)
-        self.newest.value = at
+        at = (self._newest() + 1) % (self.max_steps + 1)
+        self.buffer.value = jax.lax.dynamic_update_index_in_dim(buffer, value.astype(buffer.dtype), at, axis)
+        self.newest.value = jnp.broadcast_to(at, self.newest.value.shape)
 
     def at(self, steps: ArrayLike) -> jax.Array:
         """The value of some steps ago.
 
         Args:
           steps: the number of steps, from 0 (the last value) to `max_steps`: a number for all elements, or an array of shape
-            `shape` with one for each. A float is interpolated between steps, and may be differentiated.
+            `shape` or (*batch, *shape) with one for each. A float is interpolated between steps, and may be differentiated. A
+            quantity of time is divided by `nn.dt`.
 
         Returns:
-          An array of shape `shape`.
+          An array of shape (*batch, *shape). It has the dtype of the values; integers and booleans are interpolated as floats.
 
         Raises:
-          ArgumentError: the number is out of range, where that can be known, or the array has another shape.
+          ArgumentError: the number is out of range, or the array has another shape. A number that is computed in compiled code
+            cannot be compared there; the nearest one in range is taken.
         """
-        array = jnp.asarray(steps)
+        array = jnp.asarray(in_unit(steps, "ms", "steps") / step_length() if has_unit(steps) else steps)
         self._check(array)
         if jnp.issubdtype(array.dtype, jnp.integer):
-            return self._pick(array)
-        below = jnp.floor(array)
-        share = (array - below).astype(self.buffer.dtype)
-        first = below.astype(jnp.int32)
-        second = jnp.minimum(first + 1, self.max_steps)
-        return (1 - share) * self._pick(first) + share * self._pick(second)
+            return self._pick(jnp.clip(array.astype(jnp.int32), 0, self.max_steps))
+        first = jnp.clip(
+            jnp.floor(array), 0, max(0, self.max_steps - 1)
+        )  # so the last step belongs to an interval, too
+        share = array - first
+        share = jnp.where(share < 0, 0, jnp.where(share > 1, 1, share))  # differentiable at both ends
+        below = first.astype(jnp.int32)
+        values = self._pick(below), self._pick(jnp.minimum(below + 1, self.max_steps))
+        dtype = values[0].dtype if jnp.issubdtype(values[0].dtype, jnp.inexact) else array.dtype
+        if share.ndim and share.shape != values[0].shape:
+            share = jnp.broadcast_to(share, values[0].shape)
+        share = share.astype(dtype)
+        return (1 - share) * values[0].astype(dtype) + share * values[1].astype(dtype)
+
+    def _axis(self) -> int:
+        """The axis of time, behind those of a batch."""
+        return int(self.buffer.value.ndim) - 1 - len(self.shape)
+
+    def _newest(self) -> jax.Array:
+        return jnp.reshape(self.newest.value, -1)[0]  # a batch starts, and goes on, together
 
     def _pick(self, steps: jax.Array) -> jax.Array:
-        place = (self.newest.value - steps) % (self.max_steps + 1)
-        buffer = self.buffer.value
+        place = (self._newest() - steps) % (self.max_steps + 1)
+        buffer, axis = self.buffer.value, self._axis()
         if place.ndim == 0:
-            return jax.lax.dynamic_index_in_dim(buffer, place, keepdims=False)
-        return jnp.take_along_axis(buffer, place[None], axis=0)[0]
+            return jax.lax.dynamic_index_in_dim(buffer, place, axis, keepdims=False)
+        each = jnp.broadcast_to(place, buffer.shape[:axis] + self.shape)
+        return jnp.take_along_axis(buffer, jnp.expand_dims(each, axis), axis).squeeze(axis)
 
     def _check(self, steps: jax.Array) -> None:
-        known = not isinstance(steps, jax.core.Tracer)
-        wrong = (
-            known and steps.size > 0 and bool(np.any((np.asarray(steps) > self.max_steps) | (np.asarray(steps) < 0)))
-        )
-        if wrong or steps.shape not in ((), self.shape):
-            raise ArgumentError(
-                f"delay {naming.describe(self.buffer)} does not reach so far back"
-                if wrong
-                else f"delay {naming.describe(self.buffer)} was asked for another shape than its values have",
-                path=naming.path_of(self.buffer),
-                where=naming.where(),
-                expected=f"from 0 to {self.max_steps} steps, a number or an array of shape {self.shape}",
-                got=f"{np.asarray(steps).max()} steps" if wrong else f"shape {steps.shape}",
-                made_at=self.buffer.made_at,
-                cure=f"`nn.Delay({self.shape}, max_steps={int(np.ceil(np.asarray(steps).max()))})`"
-                if wrong
-                else "One number for all, or one for each element.",
+        whole = self.buffer.value.shape[: self._axis()] + self.shape
+        number = jnp.issubdtype(steps.dtype, np.integer) or jnp.issubdtype(steps.dtype, np.floating)
+        if steps.shape not in ((), self.shape, whole) or not number:
+            raise self._refused(
+                "was asked for another shape than its values have"
+                if number
+                else "was asked for what is no number of steps",
+                show_type(steps),
+                "One number for all, or one for each element.",
             )
+        if isinstance(steps, jax.core.Tracer) or steps.size == 0:
+            return
+        known = np.asarray(steps, np.float64)
+        low, high = known.min(), known.max()  # NaN, if there is one
+        if low >= 0 and high <= self.max_steps * (1 + 1e-6):
+            return
+        longer = f"`nn.Delay({self.shape}, max_steps={int(np.ceil(high))})`" if np.isfinite(high) else ""
+        raise self._refused(
+            "does not reach so far back" if low >= 0 else "does not know what comes",
+            f"{high if low >= 0 else low:g} steps",
+            longer if low >= 0 and longer else "The last value that was pushed is that of 0 steps ago: `delay.at(0)`.",
+        )
+
+    def _refused(self, problem: str, got: str, cure: str) -> ArgumentError:
+        return ArgumentError(
+            f"delay {naming.describe(self.buffer)} {problem}",
+            path=naming.path_of(self.buffer),
+            where=naming.where(),
+            expected=f"from 0 to {self.max_steps} steps, a number or an array of shape {self.shape}",
+            got=got,
+            made_at=self.buffer.made_at,
+            cure=cure,
+        )

@@ -12,7 +12,7 @@ from mutatis.core.avals import show_type
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
-from mutatis.nn.spiking.integrators import step_length
+from mutatis.nn.spiking.units import in_unit, step_length
 from mutatis.random import Rngs, stream_of
 
 
@@ -53,9 +53,9 @@ class Poisson(Module):
           The spikes, 0 or 1, of the same shape.
 
         Raises:
-          ArgumentError: the rates are not floats.
+          ArgumentError: the rates are not floats, or a quantity in another unit.
         """
-        array = jnp.asarray(rates)
+        array = jnp.asarray(in_unit(rates, "Hz", "rates"))
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ArgumentError(
                 "`nn.Poisson` was given rates that are no floating numbers",
@@ -64,7 +64,7 @@ class Poisson(Module):
                 got=show_type(array),
                 cure="`encode(200.0 * pixels)`, with pixels from 0 to 1",
             )
-        chance = array * (step_length() * 1e-3)
+        chance = array * jnp.asarray(step_length() * 1e-3, array.dtype)
         return (jax.random.uniform(self.stream.draw(), array.shape, array.dtype) < chance).astype(self.dtype)
 
 

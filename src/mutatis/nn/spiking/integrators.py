@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mutatis.errors import ArgumentError
-from mutatis.model.contexts import Context
-
-dt = Context("dt", 1.0)
-"""The length of a step in time, in ms as all times here: ``nn.dt.get()``, and ``with nn.dt.set(0.1):`` for another one."""
+from mutatis.nn.spiking.units import check_slope, has_unit
 
 
 def relaxed(y: Any, goal: Any, tau: Any, step: float) -> Any:
     """The exact step of ``tau dy/dt = goal - y``."""
     return y - (goal - y) * jnp.expm1(-jnp.asarray(step / tau, y.dtype))
-
-
-def step_length() -> Any:
-    """How long a step is, in milliseconds, as a number."""
-    return in_base_units(dt.get(), "nn.dt")
-
-
-def in_base_units(value: Any, name: str) -> Any:
-    """A quantity with a unit as a number of milliseconds or millivolts, which the neurons here count in; numbers as they are.
-
-    Raises:
-      ArgumentError: it is neither a time nor a voltage.
-    """
-    if not hasattr(value, "to_decimal"):
-        return value
-    units = importlib.import_module(type(value).__module__.partition(".")[0])
-    for unit in (units.ms, units.mV):
-        if units.have_same_dim(value, unit):
-            return value.to_decimal(unit)
-    raise ArgumentError(
-        f"`{name}` is in a unit that is neither one of time nor of voltage",
-        path=name,
-        expected="a number, or a quantity in ms or mV",
-        got=str(value),
-        cure="Divide by the unit that it is meant in: `tau / saiunit.ms` is a number.",
-    )
 
 
 def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> jax.Array:
@@ -61,6 +30,9 @@ def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> j
     Returns:
       The value after the step, of the shape of `y`.
 
+    Raises:
+      ArgumentError: `y`, `f(y)` and `step` have units that do not fit.
+
     Source: Hochbruck and Ostermann, Exponential integrators, 2010, https://doi.org/10.1017/S0962492910000048
 
     Example:
@@ -71,11 +43,24 @@ def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> j
     """
     one = jax.tree.map(jnp.ones_like, y)
     slope, change = jax.jvp(f, (y,), (one,))
-    z = change / one * step  # without a unit, if the others have some
-    small = jnp.abs(z) < 1e-3  # where the quotient would lose digits
+    check_slope("exp_euler", y, slope, step)
+    z = change / one * _of_type(step, y)  # without a unit, if the others have some
+    return y + _of_type(step, y) * _phi(z) * slope
+
+
+def _of_type(number: Any, y: Any) -> Any:
+    """A number in the dtype of a value; a quantity as it is."""
+    return number if has_unit(number) else jnp.asarray(number, y.dtype)
+
+
+def _phi(z: Any) -> Any:
+    """``(exp(z) - 1) / z``, which is 1 at 0, with all its derivatives."""
+    small = jnp.abs(z) < 0.02  # where derivatives of the quotient would lose digits; the series has all of float64's
     safe = jnp.where(small, jnp.ones_like(z), z)
-    phi = jnp.where(small, 1 + z / 2 + z * z / 6, jnp.expm1(safe) / safe)
-    return y + step * phi * slope
+    series = jnp.ones_like(z)
+    for n in range(8, 1, -1):
+        series = 1 + z / n * series
+    return jnp.where(small, series, jnp.expm1(safe) / safe)
 
 
 def rk4(f: Callable[[Any], Any], y: Any, step: Any) -> Any:
@@ -89,6 +74,9 @@ def rk4(f: Callable[[Any], Any], y: Any, step: Any) -> Any:
     Returns:
       The value after the step, of the structure of `y`.
 
+    Raises:
+      ArgumentError: `y`, `f(y)` and `step` have units that do not fit.
+
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> y = mu.nn.rk4(lambda y: -y, jnp.ones(()), step=0.1)
@@ -100,10 +88,11 @@ def rk4(f: Callable[[Any], Any], y: Any, step: Any) -> Any:
         return jax.tree.map(g, *trees, is_leaf=lambda leaf: hasattr(leaf, "dtype"))  # an array, or one with a unit
 
     def moved(k: Any, share: float) -> Any:
-        return each(lambda a, b: a + share * step * b, y, k)
+        return each(lambda a, b: a + _of_type(share * step, a) * b, y, k)
 
     k1 = f(y)
+    each(lambda y, slope: check_slope("rk4", y, slope, step), y, k1)
     k2 = f(moved(k1, 0.5))
     k3 = f(moved(k2, 0.5))
     k4 = f(moved(k3, 1.0))
-    return each(lambda a, p, q, r, s: a + step / 6 * (p + 2 * q + 2 * r + s), y, k1, k2, k3, k4)
+    return each(lambda a, p, q, r, s: a + _of_type(step / 6, a) * (p + 2 * q + 2 * r + s), y, k1, k2, k3, k4)

@@ -3,113 +3,27 @@
 A call is one step in time, of the length of the context `nn.dt` (1.0 if nothing is set; times are in milliseconds). The states of
 a neuron are `Hidden` with an `init`: `mu.reset(net, mu.Hidden, batch_shape=(32,))` starts a batch. A parameter is a number, an
 array with a number for each neuron, or a Variable: ``tau=mu.Param(jnp.full(100, 20.0))`` is trained. A quantity with a unit
-(``10 * saiunit.ms``) is taken as a number of milliseconds or millivolts.
+(``10 * saiunit.ms``) is taken as a number of the parameter's unit.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from mutatis.core import naming
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
-from mutatis.model.kinds import Buffer, Hidden
-from mutatis.model.modules import Module
-from mutatis.model.variables import Variable
-from mutatis.nn.layers import as_axes
-from mutatis.nn.spiking.integrators import exp_euler, in_base_units, relaxed, step_length
+from mutatis.nn.spiking.dynamics import Dynamics, Parameter
+from mutatis.nn.spiking.integrators import exp_euler, relaxed
 from mutatis.surrogate import sigmoid
 
-Parameter: TypeAlias = Any  # a number, an array, or a Variable
 Surrogate: TypeAlias = Callable[[jax.Array], jax.Array]
 Reset: TypeAlias = Literal["soft", "hard"]
-
-
-class Dynamics(Module):
-    """Base class of modules with a size, and with parameters and states for each of their elements.
-
-    Args:
-      size: the number of elements, or their shape.
-      dtype: the dtype of the states.
-    """
-
-    _positive: ClassVar[frozenset[str]] = frozenset()  # parameters that are above zero: time constants
-
-    def __init__(self, size: int | tuple[int, ...], dtype: Any = jnp.float32) -> None:
-        self.size = as_axes(size)
-        self.dtype = dtype
-
-    def _parameters(self, **given: Parameter) -> None:
-        """Keep parameters: numbers as they are, arrays as states that are not trained."""
-        for name, value in given.items():
-            value = in_base_units(value, name)
-            now = value.value if isinstance(value, Variable) else value
-            if np.shape(now) not in ((), self.size):
-                raise ArgumentError(
-                    f"`nn.{type(self).__name__}` cannot have `{name}` of this shape",
-                    path=name,
-                    expected=f"a number, or an array of shape {self.size}",
-                    got=f"shape {np.shape(now)}",
-                    cure=f"One for each: `{name}=jnp.full({self.size}, 10.0)`.",
-                )
-            known = not isinstance(now, jax.core.Tracer | jax.ShapeDtypeStruct)
-            if name in self._positive and known and not bool(np.all(np.asarray(now) > 0)):
-                raise ArgumentError(
-                    f"`nn.{type(self).__name__}` cannot have `{name}` that is not above zero",
-                    path=name,
-                    expected="a number above 0",
-                    got=show_value(now),
-                    cure=f"`nn.{type(self).__name__}(..., {name}=10.0)`",
-                )
-            plain = isinstance(value, Variable | int | float)
-            setattr(self, name, value if plain else Buffer(jnp.asarray(value, self.dtype)))
-
-    def _get(self, name: str) -> Any:
-        """A parameter: a number, or an array of the shape of the states, which may have batch axes in front."""
-        value = getattr(self, name)
-        value = value.value if isinstance(value, Variable) else value
-        return value if isinstance(value, int | float) else jnp.broadcast_to(value, self.states()[0].shape)
-
-    def _hidden(self, start: ArrayLike = 0.0) -> Hidden[jax.Array]:
-        """A state for each element."""
-
-        def init(size: tuple[int, ...] = self.size, dtype: Any = self.dtype) -> jax.Array:
-            return jnp.full(size, start, dtype)
-
-        return Hidden(init(), init=init)
-
-    def _input(self, x: ArrayLike, state: jax.Array) -> jax.Array:
-        """What comes in, of the shape of a state.
-
-        Raises:
-          ArgumentError: it has another.
-        """
-        array = jnp.asarray(in_base_units(x, "x"), self.dtype)
-        if array.shape == state.shape or array.shape == ():
-            return array
-        batch = array.shape[: array.ndim - len(self.size)]
-        batched = array.shape[len(batch) :] == self.size and bool(batch) and state.shape == self.size
-        raise ArgumentError(
-            f"`nn.{type(self).__name__}` was given an input of another shape than its states",
-            path=naming.path_of(self.states()[0]) or "x",
-            where=naming.where(),
-            expected=f"a number, or an array of shape {state.shape}",
-            got=f"shape {array.shape}",
-            cure=f"Start a batch first: `mu.reset(model, mu.Hidden, batch_shape={batch})`."
-            if batched
-            else f"Give one for each of the {self.size} elements.",
-        )
-
-    def states(self) -> list[Hidden[jax.Array]]:
-        """The states of the elements."""
-        return [value for value in vars(self).values() if isinstance(value, Hidden)]
 
 
 class Neuron(Dynamics):
@@ -158,7 +72,8 @@ class LIF(Neuron):
     A call makes one step in time, of the length `nn.dt` (1 ms by default), and returns the spikes. A neuron spikes if its
     membrane potential is at the threshold or above it at the end of the step. The next step starts from the reset. Each
     parameter is a number, an array of the shape `size`, or a Variable: ``tau=mu.Param(jnp.full(100, 20.0))`` is trained.
-    Potentials may have any unit, such as mV. ``mu.reset(net, mu.Hidden, batch_shape=(32,))`` starts a batch.
+    Numbers may stand for potentials of any scale, quantities with a unit are taken as mV. Membranes start at the `v_rest` that
+    the neurons are made with. ``mu.reset(net, mu.Hidden, batch_shape=(32,))`` starts a batch.
 
     Args:
       size: the number of neurons, or their shape.
@@ -166,7 +81,7 @@ class LIF(Neuron):
       v_th: the threshold.
       v_reset: the membrane potential after a spike.
       v_rest: the membrane potential that a neuron without input approaches.
-      resistance: the factor of the input.
+      resistance: the factor of the input. If it is a quantity, in MOhm, the input is a current in nA.
       tau_ref: the refractory time after a spike, in ms: for so long the membrane stays at the reset.
       reset: ``"soft"`` subtracts ``v_th - v_reset`` after a spike, ``"hard"`` sets the membrane to `v_reset`.
       surrogate: the function that makes the spikes and has a surrogate gradient, of `mutatis.surrogate`.
@@ -188,6 +103,11 @@ class LIF(Neuron):
       ((50, 3), Array([4., 4., 4.], dtype=float32))
     """
 
+    _units: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("tau", "tau_ref"), "ms"),
+        **dict.fromkeys(("v_th", "v_reset", "v_rest"), "mV"),
+        "resistance": "MOhm",
+    }
     _positive = frozenset({"tau"})
 
     def __init__(
@@ -207,9 +127,10 @@ class LIF(Neuron):
         super().__init__(size, dtype)
         self._check_reset(reset)
         self._parameters(tau=tau, v_th=v_th, v_reset=v_reset, v_rest=v_rest, resistance=resistance, tau_ref=tau_ref)
+        self._set_input_unit(resistance)
         self.reset = reset
         self.surrogate = surrogate
-        self.v = self._hidden(0.0 if isinstance(v_rest, Variable) else v_rest)
+        self.v = self._hidden(self._value("v_rest"))
         self.spikes = self._hidden()
         self.rest = None if isinstance(tau_ref, int | float) and tau_ref == 0 else self._hidden()
 
@@ -222,7 +143,7 @@ class LIF(Neuron):
         Returns:
           The spikes, 0 or 1, of the shape of the states.
         """
-        step = step_length()
+        step = self._step()
         x = self._input(x, self.v.value)
         start = self._after(self.v.value, self.spikes.value)
         v = relaxed(start, self._get("v_rest") + self._get("resistance") * x, self._get("tau"), step)
@@ -259,6 +180,7 @@ class LI(Dynamics):
       (3, 2)
     """
 
+    _units: ClassVar[Mapping[str, str]] = LIF._units
     _positive = frozenset({"tau"})
 
     def __init__(
@@ -272,13 +194,14 @@ class LI(Dynamics):
     ) -> None:
         super().__init__(size, dtype)
         self._parameters(tau=tau, v_rest=v_rest, resistance=resistance)
-        self.v = self._hidden(0.0 if isinstance(v_rest, Variable) else v_rest)
+        self._set_input_unit(resistance)
+        self.v = self._hidden(self._value("v_rest"))
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Make one step in time with the input `x`, a number or an array of the shape of `v`, and return `v`."""
         x = self._input(x, self.v.value)
         goal = self._get("v_rest") + self._get("resistance") * x
-        self.v.value = relaxed(self.v.value, goal, self._get("tau"), step_length())
+        self.v.value = relaxed(self.v.value, goal, self._get("tau"), self._step())
         return self.v.value
 
 
@@ -307,6 +230,7 @@ class ALIF(LIF):
       True
     """
 
+    _units: ClassVar[Mapping[str, str]] = {**LIF._units, "tau_a": "ms", "beta": "mV"}
     _positive = frozenset({"tau", "tau_a"})
 
     def __init__(
@@ -330,7 +254,7 @@ class ALIF(LIF):
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Make one step in time with the input `x`, as in `LIF`, and return the spikes, 0 or 1."""
         tau_a = self._get("tau_a")
-        self.a.value = relaxed(self.a.value + self.spikes.value, 0.0, tau_a, step_length())
+        self.a.value = relaxed(self.a.value + self.spikes.value, 0.0, tau_a, self._step())
         return super().__call__(x)
 
 
@@ -364,6 +288,13 @@ class Izhikevich(Neuron):
       True
     """
 
+    _units: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("a", "b"), "1/ms"),
+        **dict.fromkeys(("c", "v_th"), "mV"),
+        "d": "mV/ms",
+    }
+    _input_unit = "mV/ms"
+
     def __init__(
         self,
         size: int | tuple[int, ...],
@@ -383,7 +314,7 @@ class Izhikevich(Neuron):
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Make one step in time with the input `x`, a number or an array of the shape of `v`, and return the spikes, 0 or 1."""
-        step = step_length()
+        step = self._step()
         x = self._input(x, self.v.value)
         a, b, c, d, v_th = (self._get(name) for name in ("a", "b", "c", "d", "v_th"))
         v = self.v.value + (c - jax.lax.stop_gradient(self.v.value)) * self.spikes.value
@@ -427,7 +358,13 @@ class HodgkinHuxley(Neuron):
       4.0
     """
 
+    _units: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("v_th", "e_na", "e_k", "e_l"), "mV"),
+        **dict.fromkeys(("g_na", "g_k", "g_l"), "mS/cm^2"),
+        "capacitance": "uF/cm^2",
+    }
     _positive = frozenset({"capacitance"})
+    _input_unit = "uA/cm^2"
 
     def __init__(
         self,
@@ -459,7 +396,7 @@ class HodgkinHuxley(Neuron):
         Returns:
           The spikes, 0 or 1, of the shape of the states.
         """
-        step, before = step_length(), self.v.value
+        step, before = self._step(), self.v.value
         x = self._input(x, before)
         for gate, (opens, closes) in zip((self.m, self.h, self.n), _rates(before), strict=True):
             gate.value = exp_euler(functools.partial(_gate, opens, closes), gate.value, step)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from jax.typing import ArrayLike
 
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
-from mutatis.nn.spiking.integrators import relaxed, step_length
-from mutatis.nn.spiking.neurons import Dynamics, Parameter
+from mutatis.nn.spiking.dynamics import Dynamics, Parameter
+from mutatis.nn.spiking.integrators import relaxed
 
 
 class Expon(Dynamics):
@@ -39,6 +40,7 @@ class Expon(Dynamics):
     """
 
     _positive = frozenset({"tau"})
+    _units: ClassVar[Mapping[str, str]] = dict.fromkeys(_positive, "ms")
 
     def __init__(self, size: int | tuple[int, ...], tau: Parameter = 8.0, *, dtype: Any = jnp.float32) -> None:
         super().__init__(size, dtype)
@@ -56,7 +58,7 @@ class Expon(Dynamics):
           The conductances `g`, to which the spikes of this step have added their whole strength.
         """
         x, tau = self._input(spikes, self.g.value), self._get("tau")
-        self.g.value = relaxed(self.g.value, 0.0, tau, step_length()) + x
+        self.g.value = relaxed(self.g.value, 0.0, tau, self._step()) + x
         return self.g.value
 
 
@@ -86,6 +88,7 @@ class DualExpon(Dynamics):
     """
 
     _positive = frozenset({"tau_decay", "tau_rise"})
+    _units: ClassVar[Mapping[str, str]] = dict.fromkeys(_positive, "ms")
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class DualExpon(Dynamics):
         Returns:
           The conductances, of the shape of the states; a spike starts to raise them in the next step.
         """
-        x, step = self._input(spikes, self.decay.value), step_length()
+        x, step = self._input(spikes, self.decay.value), self._step()
         slow, fast = self._get("tau_decay"), self._get("tau_rise")
         self.decay.value = relaxed(self.decay.value, 0.0, slow, step) + x
         self.rise.value = relaxed(self.rise.value, 0.0, fast, step) + x
@@ -154,6 +157,7 @@ class Alpha(Dynamics):
     """
 
     _positive = frozenset({"tau"})
+    _units: ClassVar[Mapping[str, str]] = dict.fromkeys(_positive, "ms")
 
     def __init__(self, size: int | tuple[int, ...], tau: Parameter = 8.0, *, dtype: Any = jnp.float32) -> None:
         super().__init__(size, dtype)
@@ -170,10 +174,10 @@ class Alpha(Dynamics):
         Returns:
           The conductances `g`; a spike starts to raise them in the next step.
         """
-        x, tau, step = self._input(spikes, self.g.value), self._get("tau"), step_length()
+        x, tau, step = self._input(spikes, self.g.value), self._get("tau"), self._step()
         decay = jnp.exp(-jnp.asarray(step / tau, self.dtype))
         # Both equations together have a solution: `g` is moved by `h` while both decay.
-        self.g.value = decay * (self.g.value + step / tau * jnp.e * self.h.value)
+        self.g.value = decay * (self.g.value + jnp.asarray(step / tau * jnp.e, self.dtype) * self.h.value)
         self.h.value = decay * self.h.value + x
         return self.g.value
 
@@ -207,6 +211,8 @@ class STP(Dynamics):
     """
 
     _positive = frozenset({"tau_f", "tau_d"})
+    _units: ClassVar[Mapping[str, str]] = dict.fromkeys(_positive, "ms")
+    _input_unit = ""
 
     def __init__(
         self,
@@ -230,7 +236,7 @@ class STP(Dynamics):
         Returns:
           The strengths of the spikes, from 0 to 1, of the shape of the states; 0 where there is no spike.
         """
-        step, spikes = step_length(), self._input(spikes, self.x.value)
+        step, spikes = self._step(), self._input(spikes, self.x.value)
         tau_f, tau_d, base = self._get("tau_f"), self._get("tau_d"), self._get("u")
         u = relaxed(self.u_now.value, 0.0, tau_f, step)
         x = relaxed(self.x.value, 1.0, tau_d, step)

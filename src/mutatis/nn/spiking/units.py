@@ -1,0 +1,127 @@
+"""Units: quantities of saiunit or brainunit as the plain numbers that neurons, synapses and delays compute with.
+
+Times are in milliseconds, potentials in millivolts. A parameter or an input says its unit, and takes a number, which is in that
+unit, or a quantity of the same dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mutatis.core import naming
+from mutatis.core.showing import show_value
+from mutatis.errors import ArgumentError
+from mutatis.model.contexts import Context
+
+dt = Context("dt", 1.0)
+"""The length of a step in time, in ms as all times here: ``nn.dt.get()``, and ``with nn.dt.set(0.1):`` for another one."""
+
+_UNITS: Mapping[str, Callable[[Any], Any]] = {
+    "": lambda units: units.UNITLESS,
+    "ms": lambda units: units.ms,
+    "mV": lambda units: units.mV,
+    "nA": lambda units: units.nA,
+    "MOhm": lambda units: units.Mohm,
+    "Hz": lambda units: units.Hz,
+    "1/ms": lambda units: units.kHz,
+    "mV/ms": lambda units: units.mV / units.ms,
+    "uF/cm^2": lambda units: units.uF / units.cm**2,
+    "mS/cm^2": lambda units: units.mS / units.cm**2,
+    "uA/cm^2": lambda units: units.uA / units.cm**2,
+}
+
+
+def has_unit(value: Any) -> bool:
+    """Whether a value is a quantity."""
+    return hasattr(value, "to_decimal")
+
+
+def package_of(quantity: Any) -> Any:
+    """The package that a quantity is of."""
+    return importlib.import_module(type(quantity).__module__.partition(".")[0])
+
+
+def in_unit(value: Any, unit: str, name: str) -> Any:
+    """A quantity as a number of a unit; numbers as they are.
+
+    Args:
+      value: a number, an array, or a quantity.
+      unit: one of the units here; an empty string for numbers without one.
+      name: the name of the parameter, for messages.
+
+    Raises:
+      ArgumentError: the quantity has another dimension.
+    """
+    if not has_unit(value):
+        return value
+    units = package_of(value)
+    meant = _UNITS[unit](units)
+    if units.have_same_dim(value, meant):
+        return value.to_decimal(meant)
+    raise ArgumentError(
+        f"`{name}` is in a unit that does not fit",
+        path=name,
+        where=naming.where(),
+        expected=f"a number, or a quantity in {unit}" if unit else "a number without a unit",
+        got=f"a quantity in {units.get_unit(value)}: {value}",
+        cure=f"A quantity divided by the unit that it is meant in is a number: `x / {units.__name__}.mV`.",
+    )
+
+
+def step_length() -> Any:
+    """The length of a step, in milliseconds: a Python number, or an array.
+
+    Raises:
+      ArgumentError: what `nn.dt` is set to is no time above 0.
+    """
+    given = dt.get()
+    step = in_unit(given, "ms", "nn.dt")
+    if isinstance(step, np.number | np.ndarray) and np.ndim(step) == 0:
+        step = step.item()
+    number = isinstance(step, float | int) or (hasattr(step, "dtype") and step.ndim == 0)
+    known = number and not isinstance(step, jax.core.Tracer)
+    if not number or (known and not 0 < float(step) < float("inf")):
+        raise ArgumentError(
+            "`nn.dt`, the length of a step in time, is no time",
+            path="nn.dt",
+            where=naming.where(),
+            expected="a number of milliseconds above 0, or a quantity of time",
+            got=show_value(given),
+            cure="`with nn.dt.set(0.1): ...`",
+        )
+    return step
+
+
+def check_slope(f: str, y: Any, slope: Any, step: Any) -> None:
+    """Raise unless a derivative times a step has the unit of the value.
+
+    Args:
+      f: the function that makes the step, for messages.
+      y: the value.
+      slope: its derivative by time.
+      step: the length of the step.
+
+    Raises:
+      ArgumentError: it has another.
+    """
+    quantity = next(filter(has_unit, (y, slope, step)), None)
+    if quantity is None:
+        return
+    units = package_of(quantity)
+    if units.have_same_dim(slope * step, y):
+        return
+    meant = units.get_unit(y) / units.get_unit(slope)
+    raise ArgumentError(
+        f"`nn.{f}` was given a step whose unit does not fit the derivative",
+        path="step",
+        where=naming.where(),
+        expected=f"a step in {meant}, since y is in {units.get_unit(y)} and f(y) in {units.get_unit(slope)}",
+        got=f"a step in {units.get_unit(step)}: {show_value(step)}",
+        cure=f"Give all three their units, `nn.{f}(lambda v: -v / (10 * {units.__name__}.ms), v, 0.1 * {units.__name__}.ms)`; "
+        "or none of them.",
+    )
