@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import os
 import sys
 import types
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 
 from mutatis.core import checks
 from mutatis.core.naming import PACKAGE
@@ -177,6 +179,24 @@ def check_function(function: Any, name: str, parameter: str, cure: str) -> None:
 def is_count(given: Any, least: int = 1) -> bool:
     """Whether an argument is an int from `least` on, and no bool."""
     return isinstance(given, int) and not isinstance(given, bool) and given >= least
+
+
+def as_integer(given: Any) -> int | None:
+    """An argument that is an integer of any kind, such as NumPy's, as an int; None for what is none, for bools and tracers."""
+    if isinstance(given, bool | np.bool_):
+        return None
+    try:
+        return operator.index(given)
+    except TypeError:
+        return None
+
+
+def as_shape(given: Any) -> tuple[int, ...] | None:
+    """An argument that is a size or several, as a tuple of ints from 0; None for what is no shape."""
+    many = isinstance(given, list | tuple) or (isinstance(given, np.ndarray | jax.Array) and given.ndim == 1)
+    sizes = [as_integer(size) for size in (given if many else [given])]
+    shape = tuple(size for size in sizes if size is not None and size >= 0)
+    return shape if len(shape) == len(sizes) else None
 
 
 def check_transformed(function: Any, name: str) -> None:
