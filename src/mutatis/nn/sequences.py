@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from mutatis.core import naming
 from mutatis.core.avals import is_concrete
-from mutatis.core.showing import show_class, show_value
+from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError
 from mutatis.model.filters import All, FilterLike
 from mutatis.model.kinds import RngState, stream_value
