@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import os
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -21,13 +20,11 @@ import jax
 import numpy as np
 
 from mutatis.core import checks
-from mutatis.core.naming import PACKAGE
+from mutatis.core.naming import JAX, PACKAGE
 from mutatis.core.nodes import is_node
 from mutatis.core.notes import annotate
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
-
-_JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -221,7 +218,7 @@ def without_own_frames(error: Exception) -> Exception:
         if not ours:
             kept.append(trace)
         trace = trace.tb_next
-    while ours and kept and kept[-1].tb_frame.f_code.co_filename.startswith(_JAX):
+    while ours and kept and kept[-1].tb_frame.f_code.co_filename.startswith(JAX):
         kept.pop()  # JAX had only called this library, which raised the error
     sys._getframe(1).f_locals["__tracebackhide__"] = (
         True  # the line that is left of us: IPython and pytest leave it out

@@ -8,7 +8,6 @@ adapters. Inside ``with adapters_off(model)`` the model computes as if it had no
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -33,7 +32,6 @@ from mutatis.nn.layers import (
     Metadata,
     PromoteDtype,
     alike,
-    as_axes,
     check_input,
     convert,
     param_key,
@@ -239,7 +237,6 @@ class LoRA(Module):
             path = next(path for path, module in chosen.items() if module is layer)
             kind = _class_for(path, layer)
             axes = _kernel_axes(layer)
-            outputs = math.prod(as_axes(layer.out_features))
             options: dict[str, Any] = {
                 "dtype": layer.dtype if dtype is None else dtype,
                 "param_dtype": layer.kernel.dtype if param_dtype is None else param_dtype,
@@ -247,9 +244,13 @@ class LoRA(Module):
                 "lora_param_type": lora_param_type,
                 "alpha": alpha,
             }
+            outputs = layer.out_features if isinstance(layer, Linear) else math.prod(layer.out_features)
             inputs = math.prod(own_shape(layer.kernel, axes)) // outputs
-            make = functools.partial(LoRA, inputs, rank, outputs, **options)
-            return _same_as(layer, kind, lora=made_for_each(lambda rngs: make(rngs=rngs), streams, layer.kernel, axes))
+
+            def make(rngs: Rngs) -> LoRA:
+                return LoRA(inputs, rank, outputs, rngs=rngs, **options)
+
+            return _same_as(layer, kind, lora=made_for_each(make, layer.kernel, axes, streams))
 
         return replace(model, lambda path, module: any(module is layer for layer in chosen.values()), adapted)
 

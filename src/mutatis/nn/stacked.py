@@ -20,16 +20,17 @@ from mutatis.transforms.batching import vmap
 M = TypeVar("M", bound=Module)
 
 
-def stacked_axes(cell: Variable, own: int) -> tuple[int, ...]:
-    """The axes of a state, in ascending order, along which layers are stacked.
+def stacked_axes(cell: Variable, own: int) -> dict[int, int]:
+    """The axes of a state, in ascending order, along which layers are stacked, with their sizes.
 
     Args:
       cell: the state.
       own: the number of axes that it has in one layer.
     """
-    noted = tuple(axis for axis, _ in lanes_of(cell))
-    more = max(cell.ndim - own, 0)
-    return noted if len(noted) == more else tuple(range(more))  # by hand they are stacked in front
+    noted = dict(lanes_of(cell))
+    if cell.deferred or len(noted) == cell.ndim - own:
+        return noted
+    return dict(enumerate(cell.shape[: max(cell.ndim - own, 0)]))  # by hand they are stacked in front
 
 
 def own_shape(cell: Variable, own: int) -> tuple[int, ...]:
@@ -38,21 +39,22 @@ def own_shape(cell: Variable, own: int) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(cell.shape) if axis not in axes)
 
 
-def made_for_each(make: Callable[[Rngs], M], rngs: Rngs, cell: Variable, own: int) -> M:
+def made_for_each(make: Callable[..., M], cell: Variable, own: int, *streams: Rngs) -> M:
     """Make a part of a layer: as many as there are layers, stacked along the axes of a state that the layer has.
 
     Args:
-      make: a function of random streams that makes the part for one layer.
-      rngs: random streams, which are split among the layers.
+      make: a function of the random streams that makes the part for one layer.
       cell, own: as in `stacked_axes`.
+      *streams: random streams, which are split among the layers.
     """
-    for axis in stacked_axes(cell, own):
-        make = _one_more(make, axis, cell.shape[axis])
-    return make(rngs)
+    for axis, size in stacked_axes(cell, own).items():
+        make = _one_more(make, axis, size)
+    return make(*streams)
 
 
-def _one_more(make: Callable[[Rngs], M], axis: int, size: int) -> Callable[[Rngs], M]:
-    return lambda rngs: vmap(make, out_axes=axis)(rngs.split(size))
+def _one_more(make: Callable[..., M], axis: int, size: int) -> Callable[..., M]:
+    every = vmap(make, out_axes=axis, axis_size=size)
+    return lambda *streams: every(*(rngs.split(size) for rngs in streams))
 
 
 def for_each(f: Callable[..., jax.Array], *cells: tuple[Variable, int]) -> jax.Array:
@@ -62,8 +64,7 @@ def for_each(f: Callable[..., jax.Array], *cells: tuple[Variable, int]) -> jax.A
       f: a function of arrays.
       *cells: states, each with the number of axes that it has in one layer. The result is stacked as the first is.
     """
-    axes = [stacked_axes(cell, own) for cell, own in cells]
-    for at in zip(*axes, strict=True):
+    for at in zip(*(stacked_axes(cell, own) for cell, own in cells), strict=True):
         f = jax.vmap(f, at, at[0])
     values: list[Any] = [cell.value for cell, _ in cells]
     return f(*values)
