@@ -247,6 +247,17 @@ def test_a_monitor_for_each_lane() -> None:
     assert monitor.calls.value.tolist() == [0, 0, 0] and not monitor.kept["v"].value.any()
 
 
+def test_a_pickled_record_starts_anew() -> None:
+    v = mu.Hidden({"a": jnp.ones(3), "b": (jnp.int32(1),)})
+    monitor = mu.recording.Monitor({"v": v}, length=2, index=[0, 2])
+    monitor()
+    v, monitor = pickle.loads(pickle.dumps((v, monitor)))
+    assert monitor.count == 1
+    mu.reset(monitor)
+    monitor()
+    assert monitor.count == 1 and monitor.state["v"]["a"].tolist() == [[1, 1]]
+
+
 def test_lanes_that_differ() -> None:
     net, monitor, *_ = lanes()
     record = mu.vmap(lambda n, m, now: mu.cond(now, lambda: (n(jnp.ones(4)), m())[1], lambda: None))
@@ -283,7 +294,7 @@ def test_a_record_starts_anew(compiled: bool, restart: Any) -> None:
     monitor()
     np.testing.assert_array_equal(monitor.state["n"]["a"], [7])
     np.testing.assert_array_equal(monitor.state["layers", 1, "v"][0], net.layers[1].v.value)
-    copied = pickle.loads(pickle.dumps((net, monitor)))[1]
+    copied = mu.clone((net, monitor))[1]
     mu.reset(copied)
     assert copied.count == 0 and monitor.count == 1 and mu.graphdef(copied) == mu.graphdef(monitor)
     mu.reset((net, monitor), mu.Hidden)

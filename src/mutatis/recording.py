@@ -114,14 +114,12 @@ class Monitor(Module):
                     made_at=cell.made_at,
                     cure="Call the model once, which creates it.",
                 )
-            leaves, treedef = jax.tree.flatten(_numbers(cell))
-            for leaf in leaves:
+            for leaf in jax.tree.leaves(access.read(cell)):
                 _check_index(path, leaf.shape, part, mask)
-            empty = functools.partial(
-                _empty, treedef, tuple(((room, *self._part(x).shape), str(x.dtype)) for x in leaves)
-            )
+            leaves, treedef = jax.tree.flatten(self._parts(cell))
+            empty = functools.partial(_empty, treedef, tuple(((room, *x.shape), str(x.dtype)) for x in leaves))
             self.kept[show_path(path)] = MetricState(empty(), init=empty)
-        self._types = tuple(show_type(_numbers(cell)) for cell in chosen.values())
+        self._types = tuple(show_type(access.read(cell)) for cell in chosen.values())
 
     def __call__(self) -> None:
         """Record the present values, if it is the turn of this call and the record is not full."""
@@ -137,9 +135,9 @@ class Monitor(Module):
             def put(kept: jax.Array, now: jax.Array) -> jax.Array:
                 # What is not kept is written over itself: one slice, and no copy of the record.
                 old = jax.lax.dynamic_index_in_dim(kept, at, keepdims=False)
-                return jax.lax.dynamic_update_index_in_dim(kept, jnp.where(keeps, self._part(now), old), at, 0)
+                return jax.lax.dynamic_update_index_in_dim(kept, jnp.where(keeps, now, old), at, 0)
 
-            record.value = jax.tree.map(put, record.value, _numbers(cells[path]))
+            record.value = jax.tree.map(put, record.value, self._parts(cells[path]))
         self.calls.value = number + 1
 
     def _check(self, cells: dict[Any, Variable], number: jax.Array) -> None:
@@ -160,7 +158,7 @@ class Monitor(Module):
                     where=naming.where(),
                     cure="Make a new monitor of the model: `mu.recording.Monitor(net, length=1000)`.",
                 )
-            if (now := show_type(_numbers(cells[path]))) != kind:
+            if (now := show_type(access.read(cells[path]))) != kind:
                 raise StateTypeError(
                     f"state `{show_path(path)}` cannot be recorded: its type has changed since the monitor was made",
                     path=show_path(path),
@@ -171,6 +169,10 @@ class Monitor(Module):
                     cure="Make the monitor when the states have their shapes: after "
                     "`mu.reset(net, mu.Hidden, batch_shape=(32,))`, or in the lanes of `mu.vmap`.",
                 )
+
+    def _parts(self, cell: Variable) -> Any:
+        """What is recorded of a state; random keys as what they are made of."""
+        return jax.tree.map(lambda x: numbers_of(self._part(x)), access.read(cell))
 
     def _part(self, x: jax.Array) -> jax.Array:
         if x.ndim == 0:
@@ -287,11 +289,6 @@ def _check_index(path: Any, shape: tuple[int, ...], part: Any, mask: int | None)
         cure="Places along the first axis, `mu.recording.Monitor(net, 'v', length=1000, index=slice(0, 10))`; for states of "
         "other sizes a monitor of their own.",
     )
-
-
-def _numbers(cell: Variable) -> Any:
-    """The value of a state; random keys as what they are made of."""
-    return jax.tree.map(numbers_of, access.read(cell))
 
 
 def _chosen(node: Any, which: tuple[Any, ...]) -> dict[Any, Variable]:

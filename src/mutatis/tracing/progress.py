@@ -107,7 +107,11 @@ class Bar:
             rate = (done - run.done) / max(now - run.shown, 1e-9)
             run.steps = max(1, min(int(rate * _PACE), _GROWTH * run.steps))
             if now - run.started >= _SHORT:
-                self._draw(run, done)
+                try:
+                    self._draw(run, done)
+                except BaseException:
+                    _close(_runs.pop(number, None))
+                    raise
         run.done, run.shown = done, now
         return np.array([min(done + run.steps, _MOST), number], np.int32)
 
