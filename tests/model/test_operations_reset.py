@@ -272,3 +272,18 @@ def test_a_traced_batch_shape() -> None:
         mu.jit(lambda n: mu.reset(cell, mu.Hidden, batch_shape=n))(2)
     mu.jit(lambda x: mu.reset(cell, mu.Hidden, batch_shape=x.shape[:1]))(jnp.ones((5, 2)))  # the cure
     assert cell.carry.shape == (5, 3)
+
+
+def test_copies_that_are_made_in_lanes_are_stacked_once() -> None:
+    several = mu.vmap(lambda rngs: mu.nn.BatchNorm(3, rngs=rngs))(mu.Rngs(0).split(5))
+    for copied in (mu.vmap(mu.clone)(several), mu.vmap(lambda one: mu.merge(*mu.split(one)))(several)):
+        mu.reset(copied, mu.BatchStat)
+        assert copied.mean.shape == (5, 3) and mu.graphdef(copied) == mu.graphdef(several)
+    stacks = mu.vmap(lambda rngs: mu.nn.Stack(lambda rngs: mu.nn.BatchNorm(3, rngs=rngs), 4, rngs=rngs))(
+        mu.Rngs(0).split(5)
+    )
+    seconds = mu.vmap(lambda stack: stack[1])(stacks)
+    mu.reset(seconds, mu.BatchStat)
+    assert seconds.mean.shape == (5, 3)
+    mu.reset(stacks, mu.BatchStat)
+    assert stacks.layer.mean.shape == (5, 4, 3)
