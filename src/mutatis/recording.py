@@ -122,7 +122,13 @@ class Monitor(Module):
         self._types = tuple(show_type(access.read(cell)) for cell in chosen.values())
 
     def __call__(self) -> None:
-        """Record the present values, if it is the turn of this call and the record is not full."""
+        """Record the present values, if it is the turn of this call and the record is not full.
+
+        Raises:
+          StateTypeError: a state has another shape or dtype than when the monitor was made.
+          StructureError: the model no longer has a state.
+          LaneError: it is a monitor for each lane, called outside of them.
+        """
         cells = variables(self._node.value)
         number = self.calls.value
         self._check(cells, number)
@@ -155,6 +161,7 @@ class Monitor(Module):
             if path not in cells:
                 raise StructureError(
                     f"state `{show_path(path)}` cannot be recorded: the model no longer has it",
+                    path=show_path(path),
                     where=naming.where(),
                     cure="Make a new monitor of the model: `mu.recording.Monitor(net, length=1000)`.",
                 )
