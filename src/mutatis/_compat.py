@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax._src import array as _array
+from jax._src import callback as _callback
 from jax._src import config as _config
 from jax._src import core, traceback_util
 from jax._src import debugging as _debugging
@@ -255,7 +256,8 @@ def forget_failed_callbacks() -> None:
 
 def log_no(kind: type[BaseException]) -> None:
     """Have JAX not log that a call back into Python has raised this: it raises it, too."""
-    _debugging.logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], kind)))
+    for module in (_debugging, _callback):
+        module.logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], kind)))
 
 
 def run_equation(equation: Any, values: Any) -> list[Any]:

@@ -234,3 +234,56 @@ def test_pickles_of_stacked_states() -> None:
     other = pickle.loads(pickle.dumps(cells))
     mu.reset(other)
     np.testing.assert_array_equal(other, [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"),
+    [
+        (4, (4,)),
+        (np.int64(4), (4,)),
+        (jnp.int32(4), (4,)),
+        ([2, np.uint8(3)], (2, 3)),
+        (np.array([2, 3]), (2, 3)),
+        (0, (0,)),
+        ((), ()),
+    ],
+    ids=str,
+)
+def test_a_batch_shape_of_integers_of_any_kind(given: Any, shape: tuple[int, ...]) -> None:
+    cell = mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0))
+    mu.reset(cell, mu.Hidden, batch_shape=given)
+    assert cell.carry.shape == (*shape, 3)
+
+
+@pytest.mark.parametrize(
+    "given", [-1, (2, -1), 2.0, (2.0,), "ab", True, (True,), None, np.ones((1, 1), int), {2: 3}], ids=str
+)
+def test_what_is_no_batch_shape(given: Any) -> None:
+    cell = mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0))
+    cell.carry.value += 1
+    with pytest.raises(errors.ArgumentError, match=r"(?s)cannot start with `batch_shape=.*integers from 0") as caught:
+        mu.reset(cell, mu.Hidden, batch_shape=given)
+    assert caught.value.path == "batch_shape" and cell.carry.shape == (3,) and float(cell.carry[0]) == 1
+
+
+def test_a_traced_batch_shape() -> None:
+    cell = mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0))
+    with pytest.raises(errors.ArgumentError, match="known when the call is made"):
+        mu.jit(lambda n: mu.reset(cell, mu.Hidden, batch_shape=n))(2)
+    mu.jit(lambda x: mu.reset(cell, mu.Hidden, batch_shape=x.shape[:1]))(jnp.ones((5, 2)))  # the cure
+    assert cell.carry.shape == (5, 3)
+
+
+def test_copies_that_are_made_in_lanes_are_stacked_once() -> None:
+    several = mu.vmap(lambda rngs: mu.nn.BatchNorm(3, rngs=rngs))(mu.Rngs(0).split(5))
+    for copied in (mu.vmap(mu.clone)(several), mu.vmap(lambda one: mu.merge(*mu.split(one)))(several)):
+        mu.reset(copied, mu.BatchStat)
+        assert copied.mean.shape == (5, 3) and mu.graphdef(copied) == mu.graphdef(several)
+    stacks = mu.vmap(lambda rngs: mu.nn.Stack(lambda rngs: mu.nn.BatchNorm(3, rngs=rngs), 4, rngs=rngs))(
+        mu.Rngs(0).split(5)
+    )
+    seconds = mu.vmap(lambda stack: stack[1])(stacks)
+    mu.reset(seconds, mu.BatchStat)
+    assert seconds.mean.shape == (5, 3)
+    mu.reset(stacks, mu.BatchStat)
+    assert stacks.layer.mean.shape == (5, 4, 3)

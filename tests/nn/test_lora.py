@@ -162,6 +162,123 @@ def test_adapted_models_copy_and_save(tmp_path: Any) -> None:
     np.testing.assert_array_equal(other(waves(5, 3)), net(waves(5, 3)))
 
 
+# -- layers that are stacked --------------------------------------------------------------------------------------------
+
+
+class Block(mu.Module):
+    def __init__(self, rngs: mu.Rngs) -> None:
+        self.up, self.norm = nn.Linear(8, 8, rngs=rngs), nn.LayerNorm(8, rngs=rngs)
+        self.attention = nn.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.fixed = nn.LoRA(8, 2, 8, base_module=nn.Linear(8, 8, rngs=rngs), b_initializer=RANDOM, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.attention(self.norm(jax.nn.tanh(self.up(x))), is_causal=True) + 0.1 * self.fixed(x)
+
+
+EVERY = nn.Linear | nn.LinearGeneral
+
+
+def blocks() -> list[Block]:
+    return [Block(mu.Rngs(seed)) for seed in range(3)]
+
+
+def random_adapters(model: Any) -> Any:
+    nn.LoRA.apply(model, EVERY, 2, alpha=3.0)
+    for number, cell in enumerate(mu.variables(model, nn.LoRAParam).values()):
+        cell.value = 0.3 * jax.random.normal(jax.random.key(number), cell.shape)
+    return model
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_on_a_stack_as_on_the_layers_before(remat: bool) -> None:
+    before, x = random_adapters(blocks()), waves(2, 4, 8)
+    wanted = nn.Stack(before)
+    stack = nn.Stack(blocks(), remat=remat)
+    plain = stack(x)
+    assert nn.LoRA.apply(stack, EVERY, 2, alpha=3.0) is stack
+    np.testing.assert_allclose(stack(x), plain, rtol=1e-6)
+    a = stack.layer.up.lora.lora_a
+    assert a.shape == (3, 8, 2) and not np.allclose(a[0], a[1])
+    mu.update(stack, mu.state(wanted, nn.LoRAParam))
+
+    def run(layers: Any, x: jax.Array) -> jax.Array:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    np.testing.assert_allclose(stack(x), run(before, x), rtol=1e-4, atol=1e-5)
+    ours = mu.jit(mu.grad(lambda m: jnp.sum(m(x) ** 2), wrt=nn.LoRAParam))(stack).flat()
+    theirs = mu.grad(lambda m: jnp.sum(run(m, x) ** 2), wrt=nn.LoRAParam)(before)
+    for path, gradient in ours.items():
+        each = jnp.stack([part.flat()[path[1:]] for part in theirs])
+        np.testing.assert_allclose(gradient, each, rtol=1e-3, atol=1e-3, err_msg=str(path))
+    assert len(ours) == 14
+
+    trained = stack(x)
+    with nn.adapters_off(stack):
+        assert not np.allclose(stack(x), trained)
+    for layer in (stack, before):
+        nn.LoRA.merge(layer)
+    np.testing.assert_allclose(stack(x), trained, rtol=1e-4, atol=1e-5)
+    assert not mu.variables(stack, nn.LoRAParam) and type(stack.layer.up) is nn.Linear
+    for path, kernel in mu.state(stack.layer, mu.Param).flat().items():
+        each = jnp.stack([mu.state(layer, mu.Param).flat()[path] for layer in before])
+        np.testing.assert_allclose(kernel, each, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def test_layers_of_a_stack_with_adapters_come_out_and_in_again() -> None:
+    stack, x = nn.LoRA.apply(nn.Stack(blocks()), EVERY, 2), waves(2, 4, 8)
+    for number, cell in enumerate(mu.variables(stack, nn.LoRAParam).values()):
+        cell.value = 0.3 * jax.random.normal(jax.random.key(number), cell.shape)
+    layers = stack.layers()
+    assert layers[0].up.lora.lora_a.shape == (8, 2)
+    again = nn.Stack(layers)
+    np.testing.assert_allclose(again(x), stack(x), rtol=1e-6)
+    np.testing.assert_allclose(nn.LoRA.merge(again)(x), stack(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_ensemble_along_any_axis_and_stacks_in_it(axis: int) -> None:
+    def make(rngs: mu.Rngs) -> Any:
+        return nn.Linear(4, 4, use_bias=False, rngs=rngs)
+
+    several = mu.vmap(make, out_axes=axis)(mu.Rngs(0).split(5))
+    several = nn.LoRA.apply(several, nn.Linear, 2)
+    assert several.lora.lora_a.shape == tuple(np.insert((4, 2), axis, 5))
+    several.lora.lora_b.value += 0.5
+    call = mu.vmap(lambda m, x: m(x), in_axes=(axis, None))
+    wanted = call(several, waves(3, 4))
+    for one in range(5):
+        kernel, a, b = (
+            jnp.take(cell.value, one, axis) for cell in (several.kernel, several.lora.lora_a, several.lora.lora_b)
+        )
+        np.testing.assert_allclose(wanted[one], waves(3, 4) @ (kernel + a @ b), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(call(nn.LoRA.merge(several), waves(3, 4)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_ensemble_of_stacks() -> None:
+    several = mu.vmap(lambda rngs: nn.Stack(lambda rngs: nn.Linear(4, 4, rngs=rngs), 3, rngs=rngs))(mu.Rngs(0).split(5))
+    nn.LoRA.apply(several, nn.Linear, 2)
+    assert several.layer.lora.lora_a.shape == (5, 3, 4, 2)
+    assert len(np.unique(several.layer.lora.lora_a)) == 5 * 3 * 4 * 2
+    several.layer.lora.lora_b.value += 0.5
+    call = mu.vmap(lambda m, x: m(x), in_axes=(0, None))
+    wanted = call(several, waves(2, 4))
+    np.testing.assert_allclose(call(nn.LoRA.merge(several), waves(2, 4)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_that_are_stacked_by_hand() -> None:
+    layer = nn.Linear(4, 4, rngs=mu.Rngs(0))
+    layer.kernel = mu.Param(waves(3, 4, 4))
+    layer.bias = mu.Param(waves(3, 4))
+    adapted = nn.LoRA.apply(layer, nn.Linear, 2)
+    assert adapted.lora.lora_a.shape == (3, 4, 2)
+    adapted.lora.lora_b.value += 0.5
+    call = mu.vmap(lambda m, x: m(x), in_axes=(0, None))
+    wanted = call(adapted, waves(2, 4))
+    np.testing.assert_allclose(call(nn.LoRA.merge(adapted), waves(2, 4)), wanted, rtol=1e-4, atol=1e-5)
+
+
 # -- turned off -----------------------------------------------------------------------------------------------------------
 
 

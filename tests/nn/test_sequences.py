@@ -219,12 +219,42 @@ def test_flipping_twice_changes_nothing(batch_dims: int, time_major: bool) -> No
 
 
 @pytest.mark.parametrize(
-    "lengths", [[4, 7], [-1, 2], [4], [[4, 6]], [4.0, 6.0], 3], ids=["long", "negative", "few", "axes", "floats", "one"]
+    ("lengths", "got"),
+    [
+        ([4, 7], "7 for sequence 1"),
+        ([-1, 2], "-1 for sequence 0"),
+        ([9, 7], "9 for sequence 0, 7 for sequence 1"),
+        ([4], r"int32s of shape \(1,\)"),
+        ([[4, 6]], r"int32s of shape \(1, 2\)"),
+        ([4.0, 6.0], r"float32s of shape \(2,\)"),
+        (3, r"int32s of shape \(\)"),
+    ],
+    ids=["long", "negative", "both long", "few", "axes", "floats", "one"],
 )
-def test_lengths_that_do_not_fit(lengths: Any) -> None:
-    rnn = nn.RNN(nn.GRUCell(3, 4, rngs=mu.Rngs(0)))
-    with pytest.raises(ArgumentError, match=r"(?s)lengths of sequences do not fit.*from 0 to 6, of shape \(2,\)"):
-        rnn(waves(2, 6, 3), seq_lengths=lengths)
+@pytest.mark.parametrize("user", ["RNN", "flip_sequences"])
+def test_lengths_that_do_not_fit(lengths: Any, got: str, user: str) -> None:
+    x = waves(2, 6, 3)
+    text = rf"(?s)lengths of sequences do not fit the input of `nn.{user}`.*from 0 to 6, of shape \(2,\).*got: *{got}"
+    with pytest.raises(ArgumentError, match=text):
+        if user == "RNN":
+            nn.RNN(nn.SimpleCell(3, 4, rngs=mu.Rngs(0)))(x, seq_lengths=jnp.asarray(lengths))
+        else:
+            nn.flip_sequences(x, jnp.asarray(lengths), 1, False)
+
+
+def test_many_and_single_lengths_that_do_not_fit() -> None:
+    rnn = nn.RNN(nn.SimpleCell(3, 4, rngs=mu.Rngs(0)))
+    with pytest.raises(ArgumentError, match="9 for sequence 3, 9 for sequence 4, 9 for sequence 5, and 14 more"):
+        rnn(waves(20, 6, 3), seq_lengths=np.array([1, 2, 3] + [9] * 17))
+    with pytest.raises(ArgumentError, match=r"got: *8\n"):
+        rnn(waves(6, 3), seq_lengths=8)
+
+
+def test_a_length_that_no_check_sees_counts_as_the_whole_sequence() -> None:
+    rnn, x = nn.RNN(nn.SimpleCell(3, 4, rngs=mu.Rngs(0)), reverse=True), waves(2, 6, 3)
+    run = mu.jit(lambda x, lengths: rnn(x, seq_lengths=lengths, return_carry=True))
+    for got, wanted in zip(run(x, jnp.array([9, 2])), run(x, jnp.array([6, 2])), strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_inputs_that_do_not_fit() -> None:

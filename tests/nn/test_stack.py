@@ -77,6 +77,17 @@ def test_there_and_back() -> None:
     assert stack.layer.linear.kernel.shape == (3, 8, 8)
 
 
+def test_a_layer_that_was_taken_out_starts_anew_as_one_layer() -> None:
+    stack = nn.Stack(make()[0])
+    layer = stack[1]
+    layer.attention.init_cache((2, 8, 8))
+    mu.reset(layer, mu.BatchStat)
+    assert layer.norm.mean.shape == (8,)
+    again = nn.Stack(stack.layers())
+    mu.reset(again, mu.BatchStat)
+    assert again.layer.norm.mean.shape == (3, 8) and mu.graphdef(again) == mu.graphdef(stack)
+
+
 def test_each_layer_has_a_cache() -> None:
     layers, x = make()
     stack = nn.Stack(layers).eval()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
+import sys
 from typing import Any
 
 import jax
@@ -155,9 +157,65 @@ def test_programs_with_a_bar_compile_once_and_roll_back(
     jax.effects_barrier()
     assert capfd.readouterr().err.count("\n") == 3
     before = float(total)
-    with pytest.raises(Exception, match="a fault of the user's"):
+    with pytest.raises(RuntimeError, match=r"^a fault of the user's$"):
         mu.jit(lambda xs: mu.for_loop(step, xs, progress=fails))(XS)
     assert float(total) == before
+
+
+class Enough(Exception):
+    """What a user raises to stop a loop."""
+
+
+@pytest.mark.parametrize("when", ["on the way", "at the end"])
+@pytest.mark.parametrize("how", ["eager", "jit", "scan", "grad", "vmap"])
+def test_a_function_that_raises_stops_the_loop(
+    how: str, when: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SHORT", 0.0)
+    monkeypatch.setattr(progress, "_FIRST", 10)
+    total, error, others = mu.Variable(0.0), Enough("stop here"), set(progress._runs)
+
+    def tell(done: int, count: int) -> None:
+        if (done == count) == (when == "at the end"):
+            raise error
+
+    def step(x: jax.Array) -> jax.Array:
+        total.value += x
+        return total.value
+
+    def loop(xs: Any) -> Any:
+        if how == "scan":
+            return mu.scan(lambda carry, x: (carry, step(x)), 0, xs, progress=tell)[1]
+        return mu.for_loop(step, xs, progress=tell)
+
+    runs = {
+        "jit": mu.jit(loop),
+        "grad": mu.jit(mu.grad(lambda xs: loop(xs).sum())),
+        "vmap": lambda xs: mu.vmap(lambda _, xs: loop(xs)[0], in_axes=(0, None))(jnp.arange(2), xs),
+    }
+    with pytest.raises(Enough) as caught:
+        runs.get(how, loop)(XS)
+        jax.effects_barrier()
+    assert caught.value is error and float(total) == 0.0 and set(progress._runs) <= others
+    mu.for_loop(step, XS)  # nothing is left of it
+    assert float(total) > 0.0 and "Traceback" not in capfd.readouterr().err
+
+
+def test_a_terminal_that_is_gone_stops_the_bar_and_not_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_SHORT", 0.0)
+    monkeypatch.setattr(progress, "_FIRST", 10)
+    wanted, _ = run(jnp.float32(0.3), None)
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("the terminal is gone")
+
+    closed = io.StringIO()
+    closed.close()
+    for file in (Gone(), closed):
+        monkeypatch.setattr(sys, "stderr", file)
+        ys, _ = run(jnp.float32(0.3), "a bar")
+        np.testing.assert_array_equal(ys, wanted)
 
 
 def test_runs_that_never_end_are_forgotten() -> None:

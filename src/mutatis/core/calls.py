@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
+import operator
 import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 
 from mutatis.core import checks
-from mutatis.core.naming import PACKAGE
+from mutatis.core.naming import JAX, PACKAGE
 from mutatis.core.nodes import is_node
 from mutatis.core.notes import annotate
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
-
-_JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -179,6 +178,24 @@ def is_count(given: Any, least: int = 1) -> bool:
     return isinstance(given, int) and not isinstance(given, bool) and given >= least
 
 
+def as_integer(given: Any) -> int | None:
+    """An argument that is an integer of any kind, such as NumPy's, as an int; None for what is none, for bools and tracers."""
+    if isinstance(given, bool | np.bool_):
+        return None
+    try:
+        return operator.index(given)
+    except TypeError:
+        return None
+
+
+def as_shape(given: Any) -> tuple[int, ...] | None:
+    """An argument that is a size or several, as a tuple of ints from 0; None for what is no shape."""
+    many = isinstance(given, list | tuple) or (isinstance(given, np.ndarray | jax.Array) and given.ndim == 1)
+    sizes = [as_integer(size) for size in (given if many else [given])]
+    shape = tuple(size for size in sizes if size is not None and size >= 0)
+    return shape if len(shape) == len(sizes) else None
+
+
 def check_transformed(function: Any, name: str) -> None:
     """`check_function` for what a transform that gives a function is applied to."""
     check_function(function, name, "f", f"Give the function itself, and call what comes back: `mu.{name}(f)`.")
@@ -201,7 +218,7 @@ def without_own_frames(error: Exception) -> Exception:
         if not ours:
             kept.append(trace)
         trace = trace.tb_next
-    while ours and kept and kept[-1].tb_frame.f_code.co_filename.startswith(_JAX):
+    while ours and kept and kept[-1].tb_frame.f_code.co_filename.startswith(JAX):
         kept.pop()  # JAX had only called this library, which raised the error
     sys._getframe(1).f_locals["__tracebackhide__"] = (
         True  # the line that is left of us: IPython and pytest leave it out

@@ -27,7 +27,7 @@ class CheckFailed(Exception):
     """What a failing check raises for JAX."""
 
     def __init__(self, error: Exception) -> None:
-        number = next(_numbers)
+        self.number = number = next(_numbers)
         _failed[number] = error
         while len(_failed) > _KEPT:
             _failed.pop(next(iter(_failed)), None)
@@ -85,10 +85,14 @@ def settle(values: Any) -> None:
 
 def cause(problem: Any) -> Any:
     """The error of a check, if that is why JAX has raised this; else the same."""
-    if not isinstance(problem, jax.errors.JaxRuntimeError):
+    if isinstance(problem, CheckFailed):  # the call back was made by a program of one operation, outside of any loop
+        number = problem.number
+    elif isinstance(problem, jax.errors.JaxRuntimeError):
+        found = re.search(r"mutatis check (\d+): ", str(problem))
+        number = -1 if found is None else int(found[1])
+    else:
         return problem
-    found = re.search(r"mutatis check (\d+): ", str(problem))
-    error = None if found is None else _failed.pop(int(found[1]), None)
+    error = _failed.pop(number, None)
     if error is None:
         return problem
     error.__suppress_context__ = True

@@ -17,10 +17,13 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from mutatis.core import frames
 from mutatis.core.nodes import is_node
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # the files of this library
+JAX = os.path.dirname(os.path.abspath(jax.__file__)) + os.sep  # those of JAX
 
 
 def path_of(cell: Any) -> str | None:
@@ -149,9 +152,9 @@ def show_name(qualname: str) -> str:
 
 
 def caller() -> tuple[str, int, str]:
-    """The nearest frame outside this package."""
+    """The nearest frame outside this package, and outside JAX, which may have called it."""
     frame: Any = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, JAX)):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
 

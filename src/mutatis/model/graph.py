@@ -37,7 +37,7 @@ from mutatis.errors import StructureError
 from mutatis.model.byhand import put_by_hand
 from mutatis.model.filters import Path
 from mutatis.model.modules import Module, fill, new_module, watch_of
-from mutatis.model.variables import Variable, detached
+from mutatis.model.variables import Variable, detached, lanes_of
 from mutatis.model.wrapped import Wrapped, borrows
 
 Spec: TypeAlias = tuple[Any, ...]
@@ -294,7 +294,9 @@ def cell_spec(
         cell._behind,
         None if cell._init is None else describe(cell._init)[1],
         Static(cell.metadata) if cell.metadata else None,
-        *((cell._lanes,) if cell._lanes else ()),  # definitions that were pickled earlier have none
+        *(
+            (lanes,) if cell._lanes and (lanes := lanes_of(cell)) else ()
+        ),  # definitions that were pickled earlier have none
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import jax
 
 from mutatis import _compat
-from mutatis.core import access, nearness
+from mutatis.core import access, naming, nearness
 from mutatis.core.avals import same_type, show_type
+from mutatis.core.calls import as_shape
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.collection import uncollected
 from mutatis.core.naming import show_path
@@ -420,7 +421,7 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     return states[0] if len(filters) == 1 else states
 
 
-def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = ()) -> None:
+def reset(node: Any, *filters: FilterLike, batch_shape: int | Sequence[int] = ()) -> None:
     """Set states back to their start: each gets the value of its `init` again.
 
     The states of the layers have an `init` where a restart makes sense: statistics, caches and recurrent states. A model that
@@ -429,9 +430,11 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = 
     Args:
       node: a Module, a Variable, or a list, tuple or dict of them.
       *filters: which states. Without filters, all states that have an `init`.
-      batch_shape: an int or a tuple of ints: axes in front of each start value, such as the batch axis of a recurrent state.
+      batch_shape: integers from 0, one or several: axes in front of each start value, such as the batch axis of a recurrent
+        state. They are the shape of arrays, so they have to be known: no traced values.
 
     Raises:
+      ArgumentError: `batch_shape` is no shape. Nothing is written then.
       FilterError: a filter selects a state without `init`. Nothing is written then.
       FrozenStateError: a state is frozen. Nothing is written then.
 
@@ -447,7 +450,16 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = 
       >>> cell.carry.shape
       (4, 3)
     """
-    batch_shape = (batch_shape,) if isinstance(batch_shape, int) else batch_shape
+    shape = as_shape(batch_shape)
+    if shape is None:
+        raise ArgumentError(
+            f"states cannot start with `batch_shape={show_value(batch_shape)}`",
+            path="batch_shape",
+            where=naming.where(),
+            expected="integers from 0, known when the call is made: one, or a tuple of them",
+            got=show_value(batch_shape),
+            cure="`mu.reset(model, mu.Hidden, batch_shape=(32,))`, with the size of an array: `batch_shape=x.shape[:1]`.",
+        )
     if any(isinstance(given, tuple) and given and all(type(n) is int for n in given) for given in filters):
         raise FilterError(
             f"{show_value(list(filters))} are no filters",
@@ -471,7 +483,7 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | tuple[int, ...] = 
             else f"Say how it starts, `{spelled(type(cell))}(init=lambda: jnp.zeros(3))`; `mu.reset(model)` takes those that do.",
         )
     cells = [cell for cell in chosen.values() if cell.init is not None]
-    values = [started(cell, batch_shape) for cell in cells]
+    values = [started(cell, shape) for cell in cells]
     with Transaction("reset") as tx:
         for cell, value in zip(cells, values, strict=True):
             cell.set(value)

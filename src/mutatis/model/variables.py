@@ -658,6 +658,23 @@ def note_stacked(variable: Variable, axis: int, size: int) -> None:
     variable._lanes = tuple(sorted([*moved, (axis, size)]))
 
 
+def note_unstacked(variable: Variable, axis: int) -> None:
+    """Note that a state is one slice, along an axis, of what a transform has stacked."""
+    variable._lanes = _without(variable._lanes, axis)
+
+
+def lanes_of(variable: Variable) -> tuple[tuple[int, int], ...]:
+    """The axes along which transforms have stacked a state, and their sizes, as the code that runs now sees it."""
+    lanes = variable._lanes
+    for axis in access.split_axes(variable):  # of these it sees one slice
+        lanes = _without(lanes, axis)
+    return lanes
+
+
+def _without(lanes: tuple[tuple[int, int], ...], axis: int) -> tuple[tuple[int, int], ...]:
+    return tuple((at - (at > axis), size) for at, size in lanes if at != axis)
+
+
 def started(variable: Variable, batch_shape: tuple[int, ...] = ()) -> Any:
     """The value that a state with `init` starts with where it is: as often as the model that it is in is stacked.
 
@@ -666,9 +683,7 @@ def started(variable: Variable, batch_shape: tuple[int, ...] = ()) -> Any:
       batch_shape: further axes, in front of each single one.
     """
     value = initial(variable)
-    lanes = variable._lanes
-    for axis in access.split_axes(variable):  # of these the code that runs now sees one slice
-        lanes = tuple((at - (at > axis), size) for at, size in lanes if at != axis)
+    lanes = lanes_of(variable)
 
     def stack(x: Any) -> Any:
         x = jnp.broadcast_to(x, (*batch_shape, *x.shape)) if batch_shape else x

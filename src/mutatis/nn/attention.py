@@ -23,6 +23,7 @@ from mutatis.nn.layers import NO_METADATA, Metadata, PromoteDtype, first_said, m
 from mutatis.nn.linear import LinearGeneral, default_kernel_init
 from mutatis.nn.masks import combine_masks
 from mutatis.nn.positions import RoPE
+from mutatis.nn.stacked import made_for_each
 from mutatis.random import Rngs, stream_of
 
 
@@ -277,7 +278,7 @@ class MultiHeadAttention(Module):
         window: int | None = None,
         ragged: bool = False,
     ) -> None:
-        """Make an empty cache for decoding.
+        """Make an empty cache for decoding; of layers that are stacked, as in an `nn.Stack`, one for each.
 
         Args:
           input_shape: the shape of the largest input that the cache has to hold, (*batch, max_length, in_features).
@@ -290,7 +291,12 @@ class MultiHeadAttention(Module):
           ArgumentError: the cache is too short for the window.
         """
         *batch, length, _ = input_shape
-        self.cache = KVCache(batch, length, self.num_kv_heads, self.head_dim, dtype=dtype, window=window, ragged=ragged)
+        heads, features = self.num_kv_heads, self.head_dim
+
+        def make() -> KVCache:
+            return KVCache(batch, length, heads, features, dtype=dtype, window=window, ragged=ragged)
+
+        self.cache = made_for_each(make, self.query.kernel, 3)
 
     @property
     def cached_key(self) -> Cache[jax.Array] | None:

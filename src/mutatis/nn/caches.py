@@ -4,7 +4,8 @@ The arrays are made once, as large as they will ever be, and written in place, s
 mask lets each query see the tokens up to its own. The number of tokens is a state, one for all rows of a batch or (`ragged`) one
 for each row. With a `window` the array is a ring: a token takes the place of the oldest one, and its position is kept beside it.
 
-Axes are counted from the end, so that a cache in a stack of layers, which has a leading axis more, works in the same way.
+Axes are counted from the end. So the caches of an `nn.Stack`, whose states have one more leading axis, are emptied, rolled back
+and reordered from outside as one is.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import naming
+from mutatis.core.avals import is_concrete
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Cache
 from mutatis.model.modules import Module
 from mutatis.model.surgery import modules
+from mutatis.model.variables import Variable
 from mutatis.nn.layers import as_axes, convert
 
 
@@ -33,6 +37,9 @@ class KVCache(Module):
     or take tokens back, `truncate`. `nn.kv_caches(model)` lists the caches of a model.
 
     Too many tokens are an error wherever that can be known: when more come at once than there are places, and in ordinary code.
+    The caches of an `nn.Stack` are one `KVCache`, whose states have a leading axis for the layers. What is called on it from
+    outside holds for all layers.
+
     In a compiled program, tokens beyond the end overwrite the last places (a ragged cache drops them), and `index` goes on
     counting. Compare it with `max_length` where it matters.
 
@@ -143,7 +150,7 @@ class KVCache(Module):
             slots = self._slots(positions, counts)
             new = [self._write(array, part, slots) for array, part in zip(old, (key, value), strict=True)]
             if self.positions is not None:
-                self.positions.value = _put(self.positions.value, positions, slots)
+                self.positions.value = put(self.positions.value, positions, slots)
         self.key.value, self.value.value = new
         self.index.value = self.index.value + (jnp.int32(count) if counts is None else counts)
         if stored is None or self.positions is None:
@@ -169,22 +176,26 @@ class KVCache(Module):
         """Take back the last tokens, so that a length remains; rows that are shorter stay as they are.
 
         Args:
-          length: the number of tokens that remain: an int for all rows, or for a ragged cache integers of shape batch_shape.
+          length: the number of tokens that remain: an int for all rows, or for a ragged cache integers of shape batch_shape. An
+            array of the shape of `index`, which in an `nn.Stack` has an axis for the layers, always fits.
 
         Raises:
           ArgumentError: the length is negative or of another shape, or tokens in the window are no longer kept; inside compiled
             programs these are masked.
         """
         new = jnp.asarray(length, jnp.int32)
-        fits = new.shape == () or (self.ragged and new.shape == self.batch_shape)
-        if not fits or (_known(new) and new.size and int(new.min()) < 0):
+        before = self.index.value
+        shapes = {(), before.shape, self.batch_shape if self.ragged else ()}
+        if new.shape not in shapes or ((known := known_numbers(length)) is not None and np.any(known < 0)):
             raise self._refusal(
                 "cannot be rolled back to this length",
-                expected=f"an int from 0{f', or an array of shape {self.batch_shape}' if self.ragged else ''}",
+                expected=", or ".join(
+                    ["an int from 0", *(f"an array of shape {shape}" for shape in sorted(shapes) if shape)]
+                ),
                 got=repr(length) if new.shape == () else f"an array of shape {new.shape}",
                 cure="`cache.truncate(cache.index - 4)` takes the last four tokens away.",
             )
-        index = jnp.minimum(self.index.value, new)
+        index = jnp.minimum(before, jnp.broadcast_to(new, before.shape))
         if self.positions is not None:
             stored = self.positions.value
             kept = jnp.where(stored < index[..., None], stored, -1)
@@ -219,10 +230,11 @@ class KVCache(Module):
 
         Args:
           row: the number of the row.
-          length: the number of tokens that would remain.
+          length: the number of tokens that would remain, an integer, or one for each layer of an `nn.Stack`.
 
         Returns:
-          Integers of shape (max_length,), -1 for places without a token. None without a window.
+          Integers of shape (max_length,), -1 for places without a token; with a leading axis for the layers of an `nn.Stack`.
+          None without a window.
 
         Raises:
           ArgumentError: tokens in the window are no longer kept.
@@ -230,8 +242,8 @@ class KVCache(Module):
         if self.positions is None:
             return None
         end = jnp.asarray(length, jnp.int32)
-        stored = self.positions.value[row]
-        kept = jnp.where(stored < end, stored, -1)
+        stored = self.positions.value[..., row, :]
+        kept = jnp.where(stored < jnp.broadcast_to(end[..., None], stored.shape), stored, -1)
         self._check_window(kept, end)
         return kept
 
@@ -256,7 +268,7 @@ class KVCache(Module):
 
     def _write(self, array: jax.Array, part: jax.Array, slots: jax.Array) -> jax.Array:
         part = convert(part, array.dtype)
-        return _put(array, part, slots) if self.ragged else array.at[..., slots, :, :].set(part, mode="drop")
+        return put(array, part, slots) if self.ragged else array.at[..., slots, :, :].set(part, mode="drop")
 
     def _in_window(self, stored: jax.Array, positions: jax.Array) -> jax.Array:
         """Whether a query sees a place, of shape (..., queries, places)."""
@@ -268,6 +280,14 @@ class KVCache(Module):
         before = len(self.batch_shape)
         count = key.shape[before] if key.ndim == before + 3 else 1
         shape = (*self.batch_shape, count, *self.key.shape[-2:])
+        if layers := stacked_shape(self):
+            raise self._refusal(
+                "holds the keys and values of many layers, which are added one layer after the other",
+                expected="a call in the loop over the layers",
+                got=f"a cache with axes {layers} for the layers",
+                cure="Call the stack, `model.blocks(x, decode=True)`; or add to each layer by itself: "
+                "`stack.each(lambda layer, k, v: layer.attention.cache.update(k, v), keys, values)`.",
+            )
         if key.shape != shape or value.shape != shape:
             raise self._refusal(
                 "does not fit the keys and values of its layer",
@@ -347,21 +367,32 @@ def kv_caches(node: Any) -> list[KVCache]:
     return list(modules(node, KVCache).values())
 
 
+def stacked_shape(cache: KVCache) -> tuple[int, ...]:
+    """The sizes of the axes that the states of a cache have for the layers of an `nn.Stack`; () of one layer."""
+    return cache.key.shape[: -3 - len(cache.batch_shape)]
+
+
 def _state(shape: tuple[int, ...], dtype: DTypeLike, fill: int = 0) -> Cache[jax.Array]:
     start = functools.partial(jnp.full, shape, fill, dtype)
     return Cache(start(), init=start)
 
 
-def _put(array: jax.Array, part: jax.Array, slots: jax.Array) -> jax.Array:
+def put(array: jax.Array, part: jax.Array, slots: jax.Array) -> jax.Array:
     """Write parts into places, which each row has for itself."""
     if slots.ndim > 1:
-        return jax.vmap(_put)(array, part, slots)
+        return jax.vmap(put)(array, part, slots)
     return array.at[slots].set(part, mode="drop")
 
 
 def _counted(counts: jax.Array, total: int) -> jax.Array:
     """Whether a token counts, of shape (*batch, total)."""
     return jnp.arange(total).reshape((1,) * counts.ndim + (total,)) < counts[..., None]
+
+
+def known_numbers(given: Any) -> np.ndarray | None:
+    """The numbers of an argument as NumPy's, if they are known; what JAX computes of them in a compiled function is not."""
+    value = given.value if isinstance(given, Variable) else given
+    return np.asarray(value) if is_concrete(value) else None
 
 
 def _known(array: jax.Array) -> bool:

@@ -40,6 +40,7 @@ from mutatis.nn.layers import (
     widen,
 )
 from mutatis.nn.linear import Linear, LinearGeneral
+from mutatis.nn.stacked import for_each, made_for_each, own_shape
 from mutatis.random import Rngs
 
 T = TypeVar("T")
@@ -169,17 +170,17 @@ class LoRA(Module):
         x, a, b = self.promote_dtype((x, self.lora_a.value, self.lora_b.value), dtype=self.dtype)
         out = x @ a @ b
         if self.alpha is not None:
-            out = out * self._scale
+            out = out * self._scale(a)
         return out if base is None else total(out, base)
 
-    @property
-    def _scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self.lora_a.shape[1]
+    def _scale(self, a: jax.Array) -> float:
+        return 1.0 if self.alpha is None else self.alpha / a.shape[1]
 
-    def _product(self) -> jax.Array:
-        """What the adapter adds to a kernel: an array of shape (in_features, out_features)."""
-        wide = alike(*(convert(cell.value, widen(cell.dtype)) for cell in (self.lora_a, self.lora_b)))
-        return jnp.matmul(*wide, precision="highest") * self._scale
+    def _added(self, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """A kernel and what the adapter adds to it."""
+        wide = alike(*(convert(part, widen(part.dtype)) for part in (a, b)))
+        product = jnp.matmul(*wide, precision="highest") * self._scale(a)
+        return convert(total(kernel, product.reshape(kernel.shape)), kernel.dtype)
 
     @staticmethod
     def apply(
@@ -197,6 +198,7 @@ class LoRA(Module):
         """Put adapters onto `Linear` and `LinearGeneral` layers of a model, which is changed in place.
 
         Their kernels and biases stay the same states under the same paths. The adapter of a layer is its attribute `lora`.
+        In an `nn.Stack`, or a model that `mu.vmap` has made, each of the stacked layers gets an adapter of its own.
         Modules of other classes that the filter selects stay as they are.
 
         Args:
@@ -234,19 +236,21 @@ class LoRA(Module):
         def adapted(layer: Any) -> Any:
             path = next(path for path, module in chosen.items() if module is layer)
             kind = _class_for(path, layer)
-            inputs, outputs = kind._sizes(layer)
-            lora = LoRA(
-                inputs,
-                rank,
-                outputs,
-                dtype=layer.dtype if dtype is None else dtype,
-                param_dtype=layer.kernel.dtype if param_dtype is None else param_dtype,
-                a_initializer=a_initializer,
-                lora_param_type=lora_param_type,
-                alpha=alpha,
-                rngs=streams,
-            )
-            return _same_as(layer, kind, lora=lora)
+            axes = _kernel_axes(layer)
+            options: dict[str, Any] = {
+                "dtype": layer.dtype if dtype is None else dtype,
+                "param_dtype": layer.kernel.dtype if param_dtype is None else param_dtype,
+                "a_initializer": a_initializer,
+                "lora_param_type": lora_param_type,
+                "alpha": alpha,
+            }
+            outputs = layer.out_features if isinstance(layer, Linear) else math.prod(layer.out_features)
+            inputs = math.prod(own_shape(layer.kernel, axes)) // outputs
+
+            def make(rngs: Rngs) -> LoRA:
+                return LoRA(inputs, rank, outputs, rngs=rngs, **options)
+
+            return _same_as(layer, kind, lora=made_for_each(make, layer.kernel, axes, streams))
 
         return replace(model, lambda path, module: any(module is layer for layer in chosen.values()), adapted)
 
@@ -289,8 +293,7 @@ class LoRA(Module):
                     cure="Give the layer a kernel of its own, `layer.kernel = mu.Param(layer.kernel.value)`, and merge then.",
                 )
             with thaw(kernel):
-                product = lora._product().reshape(kernel.shape)
-                kernel.value = convert(total(kernel.value, product), kernel.dtype)
+                kernel.value = for_each(lora._added, (kernel, _kernel_axes(base)), (lora.lora_a, 2), (lora.lora_b, 2))
             return base if isinstance(layer, LoRA) else _same_as(layer, type(layer)._plain)
 
         return replace(model, lambda path, module: any(module is layer for layer in layers), merged)
@@ -380,11 +383,6 @@ class LoRALinear(Linear):
         y = super().__call__(inputs, out_sharding)
         return total(y, self.lora(inputs)) if self.lora.active else y
 
-    @staticmethod
-    def _sizes(layer: Linear) -> tuple[int, int]:
-        inputs, outputs = layer.kernel.shape
-        return inputs, outputs
-
 
 class LoRALinearGeneral(LinearGeneral):
     """A `LinearGeneral` with an adapter, which maps all input features to all output features; `LoRA.apply` makes it.
@@ -423,10 +421,10 @@ class LoRALinearGeneral(LinearGeneral):
         flat = x.reshape(*x.shape[: x.ndim - len(self.axis)], -1)
         return total(y, self.lora(flat).reshape(y.shape))
 
-    @staticmethod
-    def _sizes(layer: LinearGeneral) -> tuple[int, int]:
-        outputs = math.prod(layer.out_features)
-        return layer.kernel.size // outputs, outputs
+
+def _kernel_axes(layer: Any) -> int:
+    """The number of axes that the kernel of one layer has."""
+    return 2 if isinstance(layer, Linear) else len(layer.axis) + len(layer.out_features)
 
 
 def _class_for(path: Any, layer: Any) -> Any:

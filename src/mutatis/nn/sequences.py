@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from mutatis.core import naming
 from mutatis.core.avals import is_concrete
-from mutatis.core.showing import show_class, show_value
+from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError
 from mutatis.model.filters import All, FilterLike
 from mutatis.model.kinds import RngState, stream_value
@@ -113,7 +113,8 @@ class RNN(Module):
           initial_carry: the first carry. None takes `cell.carry` if the net is stateful, or else the result of
             `initialize_carry`.
           seq_lengths: the length of each sequence, integers of shape (*batch). The steps after it are padding, and their outputs
-            have no meaning. The returned carry is that of the last step of each sequence.
+            have no meaning. The returned carry is that of the last step of each sequence. In a compiled program, whose values
+            cannot be checked, a length above `time` counts as `time`.
           return_carry, time_major, reverse, keep_order, stateful: override the settings of the net.
           rngs: random streams for first carries that are drawn.
 
@@ -136,12 +137,12 @@ class RNN(Module):
                 cure="`rnn(x[None])` runs one step in front; a single step is the cell's: `rnn.cell(x)`.",
             )
         x = jnp.moveaxis(x, time_axis, 0)
-        lengths = None if seq_lengths is None else _checked_lengths(seq_lengths, x.shape[1 : x.ndim - features], len(x))
+        batch = x.shape[1 : x.ndim - features]
+        lengths = None if seq_lengths is None else _checked_lengths(seq_lengths, batch, len(x), "nn.RNN")
         backwards = first_said(reverse, self.reverse)
         stays = first_said(stateful, self.stateful)
         wants_carry = first_said(return_carry, self.return_carry)
         if initial_carry is None:
-            batch = x.shape[1 : x.ndim - features]
             initial_carry = carry_for(self.cell, batch) if stays else self._initial_carry(x.shape[1:], rngs)
 
         shared = variables(self.cell, All(RngState, self.broadcast_rngs))
@@ -201,27 +202,39 @@ def _own_stream(rngs: Rngs | RngState | bool, *cells: Any) -> RngState | None:
     return RngState(stream_value(as_key(0)), tag="carry") if rngs and needed else None
 
 
-def _checked_lengths(lengths: ArrayLike, batch: tuple[int, ...], time: int) -> jax.Array:
-    """The lengths of sequences as an array.
+def _checked_lengths(lengths: ArrayLike, batch: tuple[int, ...], time: int, user: str) -> jax.Array:
+    """The lengths of sequences as an array of int32. Lengths that are known only to a compiled program are cut off.
 
     Raises:
       ArgumentError: they are no integers, not one for each sequence, or longer than the input where that can be known.
     """
     array = jnp.asarray(lengths)
     fits = jnp.issubdtype(array.dtype, jnp.integer) and array.shape == batch
+    got = f"{array.dtype}s of shape {array.shape}"
     if fits and is_concrete(array):
-        fits = bool(np.all((np.asarray(array) >= 0) & (np.asarray(array) <= time)))
+        known = np.asarray(array)
+        outside = np.argwhere((known < 0) | (known > time))
+        fits = not len(outside)
+        got = _show_lengths(known, outside)
     if fits:
-        return array.astype(jnp.int32)
+        return jnp.clip(array, 0, time).astype(jnp.int32)
     raise ArgumentError(
-        "the lengths of sequences do not fit the input of `nn.RNN`",
+        f"the lengths of sequences do not fit the input of `{user}`",
         path="seq_lengths",
         where=naming.where(),
         expected=f"integers from 0 to {time}, of shape {batch}",
-        got=show_value(lengths if np.size(array) <= 8 and is_concrete(array) else array),
+        got=got,
         cure="One length for each sequence: `rnn(x, seq_lengths=jnp.array([7, 4]))`; batch axes come before time, or after it "
         "with `time_major=True`.",
     )
+
+
+def _show_lengths(lengths: np.ndarray, outside: np.ndarray) -> str:
+    """The lengths that do not fit, and of which sequences they are."""
+    shown = [
+        str(lengths[tuple(at)]) + (f" for sequence {', '.join(map(str, at))}" if len(at) else "") for at in outside[:3]
+    ]
+    return ", ".join(shown) + (f", and {len(outside) - 3} more" if len(outside) > 3 else "")
 
 
 def flip_sequences(
@@ -238,6 +251,9 @@ def flip_sequences(
     Returns:
       An array of the same shape. The order within the padding is reversed, too.
 
+    Raises:
+      ArgumentError: the lengths do not fit the input.
+
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> x = jnp.array([[1, 0, 0], [2, 3, 0], [4, 5, 6]])
@@ -250,7 +266,8 @@ def flip_sequences(
         return jnp.flip(x, axis)
     time = x.shape[axis]
     steps = jnp.arange(time).reshape([time if place == axis else 1 for place in range(num_batch_dims + 1)])
-    lengths = jnp.expand_dims(jnp.asarray(seq_lengths, steps.dtype), axis)
+    batch = x.shape[1 : num_batch_dims + 1] if time_major else x.shape[:num_batch_dims]
+    lengths = jnp.expand_dims(_checked_lengths(seq_lengths, batch, time, "nn.flip_sequences").astype(steps.dtype), axis)
     from_end = (lengths - 1 - steps) % time  # past the end it counts on from the end of the padding
     index = from_end.reshape(*from_end.shape, *[1] * (x.ndim - from_end.ndim))
     return jnp.take_along_axis(x, index, axis)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -14,7 +15,7 @@ from mutatis.core import naming
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Cache, RngState, stream_value
 from mutatis.model.modules import Module
-from mutatis.nn.caches import KVCache, kv_caches
+from mutatis.nn.caches import KVCache, known_numbers, kv_caches, put, stacked_shape
 from mutatis.random import Rngs, as_key, stream_of
 
 
@@ -27,11 +28,12 @@ class SlotCache(Module):
     all slots.
 
     Args:
-      model: a model with ragged caches (``init_cache(..., ragged=True)``), or these caches themselves.
+      model: a model with ragged caches (``init_cache(..., ragged=True)``), or these caches themselves. Its layers may be in a
+        list or in an `nn.Stack`.
       rngs: random streams; the streams of the slots are split from the stream `default`.
 
     Attributes:
-      caches: the `KVCache`s of the model, in the order of its layers.
+      caches: the `KVCache`s of the model, in the order of its layers; one for all layers of an `nn.Stack`.
       slots: the number of slots, an int.
       active: Cache, booleans of shape (slots,): whether there is a request in a slot.
       stream: RngState, a stream for each slot.
@@ -75,7 +77,7 @@ class SlotCache(Module):
     @property
     def lengths(self) -> jax.Array:
         """The number of tokens in each slot: int32 of shape (slots,)."""
-        return self.caches[0].index.value
+        return self.caches[0].index.value.reshape(-1, self.slots)[0]  # all layers have read the same tokens
 
     def steps(self) -> jax.Array:
         """The `lengths` of one decoding step: int32 of shape (slots,), 1 for each slot with a request, else 0."""
@@ -86,7 +88,7 @@ class SlotCache(Module):
 
         Args:
           slot: the number of the slot, an int or an integer scalar.
-          request: a model that has read the prompt, or its caches; one for each cache of the slots.
+          request: a model of the same layers that has read the prompt, or its caches; one for each cache of the slots.
           row: the row of the batch of `request` to take.
           seed: a seed or a random key from which the stream of the slot starts. None lets the stream go on.
 
@@ -96,15 +98,16 @@ class SlotCache(Module):
         sources = kv_caches(request)
         self._check(slot, sources)
         for target, source in zip(self.caches, sources, strict=True):
-            length = source.index.value[row] if source.ragged else source.index.value
-            target.index.value = target.index.value.at[slot].set(length)
+            length = source.index.value[..., row] if source.ragged else source.index.value
+            target.index.value = target.index.value.at[..., slot].set(length)
             if target.positions is not None and source.positions is not None:
                 stored = source.positions.value
-                _insert_ring(target, slot, source, row, stored[row] if source.ragged else stored, length)
+                _insert_ring(target, slot, source, row, stored[..., row, :] if source.ragged else stored, length)
                 continue
             for into, part in ((target.key, source.key), (target.value, source.value)):
-                taken = lax.dynamic_index_in_dim(part.value, row, keepdims=True).astype(into.dtype)
-                into.value = lax.dynamic_update_slice(into.value, taken, (slot, 0, 0, 0))
+                taken = lax.dynamic_index_in_dim(part.value, row, -4).astype(into.dtype)
+                start = (*(0 for _ in stacked_shape(target)), slot, 0, 0, 0)
+                into.value = lax.dynamic_update_slice(into.value, taken, start)
         self.active.value = self.active.value.at[slot].set(True)
         if seed is not None:
             self.reseed(slot, seed)
@@ -120,9 +123,9 @@ class SlotCache(Module):
         """
         self._check(slot)
         for cache in self.caches:
-            cache.index.value = cache.index.value.at[slot].set(0)
+            cache.index.value = cache.index.value.at[..., slot].set(0)
             if cache.positions is not None:
-                cache.positions.value = cache.positions.value.at[slot].set(-1)
+                cache.positions.value = cache.positions.value.at[..., slot, :].set(-1)
         self.active.value = self.active.value.at[slot].set(False)
 
     def share(self, source: ArrayLike, target: ArrayLike, length: ArrayLike | None = None) -> None:
@@ -140,15 +143,15 @@ class SlotCache(Module):
         """
         self._check(source)
         self._check(target)
-        ends = [cache.index.value[source] for cache in self.caches]
+        ends = [cache.index.value[..., source] for cache in self.caches]
         ends = ends if length is None else [jnp.minimum(end, length) for end in ends]
         rings = [cache.kept_before(source, end) for cache, end in zip(self.caches, ends, strict=True)]  # all, or none
         for cache, end, kept in zip(self.caches, ends, rings, strict=True):
-            cache.index.value = cache.index.value.at[target].set(end)
+            cache.index.value = cache.index.value.at[..., target].set(end)
             if cache.positions is not None:
-                cache.positions.value = cache.positions.value.at[target].set(kept)
+                cache.positions.value = cache.positions.value.at[..., target, :].set(kept)
             for cell in (cache.key, cache.value):
-                cell.value = cell.value.at[target].set(cell.value[source])
+                cell.value = cell.value.at[..., target, :, :, :].set(cell.value[..., source, :, :, :])
         self.active.value = self.active.value.at[target].set(True)
 
     def reorder(self, rows: ArrayLike, *, streams: bool = False) -> None:
@@ -206,8 +209,8 @@ class SlotCache(Module):
         return jax.vmap(jax.random.fold_in)(old["key"], old["count"])
 
     def _check(self, slot: ArrayLike, sources: Sequence[KVCache] | None = None) -> None:
-        known = not isinstance(slot, jax.core.Tracer)
-        if known and not bool(jnp.all((jnp.asarray(slot) >= 0) & (jnp.asarray(slot) < self.slots))):
+        numbers = known_numbers(slot)
+        if numbers is not None and not np.all((numbers >= 0) & (numbers < self.slots)):
             raise ArgumentError(
                 f"there is no slot {slot}",
                 path="slot",
@@ -235,19 +238,21 @@ def _insert_ring(
     """Put what a ring holds into a row of another, which may be longer or shorter."""
     if target.positions is None:
         return
-    fits = (positions >= 0) & (positions >= length - target.max_length)
+    fits = (positions >= 0) & (positions >= length[..., None] - target.max_length)
+    layers = stacked_shape(target)
     places = jnp.where(fits, positions % target.max_length, target.max_length)
     for into, part in ((target.key, source.key), (target.value, source.value)):
-        taken = lax.dynamic_index_in_dim(part.value, row, keepdims=False).astype(into.dtype)
-        empty = jnp.zeros(into.shape[1:], into.dtype)
-        into.value = into.value.at[slot].set(empty.at[places].set(taken, mode="drop"))
-    stored = jnp.full(target.max_length, -1, jnp.int32).at[places].set(positions, mode="drop")
-    target.positions.value = target.positions.value.at[slot].set(stored)
+        taken = lax.dynamic_index_in_dim(part.value, row, -4, keepdims=False).astype(into.dtype)
+        empty = jnp.zeros((*layers, *into.shape[-3:]), into.dtype)
+        into.value = into.value.at[..., slot, :, :, :].set(put(empty, taken, places))
+    stored = put(jnp.full((*layers, target.max_length), -1, jnp.int32), positions, places)
+    target.positions.value = target.positions.value.at[..., slot, :].set(stored)
 
 
 def _fits(target: KVCache, source: KVCache) -> bool:
     """Whether a row of a cache can hold what is in a row of another."""
     same = target.key.shape[-2:] == source.key.shape[-2:] and target.window == source.window
+    same = same and stacked_shape(target) == stacked_shape(source)
     return same and (target.window is not None or target.max_length >= source.max_length)
 
 
@@ -255,6 +260,7 @@ def _sizes(caches: Sequence[KVCache]) -> str:
     sizes = [
         f"{cache.max_length} places, {cache.key.shape[-2]} heads of {cache.key.shape[-1]} features"
         + (f", window {cache.window}" if cache.window is not None else "")
+        + "".join(f", stacked for {size} layers" for size in stacked_shape(cache))
         for cache in caches
     ]
     return "; ".join(dict.fromkeys(sizes))

@@ -18,6 +18,7 @@ from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.modules import Module
 from mutatis.model.operations import clone, graphdef, merge, split
+from mutatis.model.variables import note_unstacked
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
 from mutatis.transforms.batching import vmap
@@ -106,6 +107,7 @@ class Stack(Module):
             raise IndexError(f"there are {self.length} layers, and none has the number {index}")
         copy = clone(self.layer)
         for cell in variables(copy).values():
+            note_unstacked(cell, 0)
             cell.set(jax.tree.map(lambda x: x[index], cell.get()))
         return copy
 

@@ -3,13 +3,17 @@
 The loop is run in blocks of steps, and between blocks it asks whether an update is due. The clock paces the updates: each is a
 call into Python, which says after how many steps the next one comes. So a bar costs two calls and a few of these in each second,
 however short a step is. What a reverse derivative does afterwards is not shown.
+
+If a function that is told of the progress raises, the loop ends with this error, and its states are as they were before it: so
+it can stop a loop. A bar that cannot be drawn any more, as when the terminal is gone, is left out, and the loop goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -17,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis._packages import require
+from mutatis.core import checks
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError
 from mutatis.tracing.arguments import function_name
@@ -88,7 +93,10 @@ class Bar:
         jax.debug.callback(self._end, carried[1])
 
     def _show(self, done: Any, due: Any) -> Any:
-        done, number = int(done), int(due[1])
+        with _handed_on():
+            return self._shown(int(done), int(due[1]))
+
+    def _shown(self, done: int, number: int) -> Any:
         now = time.perf_counter()
         if (run := _runs.get(number)) is None:
             number = next(_numbers) % _MOST
@@ -99,14 +107,24 @@ class Bar:
             rate = (done - run.done) / max(now - run.shown, 1e-9)
             run.steps = max(1, min(int(rate * _PACE), _GROWTH * run.steps))
             if now - run.started >= _SHORT:
-                self._draw(run, done)
+                try:
+                    self._draw(run, done)
+                except BaseException:
+                    _close(_runs.pop(number, None))
+                    raise
         run.done, run.shown = done, now
         return np.array([min(done + run.steps, _MOST), number], np.int32)
 
     def _draw(self, run: _Run, done: int) -> None:
         if self._tell is not None:
             self._tell(done, self._count)
-            return
+        elif not run.gone:
+            try:
+                self._draw_bar(run, done)
+            except (OSError, ValueError):  # `ValueError`: a file that is closed
+                run.gone = True
+
+    def _draw_bar(self, run: _Run, done: int) -> None:
         if run.bar is None:
             run.bar = require("tqdm.auto", "progress=").tqdm(
                 total=self._count, desc=self._label, mininterval=0, miniters=0, delay=0
@@ -117,25 +135,37 @@ class Bar:
     def _end(self, due: Any) -> None:
         run = _runs.pop(int(due[1]), None)
         if run is not None and (self._tell is not None or run.bar is not None):
-            self._draw(run, self._count)
+            with _handed_on():
+                self._draw(run, self._count)
         _close(run)
+
+
+@contextlib.contextmanager
+def _handed_on() -> Iterator[None]:
+    """A call back from a compiled program, whose error is raised by the call of the program."""
+    try:
+        yield
+    except Exception as error:
+        raise checks.CheckFailed(error) from None
 
 
 class _Run:
     """One run of a loop."""
 
-    __slots__ = ("bar", "done", "shown", "started", "steps")
+    __slots__ = ("bar", "done", "gone", "shown", "started", "steps")
 
     def __init__(self, now: float, steps: int) -> None:
         self.started = self.shown = now
         self.steps = steps
         self.done = 0
         self.bar: Any = None
+        self.gone = False  # what it is drawn to
 
 
 def _close(run: _Run | None) -> None:
     if run is not None and run.bar is not None:
-        run.bar.close()
+        with contextlib.suppress(OSError, ValueError):
+            run.bar.close()
 
 
 _numbers = itertools.count()

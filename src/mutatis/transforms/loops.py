@@ -149,7 +149,8 @@ def scan(
         the rest again in the backward pass. With n it needs memory for ``length / n + n`` carries instead of ``length``.
       progress: show a progress bar: a text beside it, or True for the name of `f`. A loop of less than half a second shows none,
         and the package tqdm draws the bar. A function of (steps done, all steps) is called instead, a few times a second and at
-        the end. With a bar, `mu.jit` waits for the program and donates nothing unless told to, because it calls back into Python.
+        the end. If it raises, so does the loop, and the states are as before. With a bar, `mu.jit` waits for the program and
+        donates nothing unless told to, because it calls back into Python.
 
     Returns:
       The last carry, and the `y` of all iterations stacked along axis 0.
