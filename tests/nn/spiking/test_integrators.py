@@ -62,6 +62,12 @@ def test_the_dtype_is_that_of_the_value(step: Any) -> None:
     assert nn.rk4(lambda y: -y, y, step).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("y", [1.0, 1, np.float32(1.0), np.array([1, 1]), jnp.ones(2, jnp.int32)])
+def test_numbers_of_any_kind(y: Any) -> None:
+    for method in (nn.exp_euler, nn.rk4):
+        np.testing.assert_allclose(method(lambda y: -y / 2, y, 0.1), np.full(np.shape(y), np.exp(-0.05)), rtol=1e-5)
+
+
 def test_trees() -> None:
     state = {"x": jnp.array(1.0), "v": jnp.array(0.0)}
     for _ in range(100):

@@ -135,6 +135,29 @@ def test_a_parameter_with_a_unit_is_trained(u: Any) -> None:
     np.testing.assert_allclose(a, b * 1000, rtol=1e-5)  # by seconds, and by milliseconds
 
 
+@pytest.mark.parametrize("given", ["x", None, 1j, [[1.0], [1.0, 2.0]]], ids=str)
+def test_what_is_no_number(given: Any) -> None:
+    uses: list[Callable[[], Any]] = [
+        lambda: nn.LIF(2, tau=given),
+        lambda: nn.Izhikevich(2, a=given),
+        lambda: nn.LIF(2)(given),
+        lambda: nn.Alpha(2)(given),
+        lambda: nn.Delay(2, 3).push(given),
+        lambda: nn.Delay(2, 3).at(given),
+        lambda: nn.Poisson(rngs=mu.Rngs(0))(given),
+    ]
+    for use in uses:
+        with pytest.raises(ArgumentError, match="is no real number"):
+            use()
+
+
+def test_times_of_an_encoder(u: Any) -> None:
+    x = jnp.array([1.0, 0.3, 0.02])
+    with nn.dt.set(0.5):
+        np.testing.assert_array_equal(nn.latency(x, 40, tau=5 * u.ms), nn.latency(x, 40, tau=10.0))
+        assert nn.Poisson(rngs=mu.Rngs(0))(np.full(3, 50) * u.Hz).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("method", [nn.exp_euler, nn.rk4])
 def test_a_step_that_does_not_fit_the_derivative(u: Any, method: Any) -> None:
     v = jnp.ones(2) * u.mV

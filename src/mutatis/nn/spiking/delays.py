@@ -16,7 +16,7 @@ from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Hidden
 from mutatis.model.modules import Module
 from mutatis.nn.layers import as_axes
-from mutatis.nn.spiking.units import has_unit, in_unit, step_length
+from mutatis.nn.spiking.units import in_steps, in_unit
 
 
 class Delay(Module):
@@ -111,7 +111,7 @@ class Delay(Module):
           ArgumentError: the number is out of range, or the array has another shape. A number that is computed in compiled code
             cannot be compared there; the nearest one in range is taken.
         """
-        array = jnp.asarray(in_unit(steps, "ms", "steps") / step_length() if has_unit(steps) else steps)
+        array = jnp.asarray(in_steps(steps, "steps"))
         self._check(array)
         if jnp.issubdtype(array.dtype, jnp.integer):
             return self._pick(jnp.clip(array.astype(jnp.int32), 0, self.max_steps))
@@ -133,7 +133,7 @@ class Delay(Module):
         return int(self.buffer.value.ndim) - 1 - len(self.shape)
 
     def _newest(self) -> jax.Array:
-        return jnp.reshape(self.newest.value, -1)[0]  # a batch starts, and goes on, together
+        return jnp.max(self.newest.value, initial=0)  # a batch starts, and goes on, together
 
     def _pick(self, steps: jax.Array) -> jax.Array:
         place = (self._newest() - steps) % (self.max_steps + 1)
@@ -145,7 +145,7 @@ class Delay(Module):
 
     def _check(self, steps: jax.Array) -> None:
         whole = self.buffer.value.shape[: self._axis()] + self.shape
-        number = jnp.issubdtype(steps.dtype, np.integer) or jnp.issubdtype(steps.dtype, np.floating)
+        number = steps.dtype != jnp.bool_
         if steps.shape not in ((), self.shape, whole) or not number:
             raise self._refused(
                 "was asked for another shape than its values have"

@@ -12,7 +12,7 @@ from mutatis.core.avals import show_type
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
-from mutatis.nn.spiking.units import in_unit, step_length
+from mutatis.nn.spiking.units import has_unit, in_steps, in_unit, step_length
 from mutatis.random import Rngs, stream_of
 
 
@@ -56,6 +56,8 @@ class Poisson(Module):
           ArgumentError: the rates are not floats, or a quantity in another unit.
         """
         array = jnp.asarray(in_unit(rates, "Hz", "rates"))
+        if has_unit(rates) and jnp.issubdtype(array.dtype, jnp.integer):  # `50 * saiunit.Hz` is no count of spikes
+            array = array.astype(jnp.result_type(float))
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ArgumentError(
                 "`nn.Poisson` was given rates that are no floating numbers",
@@ -78,7 +80,7 @@ def latency(
     Args:
       x: an array of floats from 0 to 1, of any shape.
       steps: the number of steps in time.
-      tau: the time constant of the membrane, in steps.
+      tau: the time constant of the membrane, in steps; a quantity of time is divided by `nn.dt`.
       threshold: the threshold of the membrane. Numbers up to it never spike.
       dtype: the dtype of the spikes.
 
@@ -91,7 +93,7 @@ def latency(
       >>> spikes.argmax(0)[:2], spikes.sum(0)
       (Array([0, 3], dtype=int32), Array([1., 1., 0.], dtype=float32))
     """
-    array = jnp.asarray(x)
+    array, tau = jnp.asarray(x), in_steps(tau, "tau")
     above = array > threshold
     safe = jnp.where(above, array, threshold + 1.0)
     when = jnp.floor(tau * jnp.log(safe / (safe - threshold))).astype(jnp.int32)

@@ -41,6 +41,7 @@ def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> j
       >>> bool(jnp.allclose(y, jnp.exp(-0.5)))
       True
     """
+    y = _as_float(y)
     one = jax.tree.map(jnp.ones_like, y)
     slope, change = jax.jvp(f, (y,), (one,))
     check_slope("exp_euler", y, slope, step)
@@ -48,9 +49,16 @@ def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> j
     return y + _of_type(step, y) * _phi(z) * slope
 
 
+def _as_float(y: Any) -> Any:
+    """An integer as a float, which can change a little; anything else as it is."""
+    whole = not has_unit(y) and jnp.issubdtype(jnp.result_type(y), jnp.integer)
+    return jnp.asarray(y, jnp.result_type(float)) if whole else y
+
+
 def _of_type(number: Any, y: Any) -> Any:
-    """A number in the dtype of a value; a quantity as it is."""
-    return number if has_unit(number) else jnp.asarray(number, y.dtype)
+    """A number in the dtype of an array of floats; a quantity as it is."""
+    floats = not has_unit(number) and hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact)
+    return jnp.asarray(number, y.dtype) if floats else number
 
 
 def _phi(z: Any) -> Any:
@@ -90,6 +98,7 @@ def rk4(f: Callable[[Any], Any], y: Any, step: Any) -> Any:
     def moved(k: Any, share: float) -> Any:
         return each(lambda a, b: a + _of_type(share * step, a) * b, y, k)
 
+    y = each(_as_float, y)
     k1 = f(y)
     each(lambda y, slope: check_slope("rk4", y, slope, step), y, k1)
     k2 = f(moved(k1, 0.5))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mutatis.core import naming
@@ -55,9 +56,10 @@ def in_unit(value: Any, unit: str, name: str) -> Any:
       name: the name of the parameter, for messages.
 
     Raises:
-      ArgumentError: the quantity has another dimension.
+      ArgumentError: it is no number, or the quantity has another dimension.
     """
     if not has_unit(value):
+        _check_real(value, unit, name)
         return value
     units = package_of(value)
     meant = _UNITS[unit](units)
@@ -73,6 +75,23 @@ def in_unit(value: Any, unit: str, name: str) -> Any:
     )
 
 
+def _check_real(value: Any, unit: str, name: str) -> None:
+    try:
+        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+    except ValueError:  # rows of different lengths
+        dtype = np.dtype(object)
+    if any(jnp.issubdtype(dtype, sort) for sort in (np.floating, np.integer, np.bool_)):
+        return
+    raise ArgumentError(
+        f"`{name}` is no real number",
+        path=name,
+        where=naming.where(),
+        expected="a number or an array of numbers" + (f", in {unit}" if unit else ""),
+        got=show_value(value),
+        cure="Of a complex number, its real part: `x.real`; of a string, `float(x)`.",
+    )
+
+
 def step_length() -> Any:
     """The length of a step, in milliseconds: a Python number, or an array.
 
@@ -80,7 +99,7 @@ def step_length() -> Any:
       ArgumentError: what `nn.dt` is set to is no time above 0.
     """
     given = dt.get()
-    step = in_unit(given, "ms", "nn.dt")
+    step = in_unit(given, "ms", "nn.dt") if has_unit(given) else given
     if isinstance(step, np.number | np.ndarray) and np.ndim(step) == 0:
         step = step.item()
     number = isinstance(step, float | int) or (hasattr(step, "dtype") and step.ndim == 0)
@@ -95,6 +114,12 @@ def step_length() -> Any:
             cure="`with nn.dt.set(0.1): ...`",
         )
     return step
+
+
+def in_steps(time: Any, name: str) -> Any:
+    """A number of steps: a quantity of time divided by the length of a step; numbers as they are."""
+    number = in_unit(time, "ms", name)
+    return number / step_length() if has_unit(time) else number
 
 
 def check_slope(f: str, y: Any, slope: Any, step: Any) -> None:
