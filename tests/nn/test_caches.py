@@ -189,13 +189,42 @@ def test_full() -> None:
         (lambda m: m(waves(3, 1, 8), decode=True), r"(?s)does not fit.*\(2, 1, 2, 2\).*\(3, 1, 2, 2\)"),
         (lambda m: m(waves(2, 1, 8), decode=True, lengths=jnp.array([1, 1])), "one length for all rows"),
         (lambda m: m(waves(2, 1, 8), decode=True, mask=jnp.ones((2, 1, 1, 5))), r"(?s)mask.*\(2, 1, 1, 5\)"),
+        (lambda m: m(waves(2, 1, 8), waves(2, 3, 8), decode=True), "1 queries and 3 keys"),
+        (lambda m: m(waves(2, 1, 8), lengths=jnp.array([1, 1])), "does not decode"),
+        (lambda m: m.cache.reorder(jnp.array([0, 2])), r"(?s)cannot be reordered.*from 0 to 1.*\[0, 2\]"),
+        (lambda m: m.cache.reorder(jnp.array([0, -1])), r"(?s)cannot be reordered.*\[0, -1\]"),
         (lambda m: m.cache.truncate(-1), r"(?s)cannot be rolled back.*-1"),
         (lambda m: m.cache.truncate(jnp.array([1, 2])), r"(?s)cannot be rolled back.*\(2,\)"),
-        (lambda m: m.cache.reorder(jnp.array([1, 2, 0])), r"(?s)cannot be reordered.*\(2,\).*\(3,\)"),
+        (lambda m: m.cache.reorder(jnp.array([1, 2, 0])), r"(?s)cannot be reordered.*\(2,\).*\[1, 2, 0\]"),
         (lambda m: nn.KVCache(2), "max_length"),
         (lambda m: nn.KVCache(2, 3, window=4), "from 4, the window"),
     ],
 )
 def test_bad_input(use: Callable[..., Any], text: str) -> None:
+    layer = make()
+    layer(waves(2, 3, 8), decode=True)
+    before = mu.state(layer)
     with pytest.raises(ArgumentError, match=text):
-        use(make())
+        use(layer)
+    assert mu.state(layer) == before
+
+
+@pytest.mark.parametrize("lengths", [[4, 1], [-1, 1], [1.0, 1.0]], ids=str)
+def test_lengths_that_count_other_tokens(lengths: list[int]) -> None:
+    layer = make(ragged=True)
+    with pytest.raises(ArgumentError, match=r"(?s)from 0 to 3.*"):
+        layer(waves(2, 3, 8), decode=True, lengths=jnp.array(lengths))
+    assert layer.cache.index.value.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_prompts_that_begin_with_padding(ragged: bool) -> None:
+    """A mask for each row, over the places of the cache, hides it; positions do not matter without `rope`."""
+    layer, x, padding = nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0)), waves(2, 6, 8), jnp.array([3, 1])
+    layer.init_cache((2, 8, 8), ragged=ragged)
+    mask = (jnp.arange(8)[None] >= padding[:, None])[:, None, None]
+    decode = mu.jit(lambda layer, x, mask: layer(x, decode=True, mask=mask))
+    y = jnp.concatenate([decode(layer, part, mask) for part in (x[:, :4], x[:, 4:5], x[:, 5:])], 1)
+    for row, start in enumerate(padding.tolist()):
+        alone = layer(x[row, start:], is_causal=True, decode=False)
+        np.testing.assert_allclose(y[row, start:], alone, rtol=1e-4, atol=1e-5)
