@@ -383,11 +383,12 @@ def stream(
         raise _stream_error("size", "an int, from 1", show_value(size))
     if any(is_node(leaf) for leaf in jax.tree.leaves(xs, is_leaf=is_node)):
         raise _stream_error("xs", "arrays: name the model in the function", "a model or a state")
-    lengths = {len(x) if jnp.ndim(x) else -1 for x in jax.tree.leaves(xs)} | ({length} if length is not None else set())
+    lengths: set[Any] = {len(x) if jnp.ndim(x) else None for x in jax.tree.leaves(xs)} | (
+        {length} if length is not None else set()
+    )
     if len(lengths) != 1 or not is_count(total := next(iter(lengths)), 0):
-        raise _stream_error(
-            "length", "one length, of all `xs` and `length`", ", ".join(map(show_value, sorted(lengths, key=str)))
-        )
+        got = ["a number, which has none" if each is None else show_value(each) for each in sorted(lengths, key=str)]
+        raise _stream_error("length", "one length, of all `xs` and `length`", ", ".join(got) or "none")
     bar = None if progress is None else require("tqdm.auto", "progress=").tqdm(total=total, desc=progress)
     with contextlib.ExitStack() as files:
         if bar is not None:

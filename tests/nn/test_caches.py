@@ -183,19 +183,101 @@ def test_full() -> None:
     assert ragged.cache.index.value.tolist() == [4, 2]
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_mask_for_each_row(ragged: bool) -> None:
+    layer, x = make(ragged=ragged), waves(2, LENGTH, 8)
+    tokens = (
+        jnp.arange(8)[None, None, None] >= jnp.array([0, 2])[:, None, None, None]
+    )  # the second row begins with two places of padding
+    written = in_pieces(layer, x, (4, 3), lambda layer, x: layer(x, decode=True, mask=tokens))
+    causal = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None, None]
+    wanted = layer(x, mask=causal & tokens[..., :LENGTH])
+    np.testing.assert_allclose(written[0], wanted[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(written[1, 2:], wanted[1, 2:], rtol=1e-4, atol=1e-5)
+
+
+class Doubled(mu.Module):
+    """A projection of another class than the layer has made."""
+
+    def __init__(self, inner: nn.LinearGeneral) -> None:
+        self.inner = inner
+
+    def __call__(self, x: Any, out_sharding: Any = None) -> jax.Array:
+        return 2 * self.inner(x, out_sharding)
+
+
+def test_a_projection_that_was_wrapped() -> None:
+    plain, x = make(), waves(2, LENGTH, 8)
+    wrapped, alone = make(), make()
+    plain.query.kernel.value, plain.query.bias.value = 2 * plain.query.kernel.value, 2 * plain.query.bias.value
+    wanted = at_once(plain, x)
+    for layer in (wrapped, alone):
+        layer.query = Doubled(layer.query)
+    stack = nn.Stack([wrapped, alone])
+    wrapped.init_cache((2, 8, 8))
+    np.testing.assert_allclose(read(wrapped, x), wanted, rtol=1e-4, atol=1e-5)
+    stack.layer.init_cache((2, 8, 8))
+    assert stack.layer.cache.key.shape == (2, 2, 8, 2, 2)
+    np.testing.assert_allclose(stack(x, decode=True), at_once(plain, wanted), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("use", "text"),
     [
         (lambda m: m(waves(3, 1, 8), decode=True), r"(?s)does not fit.*\(2, 1, 2, 2\).*\(3, 1, 2, 2\)"),
         (lambda m: m(waves(2, 1, 8), decode=True, lengths=jnp.array([1, 1])), "one length for all rows"),
         (lambda m: m(waves(2, 1, 8), decode=True, mask=jnp.ones((2, 1, 1, 5))), r"(?s)mask.*\(2, 1, 1, 5\)"),
+        (lambda m: m(waves(2, 1, 8), waves(2, 3, 8), decode=True), "1 queries and 3 keys"),
+        (lambda m: m(waves(2, 1, 8), lengths=jnp.array([1, 1])), "does not decode"),
+        (lambda m: m.cache.reorder(jnp.array([0, 2])), r"(?s)cannot be reordered.*from 0 to 1.*\[0, 2\]"),
+        (lambda m: m.cache.reorder(jnp.array([0, -1])), r"(?s)cannot be reordered.*\[0, -1\]"),
         (lambda m: m.cache.truncate(-1), r"(?s)cannot be rolled back.*-1"),
         (lambda m: m.cache.truncate(jnp.array([1, 2])), r"(?s)cannot be rolled back.*\(2,\)"),
-        (lambda m: m.cache.reorder(jnp.array([1, 2, 0])), r"(?s)cannot be reordered.*\(2,\).*\(3,\)"),
+        (lambda m: m.cache.reorder(jnp.array([1, 2, 0])), r"(?s)cannot be reordered.*\(2,\).*\[1, 2, 0\]"),
         (lambda m: nn.KVCache(2), "max_length"),
         (lambda m: nn.KVCache(2, 3, window=4), "from 4, the window"),
     ],
 )
 def test_bad_input(use: Callable[..., Any], text: str) -> None:
+    layer = make()
+    layer(waves(2, 3, 8), decode=True)
+    before = mu.state(layer)
     with pytest.raises(ArgumentError, match=text):
-        use(make())
+        use(layer)
+    assert mu.state(layer) == before
+
+
+@pytest.mark.parametrize("lengths", [[4, 1], [-1, 1], [1.0, 1.0]], ids=str)
+def test_lengths_that_count_other_tokens(lengths: list[int]) -> None:
+    layer = make(ragged=True)
+    with pytest.raises(ArgumentError, match=r"(?s)from 0 to 3.*"):
+        layer(waves(2, 3, 8), decode=True, lengths=jnp.array(lengths))
+    assert layer.cache.index.value.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_prompts_that_begin_with_padding(ragged: bool) -> None:
+    """A mask for each row, over the places of the cache, hides it; positions do not matter without `rope`."""
+    layer, x, padding = nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0)), waves(2, 6, 8), jnp.array([3, 1])
+    layer.init_cache((2, 8, 8), ragged=ragged)
+    mask = (jnp.arange(8)[None] >= padding[:, None])[:, None, None]
+    decode = mu.jit(lambda layer, x, mask: layer(x, decode=True, mask=mask))
+    y = jnp.concatenate([decode(layer, part, mask) for part in (x[:, :4], x[:, 4:5], x[:, 5:])], 1)
+    for row, start in enumerate(padding.tolist()):
+        alone = layer(x[row, start:], is_causal=True, decode=False)
+        np.testing.assert_allclose(y[row, start:], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_projections_that_are_wrapped_or_replaced() -> None:
+    class Half(mu.Module):
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:
+            return jnp.asarray(0.5 * self.inner(x, out_sharding))
+
+    layer, x = nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0)), waves(2, 5, 8)
+    layer.query, layer.key = Half(layer.query), Half(layer.key)
+    whole = layer(x, is_causal=True, decode=False)
+    layer.init_cache((2, 8, 8))
+    np.testing.assert_allclose(layer(x, decode=True), whole, rtol=1e-5, atol=1e-6)

@@ -169,6 +169,10 @@ def test_bad_input() -> None:
     for use, text in [
         (lambda: slots.insert(3, alone), "no slot 3"),
         (lambda: slots.evict(-1), "no slot -1"),
+        (lambda: slots.evict(1.0), "no slot 1.0"),
+        (lambda: slots.insert(0, alone, row=1), "no row 1"),
+        (lambda: slots.share(0, 1, length=-2), "no length -2"),
+        (lambda: slots.reorder(jnp.array([0, 1, 3])), r"(?s)cannot be reordered.*from 0 to 2.*\[0, 1, 3\]"),
         (lambda: slots.insert(0, small), r"do not fit into the slots"),
         (lambda: slots.insert(0, alone.layers[0]), "1 caches"),
         (lambda: nn.SlotCache(alone, rngs=mu.Rngs(0)), "ragged=False"),

@@ -244,6 +244,50 @@ def test_a_program_that_only_reads_sees_whole_steps(together: Together, steps: i
     check_all(net, THREADS // 2 * steps)
 
 
+def write_in_transaction(net: Net, number: int) -> None:
+    with mu.transaction():
+        net.n.value = number
+        net.m.value = number
+
+
+def write_by_update(net: Net, number: int) -> None:
+    mu.update(net, {"n": number, "m": number})
+
+
+def write_by_restore(net: Net, number: int) -> None:
+    start = mu.snapshot(net)
+    write_in_transaction(net, number)
+    start.restore()
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("write", [write_in_transaction, write_by_update, write_by_restore])
+def test_writes_of_several_states_are_seen_whole(
+    together: Together, steps: int, write: Callable[[Net, int], None], stepped: bool
+) -> None:
+    """A server's program, and who reads all states at once, find the weights from before they were exchanged, or those after."""
+    net = Net()
+    both = mu.jit(lambda net: (net.n.value, net.m.value))
+    torn: list[Any] = []
+
+    def exchange() -> None:
+        for number in range(steps):
+            write(net, number)
+
+    def read() -> None:
+        for _ in range(steps):
+            state = mu.state(net)
+            for n, m in (both(net), (state["n"], state["m"])):
+                if int(n) != int(m):
+                    torn.append((int(n), int(m)))
+
+    together(exchange, *[read] * (THREADS // 2), beside=(lambda: advance_both(net)) if stepped else None)
+    assert not torn
+
+
+advance_both = mu.jit(lambda net: advance(net) and None)
+
+
 # -- readers --------------------------------------------------------------------------------------------------
 
 

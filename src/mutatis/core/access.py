@@ -64,9 +64,9 @@ def convert(cell: Cell, how: Callable[[Any], Any]) -> Any:
 
 
 def read_many(states: Sequence[Cell]) -> list[Any]:
-    """The values of cells, for the user's code; `UNSET` where there is none."""
+    """The values of cells at one moment, for the user's code; `UNSET` where there is none."""
     if is_outside():
-        return list(map(cells.load, states))
+        return cells.load_many(states)
     return [read(cell) if holds_value(cell) else UNSET for cell in states]
 
 

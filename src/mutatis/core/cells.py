@@ -199,35 +199,54 @@ def load(cell: Cell) -> Any:
 
 
 def load_many(cells: Sequence[Cell]) -> list[Any]:
-    """The committed values of cells, as `load` gives them."""
-    values = [cell._value for cell in cells]
-    leased = [cell for cell in cells if cell._lease is not None]
-    if leased or not all(map(is_, [cell._value for cell in cells], values)):  # as `load` looks again
-        settle(_thread.lease)
-        with mutex:
-            return _expose_values(cells)
-    return values
-
-
-def _expose_values(cells: Sequence[Cell]) -> list[Any]:
-    # A function of its own, as `interrupts` says of loops under a lock.
-    return [_expose_value(cell) for cell in cells]
+    """The committed values of cells at one moment, as `load` gives them."""
+    return _load_whole(cells, None)
 
 
 def lend_many(cells: Sequence[Cell], loan: Loan) -> list[Any]:
-    """The committed values of cells, which count as held by user code until the loan is over."""
-    values = [cell._value for cell in cells]
-    leased = [cell for cell in cells if cell._lease is not None]
-    if not leased and all(map(is_, [cell._value for cell in cells], values)):  # as `load` looks again
+    """The committed values of cells at one moment, which count as held by user code until the loan is over."""
+    return _load_whole(cells, loan)
+
+
+def _load_whole(cells: Sequence[Cell], loan: Loan | None) -> list[Any]:
+    with mutex:
+        values, leased = _look_at(cells)
+    if not leased:
         return values
     settle(_thread.lease)
     with mutex:
-        return _lend_values(cells, loan)
+        return _expose_values(cells, loan)
 
 
-def _lend_values(cells: Sequence[Cell], loan: Loan) -> list[Any]:
-    # A function of its own, as `_expose_values` is.
-    return [_expose_value(cell, loan) for cell in cells]
+# Loops under a lock are in functions of their own, as `interrupts` says.
+
+
+def _look_at(cells: Sequence[Cell]) -> tuple[list[Any], bool]:
+    """The values of cells, and whether more is to be done: a step may delete them, or has begun to meanwhile."""
+    values = [cell._value for cell in cells]
+    leased = any(cell._lease is not None for cell in cells)
+    return values, leased or not _are(cells, values)
+
+
+def _expose_values(cells: Sequence[Cell], loan: Loan | None) -> list[Any]:
+    while True:
+        if _thread.lease.flight is None:  # who interrupts a step of its own cannot wait
+            wait_while(lambda: _busy_over(cells, landing=True))
+        values = [_expose_value(cell, loan) for cell in cells]
+        # Nobody was in the middle of committing between the two looks at the values: they were there together.
+        if _thread.lease.flight is not None or (_busy_over(cells, landing=True) is None and _are(cells, values)):
+            return values
+
+
+def _are(cells: Sequence[Cell], values: Sequence[Any]) -> bool:
+    """Whether the values of cells are these, still."""
+    return all(map(is_, [cell._value for cell in cells], values))
+
+
+def _busy_over(cells: Sequence[Cell], landing: bool = False) -> Lease | None:
+    """The lease with which a step is being dispatched over one of the cells, if one is; or with which one is committed."""
+    busy = (lease for cell in cells if (lease := busy_lease(cell)) is not None)
+    return next((lease for lease in busy if not landing or lease.landing is not None), None)
 
 
 def _expose(cell: Cell) -> Any:
@@ -244,7 +263,7 @@ def _expose_value(cell: Cell, loan: Loan | None = None) -> Any:
     while True:
         wait_while(lambda: None if (lease := busy_lease(cell)) is None or not lease.donating else lease)
         lease, value = cell._lease, cell._value
-        if lease is None:
+        if lease is None or lease is loan:
             return value  # nothing has happened since the look at it
         lease.lost = (number, lease.lost)  # and no call stands from there to here, in which a signal handler would run
         if lease.flight is None:
@@ -267,12 +286,21 @@ def store(cell: Cell, value: Any) -> None:
 
 
 def store_many(cells: Sequence[Cell], values: Sequence[Any]) -> None:
-    """Store committed values, as `store` does."""
+    """Store committed values, as `store` does, at one moment: no step and no `load_many` finds some of them only."""
+    settle(_thread.lease)
+    with mutex:
+        if _thread.lease.flight is None:  # who interrupts a step of its own cannot wait
+            wait_while(lambda: _busy_over(cells))  # before the first is stored: waiting lets others in
+        _store_all(cells, values)
+
+
+def _store_all(cells: Sequence[Cell], values: Sequence[Any]) -> None:
+    # A function of its own, as `_look_at` is.
     for cell, value in zip(cells, values, strict=True):
         if cell._lease is None:
             cell._value = value
         else:
-            store(cell, value)
+            _store_leased(cell, value)
 
 
 def _store_leased(cell: Cell, value: Any) -> None:
@@ -402,7 +430,7 @@ def expose(lease: Lease, cells: Sequence[Cell]) -> None:
 
 
 def _expose_all(lease: Lease, cells: Sequence[Cell]) -> None:
-    # A function of its own, as `_values` is.
+    # A function of its own, as `_look_at` is.
     for cell in cells:
         number = identity(cell)
         if cell._lease is lease:

@@ -16,6 +16,7 @@ from mutatis.core import naming
 from mutatis.errors import ArgumentError, RandomStreamError, StructureError
 from mutatis.model.kinds import Cache, RngState, stream_value
 from mutatis.model.modules import Module
+from mutatis.model.surgery import modules
 from mutatis.nn.caches import KVCache
 from mutatis.nn.dot_product import dot_product_attention, fitting, turned
 from mutatis.nn.layer_norms import LayerNorm
@@ -243,6 +244,8 @@ class MultiHeadAttention(Module):
         """
         query, key, value = self._project(inputs_q, inputs_k, inputs_v, qkv_sharding)
         cache = self._cache() if first_said(decode, self.decode, False) else None
+        if cache is not None:
+            mask = self._cache_mask(mask, query, key, cache)  # before anything is written
         options = {} if input_positions is None or self.rope is not None else {"input_positions": input_positions}
         if self.rope is not None:
             if cache is not None and input_positions is None:
@@ -250,8 +253,17 @@ class MultiHeadAttention(Module):
             query, key = (turned(self.rope, x, input_positions) for x in (query, key))
         if cache is not None:
             key, value, written = cache.update(key, value, lengths)
-            shape = (*written.shape[:-3], self.num_heads, *written.shape[-2:])
-            mask = written if mask is None else combine_masks(fitting("mask", mask, shape), written, dtype=bool)
+            mask = combine_masks(mask, written, dtype=bool)
+        elif lengths is not None:
+            raise ArgumentError(
+                f"layer {naming.describe(self)} was given lengths, and does not decode",
+                path="lengths",
+                where=naming.where(),
+                expected="None, or a call with `decode=True`",
+                got=f"lengths of shape {jnp.shape(lengths)}",
+                cure="`layer(x, decode=True, lengths=lengths)`; without a cache a mask hides padding: "
+                "`nn.make_attention_mask(tokens > 0, tokens > 0)`.",
+            )
         dropout_key = self._dropout_key(deterministic, rngs)
         x = self.attention_fn(
             query,
@@ -296,7 +308,9 @@ class MultiHeadAttention(Module):
         def make() -> KVCache:
             return KVCache(batch, length, heads, features, dtype=dtype, window=window, ragged=ragged)
 
-        self.cache = made_for_each(make, self.query.kernel, 3)
+        inside = modules(self, LinearGeneral).values()  # a projection may be wrapped, as by an adapter, or replaced
+        kernels = [(linear.kernel, len(linear.axis) + len(linear.out_features)) for linear in inside]
+        self.cache = made_for_each(make, *kernels[0]) if kernels else make()
 
     @property
     def cached_key(self) -> Cache[jax.Array] | None:
@@ -351,6 +365,24 @@ class MultiHeadAttention(Module):
                 cure="`layer.init_cache((batch, max_length, features))` makes one.",
             )
         return self.cache
+
+    def _cache_mask(self, mask: ArrayLike | None, query: jax.Array, key: jax.Array, cache: KVCache) -> jax.Array | None:
+        """A mask over the places of a cache.
+
+        Raises:
+          ArgumentError: it does not fit them, or the keys are those of other tokens than the queries.
+        """
+        if query.shape[:-2] != key.shape[:-2]:
+            raise misfit(
+                self.query.kernel,
+                expected="queries and keys of the same tokens, to add these to the cache",
+                got=f"{query.shape[-3]} queries and {key.shape[-3]} keys",
+                cure="Attention to another sequence has no cache to decode with: `layer(x, others, decode=False)`.",
+            )
+        if mask is None:
+            return None
+        batch, count = key.shape[:-3], query.shape[-3]
+        return fitting("mask", mask, (*batch, self.num_heads, count, cache.places(count)))
 
     def _dropout_key(self, deterministic: bool | None, rngs: Rngs | None) -> jax.Array | None:
         """The key to drop weights with; None if none are dropped."""

@@ -120,6 +120,14 @@ class KVCache(Module):
         start = self.index.value
         return start[..., None] + jnp.arange(count, dtype=jnp.int32).reshape((1,) * start.ndim + (count,))
 
+    def places(self, count: int) -> int:
+        """The number of places that `update` gives to attend to.
+
+        Args:
+          count: the number of tokens that come.
+        """
+        return self.max_length if self.window is None or count == 1 else self.max_length + count
+
     def update(
         self, key: jax.Array, value: jax.Array, lengths: ArrayLike | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -137,7 +145,8 @@ class KVCache(Module):
           mask: booleans of shape (*batch_shape or ones, 1, count, places): whether a query sees a place.
 
         Raises:
-          ArgumentError: the arrays have another shape, there are lengths for a cache that is not ragged, or it is full.
+          ArgumentError: the arrays have another shape, there are lengths for a cache that is not ragged or that are no numbers of
+            these tokens, or it is full. Inside compiled programs the numbers are not known.
         """
         count = self._check(key, value, lengths)
         positions = self.next_positions(count)
@@ -210,16 +219,18 @@ class KVCache(Module):
           rows: for each row the number of the row to copy; integers of shape batch_shape.
 
         Raises:
-          ArgumentError: the batch does not have one axis, or there are more or fewer numbers.
+          ArgumentError: the batch does not have one axis, there are more or fewer numbers, or there is no row of a number; inside
+            compiled programs such a row is undefined.
         """
         rows = jnp.asarray(rows)
-        if rows.shape != self.batch_shape or rows.ndim != 1:
+        fits = rows.shape == self.batch_shape and rows.ndim == 1 and jnp.issubdtype(rows.dtype, jnp.integer)
+        if not fits or (_known(rows) and bool(jnp.any((rows < 0) | (rows >= len(rows))))):
             raise self._refusal(
                 "cannot be reordered by these numbers",
                 expected="one number for each row of a batch of one axis"
                 if len(self.batch_shape) != 1
-                else f"an array of shape {self.batch_shape}",
-                got=f"an array of shape {rows.shape}",
+                else f"integers of shape {self.batch_shape}, from 0 to {self.batch_shape[0] - 1}",
+                got=str(rows.tolist()) if _known(rows) and rows.size < 16 else f"{rows.dtype}{list(rows.shape)}",
                 cure="`cache.reorder(jnp.array([0, 0, 1]))`",
             )
         for cell, after in self._rows():
@@ -302,9 +313,21 @@ class KVCache(Module):
                 got=f"lengths of shape {jnp.shape(lengths)}",
                 cure="`layer.init_cache(shape, ragged=True)` makes a cache whose rows have lengths of their own.",
             )
+        if lengths is not None:
+            self._check_lengths(jnp.asarray(lengths), count)
         if self.window is None:
             self._check_room(count, lengths)
         return count
+
+    def _check_lengths(self, lengths: jax.Array, count: int) -> None:
+        whole = jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.dtype == bool
+        if not whole or (_known(lengths) and bool(jnp.any((lengths < 0) | (lengths > count)))):
+            raise self._refusal(
+                f"cannot count {'these' if whole else 'parts of'} tokens",
+                expected=f"lengths that are integers from 0 to {count}, the number of tokens that come",
+                got=str(lengths.tolist()) if _known(lengths) else f"lengths of {lengths.dtype}",
+                cure="Of a batch of prompts that are filled up behind their ends, `lengths=(tokens > 0).sum(-1)`.",
+            )
 
     def _check_room(self, count: int, lengths: ArrayLike | None) -> None:
         start, more = self.index.value, jnp.asarray(count if lengths is None else lengths, jnp.int32)

@@ -93,10 +93,13 @@ class SlotCache(Module):
           seed: a seed or a random key from which the stream of the slot starts. None lets the stream go on.
 
         Raises:
-          ArgumentError: there is no such slot, or the caches do not fit.
+          ArgumentError: there is no such slot or row, or the caches do not fit.
         """
         sources = kv_caches(request)
         self._check(slot, sources)
+        _check_number(
+            "row", row, min(source.batch_shape[0] for source in sources), "`slots.insert(slot, request, row=0)`"
+        )
         for target, source in zip(self.caches, sources, strict=True):
             length = source.index.value[..., row] if source.ragged else source.index.value
             target.index.value = target.index.value.at[..., slot].set(length)
@@ -139,10 +142,12 @@ class SlotCache(Module):
           length: the number of tokens to copy, at most. None copies all.
 
         Raises:
-          ArgumentError: there is no such slot, or tokens in the window of a cache are no longer kept.
+          ArgumentError: there is no such slot, the length is negative, or tokens in the window of a cache are no longer kept.
         """
         self._check(source)
         self._check(target)
+        if length is not None:
+            _check_number("length", length, None, "`slots.share(0, 1, length=16)`")
         ends = [cache.index.value[..., source] for cache in self.caches]
         ends = ends if length is None else [jnp.minimum(end, length) for end in ends]
         rings = [cache.kept_before(source, end) for cache, end in zip(self.caches, ends, strict=True)]  # all, or none
@@ -209,16 +214,7 @@ class SlotCache(Module):
         return jax.vmap(jax.random.fold_in)(old["key"], old["count"])
 
     def _check(self, slot: ArrayLike, sources: Sequence[KVCache] | None = None) -> None:
-        numbers = known_numbers(slot)
-        if numbers is not None and not np.all((numbers >= 0) & (numbers < self.slots)):
-            raise ArgumentError(
-                f"there is no slot {slot}",
-                path="slot",
-                where=naming.where(),
-                expected=f"a number from 0 to {self.slots - 1}",
-                got=repr(slot),
-                cure="`slots.active.value` says which slots are free.",
-            )
+        _check_number("slot", slot, self.slots, "`slots.active.value` says which slots are free.")
         if sources is None:
             return
         if len(self.caches) != len(sources) or not all(map(_fits, self.caches, sources)):
@@ -230,6 +226,26 @@ class SlotCache(Module):
                 got=f"{len(sources)} caches: {_sizes(sources)}",
                 cure="Read the request with the same model: `model.init_cache(...)` with at most as many places.",
             )
+
+
+def _check_number(name: str, number: ArrayLike, below: int | None, cure: str) -> None:
+    """Refuse what is no number from 0, as far as it is known.
+
+    Raises:
+      ArgumentError: it is not.
+    """
+    numbers = known_numbers(number)
+    whole = jnp.issubdtype(jnp.result_type(number) if numbers is None else numbers.dtype, jnp.integer)
+    if whole and (numbers is None or np.all((numbers >= 0) & (below is None or numbers < below))):
+        return
+    raise ArgumentError(
+        f"there is no {name} {number}",
+        path=name,
+        where=naming.where(),
+        expected="an integer from 0" + ("" if below is None else f" to {below - 1}"),
+        got=repr(number),
+        cure=cure,
+    )
 
 
 def _insert_ring(

@@ -90,7 +90,7 @@ def test_parameters_of_float32_in_neurons_of_float64(name: str) -> None:
         assert out.dtype == again.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("given", [-1.0, 0, float("nan"), float("inf"), None, "x", jnp.ones(3), np.float32(-0.5)])
+@pytest.mark.parametrize("given", [-1.0, 0, float("nan"), float("inf"), None, True, "x", jnp.ones(3), np.float32(-0.5)])
 def test_a_step_that_is_no_time(given: Any) -> None:
     for name in ("LIF", "Alpha"):
         with nn.dt.set(given), pytest.raises(ArgumentError, match=r"(?s)`nn.dt`.*no time.*nn\.dt\.set\(0\.1\)"):

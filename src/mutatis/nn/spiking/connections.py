@@ -18,6 +18,7 @@ from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Buffer, Param
 from mutatis.model.modules import Module
 from mutatis.nn.layers import param_key
+from mutatis.nn.spiking.units import in_unit
 from mutatis.random import Rngs
 
 
@@ -64,7 +65,7 @@ class Connection(Module):
         return _events_arrive(self.post, self.events, most, *given)
 
     def _spikes(self, x: ArrayLike) -> jax.Array:
-        array = jnp.asarray(x)
+        array = jnp.asarray(in_unit(x, "", "x"))
         if array.ndim == 0 or array.shape[-1] != self.pre:
             raise ArgumentError(
                 f"connection {naming.describe(self.weight)} was given another number of neurons",
@@ -362,7 +363,7 @@ class Sparse(Connection):
 
 
 def _strengths(layer: str, weight: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    array = jnp.asarray(weight)
+    array = jnp.asarray(in_unit(weight, "", "weight"))
     array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
     if array.shape not in ((), shape):
         raise ArgumentError(

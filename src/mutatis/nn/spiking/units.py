@@ -71,7 +71,8 @@ def in_unit(value: Any, unit: str, name: str) -> Any:
         where=naming.where(),
         expected=f"a number, or a quantity in {unit}" if unit else "a number without a unit",
         got=f"a quantity in {units.get_unit(value)}: {value}",
-        cure=f"A quantity divided by the unit that it is meant in is a number: `x / {units.__name__}.mV`.",
+        cure=f"A quantity divided by its unit is a number: `x / {units.__name__}.get_unit(x)`"
+        + (f", which is taken as one of {unit}." if unit else "."),
     )
 
 
@@ -102,7 +103,8 @@ def step_length() -> Any:
     step = in_unit(given, "ms", "nn.dt") if has_unit(given) else given
     if isinstance(step, np.number | np.ndarray) and np.ndim(step) == 0:
         step = step.item()
-    number = isinstance(step, float | int) or (hasattr(step, "dtype") and step.ndim == 0)
+    number = isinstance(step, float | int) or (hasattr(step, "dtype") and step.ndim == 0 and step.dtype != bool)
+    number = number and not isinstance(step, bool)
     known = number and not isinstance(step, jax.core.Tracer)
     if not number or (known and not 0 < float(step) < float("inf")):
         raise ArgumentError(
