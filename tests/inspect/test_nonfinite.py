@@ -13,6 +13,7 @@ import pytest
 
 import mutatis as mu
 from mutatis import nn
+from mutatis.errors import ArgumentError, TraceLevelError
 from mutatis.inspect import Nonfinite
 
 
@@ -202,3 +203,45 @@ def test_functions_of_jax_are_at_the_line_that_calls_them() -> None:
     assert (
         found.line == f"test_nonfinite.py:{line_of(second, 'log1p')} in {second.__qualname__.replace('<locals>.', '')}"
     )
+
+
+def test_an_infinite_number_that_the_program_writes() -> None:
+    def into(x: jax.Array) -> jax.Array:
+        x = x * 2
+        return x.at[0].set(jnp.inf)  # here
+
+    def whole(x: jax.Array) -> jax.Array:
+        return x + jnp.full(2, -jnp.inf)  # here
+
+    def inside(x: jax.Array) -> jax.Array:
+        return mu.for_loop(lambda x: x * jnp.inf, x)  # here
+
+    def difference(x: jax.Array) -> jax.Array:
+        return x + jnp.inf - jnp.inf  # here
+
+    for f in (into, whole, inside, difference):
+        found = find(f, jnp.ones(2))
+        assert found.operation is not None, f
+        assert found.line is not None
+        assert f":{line_of(f, '# here')}" in found.line
+        assert "first: " in str(found)
+
+
+def test_the_line_is_yours_where_a_library_is_called() -> None:
+    u = pytest.importorskip("saiunit")
+
+    def step(x: jax.Array) -> jax.Array:
+        voltage = x * u.mV
+        return u.math.log(voltage / u.mV)  # here
+
+    found = find(step, -jnp.ones(2))
+    assert found.operation == "log"
+    assert f"test_nonfinite.py:{line_of(step, '# here')}" in str(found.line)
+
+
+def test_what_cannot_be_searched() -> None:
+    with pytest.raises(ArgumentError, match="cannot be called as its `f`"):
+        mu.inspect.find_nonfinite(3)  # type: ignore[arg-type]
+    for transform in (mu.jit, jax.jit, mu.vmap, mu.grad):
+        with pytest.raises(TraceLevelError, match="cannot be searched while a function is traced"):
+            transform(lambda x: find(jnp.log, x) and x.sum())(jnp.ones(2))

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import mutatis as mu
-from mutatis.errors import ArgumentError, CheckError
+from mutatis.errors import ArgumentError, CheckError, FilterError
 from mutatis.inspect import StateWatchWarning
 
 
@@ -173,3 +173,13 @@ def test_nothing_is_watched_after_the_end() -> None:
     past.stop()
     step(net, jnp.nan)
     assert (watch.commits, past.commits) == (0, 0)
+
+
+@pytest.mark.parametrize("use", [mu.inspect.watch, mu.inspect.history])
+def test_a_filter_that_selects_nothing(use: Any) -> None:
+    net = mu.nn.BatchNorm(3)
+    for filter in ("zz", mu.Cache, mu.PathContains("layers"), None):
+        with pytest.raises(FilterError, match=r"(?s)no state to watch.*in a model of Param, BatchStat"):
+            use(net, filter)
+    with pytest.raises(FilterError, match=r"(?s)no state to watch.*expected: a model that has states"):
+        use(mu.nn.Sequential())

@@ -287,3 +287,22 @@ def test_copies_that_are_made_in_lanes_are_stacked_once() -> None:
     assert seconds.mean.shape == (5, 3)
     mu.reset(stacks, mu.BatchStat)
     assert stacks.layer.mean.shape == (5, 4, 3)
+
+
+def test_a_batch_shape_without_filters_is_for_what_each_example_has() -> None:
+    class Net(mu.Module):
+        def __init__(self) -> None:
+            self.norm = mu.nn.BatchNorm(2)
+            self.cell = mu.nn.GRUCell(2, 3, rngs=mu.Rngs(0))
+            self.count = mu.Variable(init=lambda: jnp.zeros(()))
+            self.monitor = mu.recording.Monitor(self.cell, "carry", length=5)
+
+    net = Net()
+    net.monitor()
+    mu.reset(net, batch_shape=4)
+    assert net.cell.carry.shape == (4, 3) and net.count.shape == (4,)
+    assert net.norm.mean.shape == (2,) and net.monitor.calls.shape == ()
+    assert net.norm(jnp.ones((4, 2))).shape == (4, 2)
+    assert net.monitor.count == 0
+    mu.reset(net, mu.BatchStat, batch_shape=4)  # what is asked for by a filter
+    assert net.norm.mean.shape == (4, 2)

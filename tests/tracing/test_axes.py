@@ -104,6 +104,17 @@ def test_states_has_to_say_axes(bad: Any) -> None:
     assert "states=[(model, 0)]" in str(caught.value)
 
 
+def test_states_are_pairs() -> None:
+    pair = Pair()
+    for bad in ((pair, 0), (pair, mu.StateAxes({...: 0})), [pair], [(pair,)], [(pair, 0, 1)], ["ab", "cde"], [0]):
+        for transform in (mu.vmap, mu.scan):
+            with pytest.raises(errors.AxisError, match="says no axes"):
+                if transform is mu.vmap:
+                    mu.vmap(lambda: pair.w.value, states=bad)()
+                else:
+                    mu.scan(lambda c, _: (c, None), 0, None, length=3, states=bad)
+
+
 def test_one_state_has_one_axis() -> None:
     pair = Pair()
     for call in (

@@ -20,10 +20,12 @@ import numpy as np
 from mutatis import _compat
 from mutatis.core import access, checks, frames, naming
 from mutatis.core.avals import show_range
+from mutatis.core.calls import check_transformed
 from mutatis.core.naming import PACKAGE
-from mutatis.errors import ArgumentError
+from mutatis.errors import ArgumentError, TraceLevelError
 from mutatis.tracing.arguments import argument_names
 from mutatis.tracing.call_site import CallSite
+from mutatis.tracing.codes import is_library_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,10 @@ def find_nonfinite(f: Callable[..., Any]) -> Callable[..., Nonfinite]:
     Returns:
       A function with the arguments of `f` that returns a `Nonfinite`, which is false if all numbers are finite.
 
+    Raises:
+      ArgumentError: `f` cannot be called.
+      TraceLevelError (by the function): it is called in a function that is traced, such as by `mu.jit`.
+
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> total = mu.Variable(jnp.ones(3))
@@ -102,8 +108,16 @@ def find_nonfinite(f: Callable[..., Any]) -> Callable[..., Nonfinite]:
       False
     """
 
+    check_transformed(f, "inspect.find_nonfinite")
+
     @functools.wraps(f)
     def of(*args: Any, **kwargs: Any) -> Nonfinite:
+        if _compat.current_trace() is not _compat.EVAL_TRACE:
+            raise TraceLevelError(
+                "a step cannot be searched while a function is traced: its numbers are not known yet",
+                where=naming.where(),
+                cure="Call `mu.inspect.find_nonfinite(step)(*args)` from ordinary code; `step` may be compiled.",
+            )
         with checks.off(), frames.recorded(lambda tx: None), CallSite("find_nonfinite", f, args, kwargs) as site:
             try:
                 closed, shapes, given, names, owners = _traced(site, f, _is_traced)
@@ -207,10 +221,10 @@ def _as_result(found: _Origin, names: Sequence[Any]) -> Nonfinite:
 
 
 def _line(equation: Any) -> str | None:
-    for file, line, function in _compat.lines_of(equation):
-        if not file.startswith(PACKAGE):
-            return naming.show_place((file, line, function))
-    return None
+    """The innermost line of the user; of a library, if it called all by itself."""
+    places = [place for place in _compat.lines_of(equation) if not place[0].startswith(PACKAGE)]
+    own = [place for place in places if not is_library_file(place[0])]
+    return naming.show_place((own or places)[0]) if places else None
 
 
 def _kinds(value: Any) -> Any:
@@ -301,9 +315,10 @@ class _Walk:
 
     def from_atom(self, atom: Any, nan: bool) -> _Origin:
         """Where the NaN in a variable came from, or what is infinite in it."""
+        equation: Any = None
         while True:
-            if _compat.is_literal(atom):
-                return _Origin()
+            if _compat.is_literal(atom):  # a number of the program itself: the operation that takes it
+                return self._origin(equation) if equation is not None else _Origin()
             if atom in self.inputs:
                 return _Origin(number=self.inputs[atom])
             number = self.makers[atom]
@@ -320,12 +335,16 @@ class _Walk:
                 continue
             same = [a for a in equation.invars if self.kinds(a)[0 if nan else 1]]
             if not same:
-                found = _Origin(equation, _line(equation), tuple(map(show_range, given())))
+                found = self._origin(equation)
                 infinite = [a for a in equation.invars if nan and self.kinds(a)[1]]
                 if infinite:
                     found.infinite = self.from_atom(infinite[0], False)
                 return found
             atom = same[0]
+
+    def _origin(self, equation: Any) -> _Origin:
+        given = _run(self.jaxpr, self.values, until=self.jaxpr.eqns.index(equation))
+        return _Origin(equation, _line(equation), tuple(map(show_range, given)))
 
     def _resolved(self, found: _Origin, equation: Any) -> _Origin:
         """An operation inside of an equation, one of whose infinite inputs may come from outside of it.

@@ -19,7 +19,7 @@ from mutatis.core.cells import UNSET
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import identity
 from mutatis.core.showing import show_value
-from mutatis.errors import ArgumentError, CheckError
+from mutatis.errors import ArgumentError, CheckError, FilterError
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.observers import Observation
 from mutatis.model.state import State
@@ -126,6 +126,7 @@ def watch(
 
     Raises:
       CheckError: with ``action="raise"``, the predicate does not hold. The call that has written the state raises it.
+      FilterError: the filter selects no states.
       ArgumentError: `predicate` is not a function, or `action` is none of the three.
 
     Example:
@@ -153,7 +154,27 @@ def watch(
                 got=show_value(value),
                 cure="`mu.inspect.watch(model, mu.Param, lambda x: jnp.abs(x) < 100, action='warn')`",
             )
-    return Watch(variables(node, filter), predicate, action)
+    return Watch(_chosen(node, filter), predicate, action)
+
+
+def _chosen(node: Any, *filters: FilterLike) -> dict[Path, Any]:
+    """The states to watch.
+
+    Raises:
+      FilterError: there are none.
+    """
+    cells = variables(node, *filters)
+    if not cells:
+        every = variables(node)
+        kinds = ", ".join(dict.fromkeys(type(cell).__name__ for cell in every.values()))
+        raise FilterError(
+            "there is no state to watch",
+            expected="a filter that selects states" if every else "a model that has states",
+            got=f"{', '.join(map(show_value, filters))}, in a model of {kinds}" if every else show_value(node),
+            cure="`mu.variables(model)` lists the states by path. A string is a tag; "
+            "`mu.PathContains('layers')` selects by path.",
+        )
+    return cells
 
 
 class History(Observation, Sequence[State]):
@@ -247,6 +268,7 @@ def history(node: Any, *filters: FilterLike, n: int = 10) -> History:
 
     Raises:
       ArgumentError: `n` is not an int from 1.
+      FilterError: the filters select no states.
 
     Example:
       >>> import mutatis as mu
@@ -267,4 +289,4 @@ def history(node: Any, *filters: FilterLike, n: int = 10) -> History:
             got=show_value(n),
             cure="`mu.inspect.history(model, mu.Param, n=10)`",
         )
-    return History(variables(node, *filters), n)
+    return History(_chosen(node, *filters), n)

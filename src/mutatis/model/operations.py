@@ -21,7 +21,7 @@ from mutatis.errors import ArgumentError, FilterError, StateTypeError, Structure
 from mutatis.model.filters import FilterLike, Path
 from mutatis.model.graph import Encoder, make_cell
 from mutatis.model.graphdef import GraphDef, describe_graph
-from mutatis.model.kinds import RngState
+from mutatis.model.kinds import BatchStat, Buffer, MetricState, OptState, Param, RngState
 from mutatis.model.state import State, first_filters, paths_of_texts
 from mutatis.model.strangers import plain_value
 from mutatis.model.surgery import GONE, held_fast, holders_among, rewrite, swapped
@@ -421,6 +421,9 @@ def pop(node: Any, *filters: FilterLike) -> Any:
     return states[0] if len(filters) == 1 else states
 
 
+_OF_A_BATCH = (Param, BatchStat, MetricState, Buffer, OptState)
+
+
 def reset(node: Any, *filters: FilterLike, batch_shape: int | Sequence[int] = ()) -> None:
     """Set states back to their start: each gets the value of its `init` again.
 
@@ -431,7 +434,9 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | Sequence[int] = ()
       node: a Module, a Variable, or a list, tuple or dict of them.
       *filters: which states. Without filters, all states that have an `init`.
       batch_shape: integers from 0, one or several: axes in front of each start value, such as the batch axis of a recurrent
-        state. They are the shape of arrays, so they have to be known: no traced values.
+        state. They are the shape of arrays, so they have to be known: no traced values. Without filters, states that are one
+        for a whole batch start without these axes: `Param`, `BatchStat`, `MetricState` (also the records of a monitor),
+        `Buffer` and `OptState`.
 
     Raises:
       ArgumentError: `batch_shape` is no shape. Nothing is written then.
@@ -483,7 +488,7 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | Sequence[int] = ()
             else f"Say how it starts, `{spelled(type(cell))}(init=lambda: jnp.zeros(3))`; `mu.reset(model)` takes those that do.",
         )
     cells = [cell for cell in chosen.values() if cell.init is not None]
-    values = [started(cell, shape) for cell in cells]
+    values = [started(cell, () if not filters and isinstance(cell, _OF_A_BATCH) else shape) for cell in cells]
     with Transaction("reset") as tx:
         for cell, value in zip(cells, values, strict=True):
             cell.set(value)

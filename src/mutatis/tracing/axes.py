@@ -194,12 +194,10 @@ def axes_by_cell(
       AxisError: two different axes are asked for one state.
     """
     found: dict[Variable, Any] = {}
-    pairs = list(nodes)
-    if isinstance(states, Mapping):
-        pairs += list(states.items())
-    elif isinstance(states, list | tuple):
-        pairs += states
-    elif states is not None and not isinstance(states, by):
+    pairs: list[Any] = list(states.items() if isinstance(states, Mapping) else states) if _is_many(states) else []
+    if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs) or not (
+        _is_many(states) or states is None or isinstance(states, by)
+    ):
         raise AxisError(
             f"`states={show_value(states)}` says no axes",
             where=site.label,
@@ -207,7 +205,7 @@ def axes_by_cell(
             got=show_class(states),
             cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
         )
-    for node, axes in pairs:
+    for node, axes in (*nodes, *pairs):
         for path, cell in variables(node).items():
             axis = axes.of(path, cell) if isinstance(axes, ByFilter) else axes
             if not by._fits(axis):
@@ -235,6 +233,10 @@ def axes_by_cell(
             if cell not in found:
                 found[cell] = states.of(path[1:], cell)
     return found
+
+
+def _is_many(states: Any) -> bool:
+    return isinstance(states, Mapping | list | tuple)
 
 
 def check_axis(site: CallSite, cell: Variable, axis: int) -> Any:

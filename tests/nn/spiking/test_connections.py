@@ -73,6 +73,14 @@ def test_bad_input() -> None:
     for use, text in [
         (lambda: nn.FixedNum(3, 4, 5, rngs=rngs), "cannot reach 5 of 4"),
         (lambda: nn.FixedProb(3, 4, 1.5, rngs=rngs), "by the chance 1.5"),
+        (lambda: nn.FixedNum(3, 4, 2.5, rngs=rngs), "cannot reach 2.5 of 4"),
+        (lambda: nn.FixedNum(3, 4, "2", rngs=rngs), "cannot reach '2' of 4"),
+        (lambda: nn.FixedNum(3, 4, True, rngs=rngs), "cannot reach True of 4"),
+        (lambda: nn.FixedNum(3.0, 4, 2, rngs=rngs), "cannot connect 3.0 neurons"),
+        (lambda: nn.FixedProb(3, -4, 0.5, rngs=rngs), "cannot connect -4 neurons"),
+        (lambda: nn.FixedProb(3, 4, "0.5", rngs=rngs), "`prob` is no real number"),
+        (lambda: nn.OneToOne(3, weight=1j), "`weight` is no real number"),
+        (lambda: nn.FixedNum(3, 4, 2, events=1.5, rngs=rngs), "have room for 1.5 events"),
         (lambda: nn.FixedNum(3, 4, 2, events=0, rngs=rngs), "have room for 0 events"),
         (lambda: nn.FixedNum(3, 4, 2, jnp.ones(3), rngs=rngs), "weights of this shape"),
         (lambda: nn.Sparse(jnp.ones((2, 2))), "needs a sparse matrix"),
@@ -121,3 +129,63 @@ def test_spikes_that_are_no_floats(dtype: Any) -> None:
     np.testing.assert_allclose(few(spikes), every(spikes))
     grads = [mu.grad(lambda layer: jnp.sum(layer(spikes)))(layer)["weight"] for layer in (few, every)]
     np.testing.assert_allclose(*grads)
+
+
+def test_sizes_of_numpy() -> None:
+    connect = nn.FixedNum(np.int64(6), np.int32(5), np.int64(2), events=np.int64(2), rngs=mu.Rngs(0))
+    same = nn.FixedNum(6, 5, 2, events=2, rngs=mu.Rngs(0))
+    np.testing.assert_array_equal(dense(connect), dense(same))
+
+
+def test_whole_numbers_of_a_sparse_matrix_are_trained() -> None:
+    whole, floats = (
+        nn.Sparse(sparse.BCOO.fromdense(jnp.array([[0, 2], [3, 0]], dtype))) for dtype in (jnp.int32, jnp.float32)
+    )
+    x = jnp.array([1.0, 2.0])
+    np.testing.assert_array_equal(whole(x), floats(x))
+    grads = [mu.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)["weight"] for layer in (whole, floats)]
+    np.testing.assert_array_equal(*grads)
+
+
+@pytest.mark.parametrize("layer", ["FixedNum", "FixedProb"])
+def test_events_are_compiled_once(layer: str, traces: Any) -> None:
+    connect = getattr(nn, layer)(40, 30, 3 if layer == "FixedNum" else 0.1, events=3, rngs=mu.Rngs(0))
+    xs = list(jnp.eye(40)[:4])
+    connect(xs[0])
+    with traces.compilations() as compiled:
+        for x in xs:
+            connect(x)
+    assert compiled.count == 0
+
+
+@pytest.mark.parametrize("events", [None, 2])
+@pytest.mark.parametrize("layer", ["FixedNum", "FixedProb", "OneToOne", "Sparse"])
+def test_weights_with_a_unit(layer: str, events: int | None) -> None:
+    u = pytest.importorskip("saiunit")
+
+    def made(unit: Any) -> Any:
+        strengths = jnp.arange(1.0, 7.0)
+        if layer == "FixedNum":
+            weight = jnp.arange(12.0).reshape(6, 2)
+            return nn.FixedNum(6, 5, 2, weight if unit is None else weight * unit, events=events, rngs=mu.Rngs(0))
+        if layer == "FixedProb":
+            return nn.FixedProb(6, 5, 0.5, 0.5 if unit is None else 0.5 * unit, events=events, rngs=mu.Rngs(0))
+        if layer == "OneToOne":
+            return nn.OneToOne(6, strengths if unit is None else strengths * unit)
+        connect = nn.Sparse(sparse.BCOO.fromdense(jnp.eye(6) * 2))
+        if unit is not None:
+            connect.weight = mu.Param(connect.weight.value * unit)
+        return connect
+
+    plain, quantity = made(None), made(u.nA)
+    x = jnp.zeros(6).at[2].set(1.0)
+    for of in (lambda connect: connect(x), lambda connect: mu.jit(lambda c, x: c(x))(connect, x)):
+        np.testing.assert_allclose(of(quantity) / u.nA, of(plain), rtol=1e-6)
+    loss = lambda connect, unit: jnp.sum((connect(x) / unit) ** 2)  # noqa: E731
+    ours = mu.grad(lambda c: loss(c, u.nA))(quantity)["weight"]
+    np.testing.assert_allclose(jax.tree.leaves(ours)[0], mu.grad(lambda c: loss(c, 1.0))(plain)["weight"], rtol=1e-6)
+    size = quantity(x).shape[0]
+    neurons = nn.LIF(size, resistance=2.0 * u.Mohm), nn.LIF(size, resistance=2.0)
+    np.testing.assert_allclose(neurons[0](quantity(x)), neurons[1](plain(x)))
+    with pytest.raises(ArgumentError, match="unit that does not fit"):
+        nn.LIF(size)(quantity(x))

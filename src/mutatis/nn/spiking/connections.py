@@ -12,13 +12,13 @@ from jax.typing import ArrayLike
 
 from mutatis.core import naming
 from mutatis.core.avals import show_type
-from mutatis.core.calls import is_count
+from mutatis.core.calls import as_integer
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Buffer, Param
 from mutatis.model.modules import Module
 from mutatis.nn.layers import param_key
-from mutatis.nn.spiking.units import in_unit
+from mutatis.nn.spiking.units import has_unit, in_unit, without_unit
 from mutatis.random import Rngs
 
 
@@ -31,7 +31,8 @@ class Connection(Module):
       events: as in `FixedNum`.
 
     Attributes:
-      weight: Param, the strengths: one for each connection, or one for all, of shape ().
+      weight: Param, the strengths: one for each connection, or one for all, of shape (). If they are quantities, what arrives
+        is a quantity of the same unit: with `0.6 * saiunit.mS` it is a conductance.
 
     Example:
       >>> import mutatis as mu
@@ -43,26 +44,27 @@ class Connection(Module):
     weight: Param[jax.Array]
 
     def __init__(self, pre: int, post: int, events: int | None = None) -> None:
-        if events is not None and not is_count(events):
+        self.pre, self.post = (_size(type(self).__name__, name, n) for name, n in (("pre", pre), ("post", post)))
+        self.events = None if events is None else as_integer(events)
+        if events is not None and (self.events is None or self.events < 1):
             raise ArgumentError(
                 f"`nn.{type(self).__name__}` cannot have room for {show_value(events)} events",
                 path="events",
                 expected="an int, from 1; or None",
                 got=show_value(events),
-                cure=f"`nn.{type(self).__name__}(..., events={max(1, pre // 50)})`: about as many as spike in a step.",
+                cure=f"`nn.{type(self).__name__}(..., events={max(1, self.pre // 50)})`: about as many as spike in a step.",
             )
-        self.pre, self.post, self.events = pre, post, events
 
-    def _arrive(
-        self, x: ArrayLike, weight: jax.Array, source: Any, target: jax.Array, start: Any, most: int
-    ) -> jax.Array:
+    def _arrive(self, x: ArrayLike, source: Any, target: jax.Array, start: Any, most: int) -> Any:
         array = self._spikes(x)
+        weight, unit = without_unit(self.weight.value)
+        weight = weight.ravel() if weight.ndim else weight
         if not jnp.issubdtype(array.dtype, jnp.inexact):  # bools and integers have tangents without numbers
             array = array.astype(weight.dtype)
         if self.events is None or array.ndim > 1 or self.events >= self.pre:
-            return _all_arrives(self.post, array, weight, source, target)
+            return unit(_all_arrives(self.post, array, weight, source, target))
         given = array, weight, jnp.asarray(source), target, jnp.asarray(start)
-        return _events_arrive(self.post, self.events, most, *given)
+        return unit(_events_arrive(self.post, self.events, most, *given))
 
     def _spikes(self, x: ArrayLike) -> jax.Array:
         array = jnp.asarray(in_unit(x, "", "x"))
@@ -87,6 +89,7 @@ def _all_arrives(post: int, x: jax.Array, weight: jax.Array, source: jax.Array, 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # outside of `jit` a `cond` is compiled at each call
 def _events_arrive(
     post: int, events: int, most: int, x: jax.Array, weight: jax.Array, source: jax.Array, target: jax.Array, start: Any
 ) -> jax.Array:
@@ -160,7 +163,8 @@ class OneToOne(Connection):
           ArgumentError: the last axis has another size.
         """
         array = self._spikes(x)
-        return array * jnp.broadcast_to(self.weight.value, array.shape)
+        weight, unit = without_unit(self.weight.value)
+        return unit(array * jnp.broadcast_to(weight, array.shape))  # type: ignore[no-any-return]
 
 
 class FixedNum(Connection):
@@ -196,9 +200,10 @@ class FixedNum(Connection):
         self, pre: int, post: int, number: int, weight: ArrayLike = 1.0, *, events: int | None = None, rngs: Rngs
     ) -> None:
         super().__init__(pre, post, events)
-        if not 0 <= number <= post:
+        reached = as_integer(number)
+        if reached is None or not 0 <= reached <= post:
             raise ArgumentError(
-                f"a neuron cannot reach {number} of {post} others",
+                f"a neuron cannot reach {show_value(number)} of {post} others",
                 path="number",
                 expected=f"an int, from 0 to {post}",
                 got=show_value(number),
@@ -206,8 +211,8 @@ class FixedNum(Connection):
             )
         key = param_key("FixedNum", rngs)
         keys = jax.random.split(key, pre) if key is not None else None
-        self.target = Buffer(jax.vmap(lambda key: jax.random.permutation(key, post)[:number])(keys))
-        self.weight = Param(_strengths("FixedNum", weight, (pre, number)))
+        self.target = Buffer(jax.vmap(lambda key: jax.random.permutation(key, post)[:reached])(keys))
+        self.weight = Param(_strengths("FixedNum", weight, (pre, reached)))
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Compute the input of each neuron: the sum of the spikes that reach it, times their weights.
@@ -223,11 +228,8 @@ class FixedNum(Connection):
         """
         number = self.target.shape[1]
         start = np.arange(self.pre + 1) * number
-        weight = self.weight.value
         source = np.repeat(np.arange(self.pre), number)
-        return self._arrive(
-            x, weight.ravel() if weight.ndim else weight, source, self.target.value.ravel(), start, number
-        )
+        return self._arrive(x, source, self.target.value.ravel(), start, number)  # type: ignore[no-any-return]
 
 
 class FixedProb(Connection):
@@ -264,6 +266,7 @@ class FixedProb(Connection):
         self, pre: int, post: int, prob: float, weight: Any = 1.0, *, events: int | None = None, rngs: Rngs
     ) -> None:
         super().__init__(pre, post, events)
+        prob = in_unit(prob, "", "prob")
         if not 0 <= prob <= 1:
             raise ArgumentError(
                 f"neurons cannot be connected by the chance {prob}",
@@ -305,7 +308,7 @@ class FixedProb(Connection):
           ArgumentError: the last axis has another size.
         """
         start = None if self.start is None else self.start.value
-        return self._arrive(x, self.weight.value, self.source.value, self.target.value, start, self.most)
+        return self._arrive(x, self.source.value, self.target.value, start, self.most)  # type: ignore[no-any-return]
 
 
 class Sparse(Connection):
@@ -341,7 +344,7 @@ class Sparse(Connection):
                 cure="`nn.Sparse(jax.experimental.sparse.BCOO.fromdense(matrix))`",
             )
         super().__init__(*matrix.shape)
-        self.weight = Param(matrix.data)
+        self.weight = Param(_strengths("Sparse", matrix.data, matrix.data.shape))
         self.indices = Buffer(matrix.indices)
 
     def __call__(self, x: ArrayLike) -> jax.Array:
@@ -358,12 +361,28 @@ class Sparse(Connection):
         """
         from jax.experimental import sparse
 
-        matrix = sparse.BCOO((self.weight.value, self.indices.value), shape=(self.pre, self.post))
-        return self._spikes(x) @ matrix
+        weight, unit = without_unit(self.weight.value)
+        matrix = sparse.BCOO((weight, self.indices.value), shape=(self.pre, self.post))
+        return unit(self._spikes(x) @ matrix)  # type: ignore[no-any-return]
 
 
-def _strengths(layer: str, weight: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-    array = jnp.asarray(in_unit(weight, "", "weight"))
+def _size(layer: str, name: str, given: Any) -> int:
+    size = as_integer(given)
+    if size is None or size < 0:
+        raise ArgumentError(
+            f"`nn.{layer}` cannot connect {show_value(given)} neurons",
+            path=name,
+            expected="an int, from 0",
+            got=show_value(given),
+            cure="Give the number of neurons; those of layers of several axes are their product, `x.ravel()`.",
+        )
+    return size
+
+
+def _strengths(layer: str, weight: Any, shape: tuple[int, ...]) -> Any:
+    """Weights as floats, with their unit."""
+    weight, unit = without_unit(weight if has_unit(weight) else in_unit(weight, "", "weight"))
+    array = jnp.asarray(weight)
     array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
     if array.shape not in ((), shape):
         raise ArgumentError(
@@ -373,4 +392,4 @@ def _strengths(layer: str, weight: ArrayLike, shape: tuple[int, ...]) -> jax.Arr
             got=show_type(array),
             cure=f"One for each connection: `jnp.full({shape}, 0.1)`.",
         )
-    return array
+    return unit(array)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mutatis.nn.spiking.units import check_slope, has_unit
+from mutatis.nn.spiking.units import check_slope, has_unit, without_unit
 
 
 def relaxed(y: Any, goal: Any, tau: Any, step: float) -> Any:
@@ -56,9 +56,11 @@ def _as_float(y: Any) -> Any:
 
 
 def _of_type(number: Any, y: Any) -> Any:
-    """A number in the dtype of an array of floats; a quantity as it is."""
-    floats = not has_unit(number) and hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.inexact)
-    return jnp.asarray(number, y.dtype) if floats else number
+    """A number, or a quantity, in the dtype of an array of floats."""
+    if not hasattr(y, "dtype") or not jnp.issubdtype(y.dtype, jnp.inexact):
+        return number
+    bare, unit = without_unit(number)
+    return unit(jnp.asarray(bare, y.dtype))
 
 
 def _phi(z: Any) -> Any:

@@ -47,6 +47,14 @@ def package_of(quantity: Any) -> Any:
     return importlib.import_module(type(quantity).__module__.partition(".")[0])
 
 
+def without_unit(value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A quantity as a number, and the function that gives a number its unit again; of a number itself, and the identity."""
+    if not has_unit(value):
+        return value, lambda x: x
+    unit = package_of(value).get_unit(value)
+    return value.to_decimal(unit), lambda x: x * unit
+
+
 def in_unit(value: Any, unit: str, name: str) -> Any:
     """A quantity as a number of a unit; numbers as they are.
 
@@ -140,15 +148,20 @@ def check_slope(f: str, y: Any, slope: Any, step: Any) -> None:
     if quantity is None:
         return
     units = package_of(quantity)
-    if units.have_same_dim(slope * step, y):
+    if units.have_same_dim(units.get_unit(slope) * units.get_unit(step), units.get_unit(y)):
         return
     meant = units.get_unit(y) / units.get_unit(slope)
     raise ArgumentError(
         f"`nn.{f}` was given a step whose unit does not fit the derivative",
         path="step",
         where=naming.where(),
-        expected=f"a step in {meant}, since y is in {units.get_unit(y)} and f(y) in {units.get_unit(slope)}",
-        got=f"a step in {units.get_unit(step)}: {show_value(step)}",
+        expected=f"a step {_show(meant, units)}, since y is {_show(units.get_unit(y), units)} and f(y) "
+        f"{_show(units.get_unit(slope), units)}",
+        got=f"a step {_show(units.get_unit(step), units)}: {show_value(step)}",
         cure=f"Give all three their units, `nn.{f}(lambda v: -v / (10 * {units.__name__}.ms), v, 0.1 * {units.__name__}.ms)`; "
         "or none of them.",
     )
+
+
+def _show(unit: Any, units: Any) -> str:
+    return "without a unit" if units.have_same_dim(unit, units.UNITLESS) else f"in {unit}"
