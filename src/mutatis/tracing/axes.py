@@ -179,6 +179,31 @@ class StateSharding(ByFilter):
         return jax.sharding.PartitionSpec() if entry is None else entry
 
 
+def named(states: Any, label: str, by: type[ByFilter] = StateAxes) -> list[tuple[Any, Any]]:
+    """The pairs of a node and its axes that `states=` of a transform gives; none if it says axes by filter, or nothing.
+
+    Args:
+      states: what was given.
+      label: the transform, for messages.
+      by: what says axes by filter.
+
+    Raises:
+      AxisError: it is none of these.
+    """
+    if states is None or isinstance(states, by):
+        return []
+    pairs = states.items() if isinstance(states, Mapping) else states if isinstance(states, list | tuple) else None
+    if pairs is None or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+        raise AxisError(
+            f"`states={show_value(states)}` says no axes",
+            where=label,
+            expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
+            got=show_class(states),
+            cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
+        )
+    return [(node, axes) for node, axes in pairs]
+
+
 def axes_by_cell(
     site: CallSite, nodes: Sequence[tuple[Any, Any]], states: Any, by: type[ByFilter] = StateAxes
 ) -> dict[Variable, Any]:
@@ -194,18 +219,7 @@ def axes_by_cell(
       AxisError: two different axes are asked for one state.
     """
     found: dict[Variable, Any] = {}
-    pairs: list[Any] = list(states.items() if isinstance(states, Mapping) else states) if _is_many(states) else []
-    if any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs) or not (
-        _is_many(states) or states is None or isinstance(states, by)
-    ):
-        raise AxisError(
-            f"`states={show_value(states)}` says no axes",
-            where=site.label,
-            expected=f"a {by.__name__}, or pairs of a node and one of {by._expected} or a {by.__name__}",
-            got=show_class(states),
-            cure=f"`states={by._example}`, or `states={by._pair}` for one node.",
-        )
-    for node, axes in (*nodes, *pairs):
+    for node, axes in (*nodes, *named(states, site.label, by)):
         for path, cell in variables(node).items():
             axis = axes.of(path, cell) if isinstance(axes, ByFilter) else axes
             if not by._fits(axis):
@@ -233,10 +247,6 @@ def axes_by_cell(
             if cell not in found:
                 found[cell] = states.of(path[1:], cell)
     return found
-
-
-def _is_many(states: Any) -> bool:
-    return isinstance(states, Mapping | list | tuple)
 
 
 def check_axis(site: CallSite, cell: Variable, axis: int) -> Any:

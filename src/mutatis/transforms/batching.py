@@ -25,7 +25,7 @@ from mutatis.errors import AxisError, LaneError
 from mutatis.model.variables import Variable, note_stacked, spelled
 from mutatis.model.walks import variables
 from mutatis.tracing.arguments import broadcast, check_result, leaf_names
-from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis
+from mutatis.tracing.axes import Shared, StateAxes, axes_by_cell, check_axis, named
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
 from mutatis.tracing.transformed import ForPartial, Transformed
@@ -153,8 +153,8 @@ def vectorize(
       name: the transform's name, for messages.
       writes: whether shared states may be written (the same value in all lanes).
     """
-    named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
-    with CallSite(name, function, args, kwargs, others=[("states", [node for node, _ in named])]) as site:
+    others = [("states", [node for node, _ in named(states, name)])]
+    with CallSite(name, function, args, kwargs, others=others) as site:
         leaf_axes, node_axes = _argument_axes(site, args, kwargs, in_axes)
         axes = axes_by_cell(site, node_axes, states)
         for cell in site.scope.cells:

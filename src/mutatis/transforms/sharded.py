@@ -20,7 +20,7 @@ from mutatis.errors import ArgumentError, LaneError
 from mutatis.model.kinds import RngState
 from mutatis.model.variables import Variable, spelled
 from mutatis.tracing.arguments import broadcast
-from mutatis.tracing.axes import Shared, StateSharding, axes_by_cell
+from mutatis.tracing.axes import Shared, StateSharding, axes_by_cell, named
 from mutatis.tracing.call_site import CallSite, RunResult
 from mutatis.tracing.lanes import LaneTransaction, unite
 from mutatis.tracing.staging import refuse_structure
@@ -143,8 +143,8 @@ def _shard(
     states: Any,
     **options: Any,
 ) -> Any:
-    named = states.items() if isinstance(states, dict) else states if isinstance(states, list | tuple) else ()
-    with CallSite("shard_map", function, args, others=[("states", [node for node, _ in named])]) as site:
+    others = [("states", [node for node, _ in named(states, "shard_map", StateSharding)])]
+    with CallSite("shard_map", function, args, others=others) as site:
         if kwargs:
             raise ArgumentError(
                 "there are keyword arguments",

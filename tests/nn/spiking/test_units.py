@@ -163,7 +163,8 @@ def test_a_step_that_does_not_fit_the_derivative(u: Any, method: Any) -> None:
     v = jnp.ones(2) * u.mV
     for step in (1.0, 1.0 * u.mV):
         with pytest.raises(
-            ArgumentError, match=r"(?s)unit does not fit.*expected: a step in (ms|1 ms).*got: .*a step (without a unit|in mV)"
+            ArgumentError,
+            match=r"(?s)unit does not fit.*expected: a step in (ms|1 ms).*got: .*a step (without a unit|in mV)",
         ):
             method(lambda v: -v / (10.0 * u.ms), v, step)
     with pytest.raises(ArgumentError, match="unit does not fit"):
