@@ -126,6 +126,8 @@ def test_a_training_step() -> None:
         (lambda f, net: mu.accumulate(f, 2)(net), "without a batch"),
         (lambda f, net: mu.accumulate(f, 2, in_axes=(0, 0))(net, X, Y), "3 axes"),
         (lambda f, net: mu.accumulate(lambda net, x: jnp.argmax(x), 2)(net, X), r"(?s)mean of floats.*int32"),
+        (lambda f, net: mu.accumulate(f, 2)(net, X, Y[:4]), r"(?s)different sizes.*shape \(4, 2\) along axis 0"),
+        (lambda f, net: mu.accumulate(f, 2, in_axes=(None, 0, 1))(net, X, Y), r"(?s)different sizes.*in_axes"),
     ],
 )
 def test_bad_input(call: Any, text: str) -> None:

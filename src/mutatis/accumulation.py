@@ -46,7 +46,8 @@ def accumulate(
       steps: the number of microbatches, an int. It must divide the size of the batch.
       in_axes: the batch axis of the arrays among the arguments: an int, or a tuple with one int for each positional argument.
         None passes an argument to each microbatch whole. Modules, `State`s, numbers and arrays without axes are always passed
-        whole, and arrays among the keyword arguments are cut along axis 0.
+        whole, and arrays among the keyword arguments are cut along axis 0. The arrays that are cut have one size along their
+        batch axes.
       average: whether to average the results. If False they are summed, for a loss that is a sum over the batch.
 
     Returns:
@@ -54,7 +55,8 @@ def accumulate(
       an axis of length `steps` in front.
 
     Raises:
-      ArgumentError: the size of a batch is not a multiple of `steps`, no argument is a batch, or a result is not a float.
+      ArgumentError: the size of a batch is not a multiple of `steps`, two batches have different sizes, no argument is a batch,
+        or a result is not a float.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -200,9 +202,24 @@ def _cut(args: Any, kwargs: Any, axes: Any, steps: int) -> tuple[_Arguments, lis
             got=", ".join(map(show_class, args)) or "no arguments",
             cure=f"Hand the batch in: {_USE}.",
         )
+    _check_sizes({n: leaves[n].shape for n in cut}, chosen)
     rest = {n: leaf for n, leaf in enumerate(leaves) if n not in cut and n not in whole}
     parts = [_parts(leaves[n], chosen[n], steps) for n in cut]
     return _Arguments(rest, treedef, whole, cut), [leaves[n] for n in whole], parts
+
+
+def _check_sizes(shapes: dict[int, tuple[int, ...]], axes: list[int]) -> None:
+    """Raise unless all that is cut is as long: what has another size, such as class weights, is no part of the batch."""
+    sizes = {shape[axes[n]] for n, shape in shapes.items() if -len(shape) <= axes[n] < len(shape)}
+    if len(sizes) > 1:
+        raise ArgumentError(
+            "the arguments of an accumulated function are batches of different sizes",
+            path="in_axes",
+            expected="one size along the batch axes of all arrays that are cut",
+            got=", ".join(f"shape {shape} along axis {axes[n]}" for n, shape in shapes.items()),
+            cure="What is no batch, such as the weights of classes, is passed whole: `in_axes=(None, 0, 0, None)`, with one "
+            "entry for each positional argument; or the function closes over it.",
+        )
 
 
 def _is_whole(x: Any) -> bool:

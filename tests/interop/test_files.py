@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import sys
 import zipfile
@@ -256,6 +257,74 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     refused(tmp_path / "x.zip", "cannot be read as what `torch.save` wrote")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", ("Git LFS", "git lfs pull")),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}", ("one array of NumPy", "numpy.load")),
+        (b"\x89HDF\r\n\x1a\n" + bytes(20), ("HDF5", "h5py")),
+    ],
+)
+def test_files_of_other_sorts_are_named(content: bytes, words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(content)
+    refused(tmp_path / "x.bin", "unknown format", *words)
+
+
+# -- several files, NumPy --------------------------------------------------------------------------------------------
+
+PARTS = {
+    "a": {"x.w": np.ones(2, np.float32)},
+    "b": {"y.w": np.zeros((2, 3), np.float32), "x.b": np.ones(1, np.float32)},
+}
+
+
+def publish(folder: Path, suffix: str = "safetensors") -> Path:
+    """A model in two files and their index, as they are published."""
+    folder.mkdir(exist_ok=True)
+    for name, arrays in PARTS.items():
+        interop.save(folder / f"{name}.safetensors", interop.Weights(arrays))
+    places = {name: f"{part}.safetensors" for part, arrays in PARTS.items() for name in arrays}
+    index = {"metadata": {"total_size": 36}, "weight_map": places}
+    (folder / f"model.{suffix}.index.json").write_text(json.dumps(index))
+    return folder / f"model.{suffix}.index.json"
+
+
+def test_a_model_in_several_files(tmp_path: Path) -> None:
+    index = publish(tmp_path / "model")
+    for path in (index, tmp_path / "model"):
+        weights = interop.read(path)
+        assert_same(weights, PARTS["a"] | PARTS["b"])
+        assert weights.metadata == {"total_size": 36}
+    whole = PARTS["a"] | {"z": np.ones(1)}
+    interop.save(tmp_path / "model" / "model.safetensors", interop.Weights(whole))
+    assert_same(interop.read(tmp_path / "model"), dict(sorted(whole.items())))
+
+
+def test_files_of_an_index_that_are_not_there(tmp_path: Path) -> None:
+    index = publish(tmp_path / "model")
+    data = (tmp_path / "model" / "a.safetensors").read_bytes()
+    (tmp_path / "model" / "a.safetensors").unlink()
+    refused(index, "is not beside it", "no file `a.safetensors`", "2 files: a.safetensors, b.safetensors")
+    (tmp_path / "model" / "a.safetensors").write_bytes(data[:30])
+    refused(index, "a.safetensors", "damaged, or ends too early")
+    interop.save(tmp_path / "model" / "a.safetensors", interop.Weights({"other": np.ones(1)}))
+    refused(index, "do not hold all that it names", "no `x.w`")
+    (tmp_path / "outside.safetensors").write_bytes(data)
+    index.write_text(json.dumps({"weight_map": {"x.w": "../outside.safetensors"}}))
+    refused(index, "is not beside it")
+    for text in ("{", "[]", '{"weight_map": 3}'):
+        index.write_text(text)
+        refused(index, "cannot be read as an index")
+
+
+def test_archives_of_numpy(tmp_path: Path) -> None:
+    arrays = {"Transformer/block_0/kernel": np.ones((2, 3), np.float32), "step": np.array(3)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert_same(interop.read(tmp_path / "x.npz"), {name.replace("/", "."): array for name, array in arrays.items()})
+    np.savez(tmp_path / "bad.npz", w=np.array([Malicious(print, "run")], object))
+    refused(tmp_path / "bad.npz", "cannot be read as an archive of NumPy")
+
+
 # -- Orbax, safetensors ----------------------------------------------------------------------------------------------
 
 
@@ -306,3 +375,8 @@ def test_what_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(errors.CheckpointError, match="has no value: kernel"):
         interop.save(tmp_path / "x.safetensors", nn.Linear(None, 2, rngs=mu.Rngs(0)))
     assert not list(tmp_path.iterdir())
+
+
+def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
+    interop.save(tmp_path / "a" / "b" / "x.safetensors", interop.Weights({"w": np.ones(1)}))
+    assert [*interop.read(tmp_path / "a" / "b" / "x.safetensors")] == ["w"]

@@ -13,6 +13,8 @@
 | `PReLU` | `negative_slope` () | `weight` (1,) |
 | `SimpleCell`, `GRUCell`, `OptimizedLSTMCell` | `dense_i.kernel`, `dense_h.kernel` | by the rules of `interop.recurrent` |
 
+The layers of an `nn.Stack` have the names that they would have in a list, ``blocks.3.norm.scale``, in both conventions.
+
 What is no weight is not in a file and stays to be said where the layer is made: the momentum of batch norm is the weight of the
 *new* value in PyTorch, of the old one here (0.1 there is 0.9 here), and its epsilon and that of layer norm have another default.
 """
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ from mutatis import nn
 from mutatis.core import access
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
+from mutatis.core.nodes import stacked_part
 from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.filters import Path
 from mutatis.model.kinds import RngState
@@ -53,8 +56,11 @@ class Slot:
     Args:
       cell: the state.
       path: its path.
+      place: the path that the array has in a list of layers, if the state is one of a `Stack`; else the same.
+      layer: the numbers of its layer in the stacks around it, from the outermost on.
+      sizes: how many layers these stacks have.
       leaf: the number of the array among the leaves of its value.
-      now: the array that is there, or its shape; None if there is no value yet.
+      now: the leaf that is there, of all layers, or its shape; None if there is no value yet.
       tree: the structure of the value.
       name: what the convention calls it.
       read: the array for one in the convention's layout.
@@ -63,6 +69,9 @@ class Slot:
 
     cell: Variable
     path: Path
+    place: Path
+    layer: tuple[int, ...]
+    sizes: tuple[int, ...]
     leaf: int
     now: Any
     tree: Any
@@ -73,7 +82,12 @@ class Slot:
     @property
     def label(self) -> str:
         """The array as messages call it."""
-        return show_path(self.path) or "."
+        return show_path(self.place) or "."
+
+    @property
+    def type(self) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of the array."""
+        return jax.ShapeDtypeStruct(self.now.shape[len(self.layer) :], self.now.dtype)
 
 
 CONVENTIONS = ("flax", "torch")
@@ -114,23 +128,49 @@ def slots_of(node: Any, convention: str) -> list[Slot]:
     return slots
 
 
+def stacks_on(path: Path, owners: Mapping[Path, Module]) -> list[int]:
+    """Where a path goes into the one layer of a stack that holds the states of all.
+
+    Args:
+      path: the path of a state or module.
+      owners: the modules by path.
+    """
+    holders = [owners.get(path[:n]) for n in range(len(path))]
+    return [n for n, part in enumerate(path) if holders[n] is not None and part == stacked_part(type(holders[n]))]
+
+
+def in_list(path: Path, at: Sequence[int], layer: Sequence[int]) -> Path:
+    """The path that a layer of these numbers would have in lists, for stacks at these places of the path."""
+    numbers = dict(zip(at, layer, strict=True))
+    return tuple(numbers.get(n, part) for n, part in enumerate(path))
+
+
 def _slots(path: Path, cell: Variable, owners: dict[Path, Module], convention: str) -> list[Slot]:
     value = access.load(cell)
-    owner, parts = owners.get(path[:-1]), path
-    if isinstance(cell, RngState) and len(path) > 1 and isinstance(owners.get(path[:-2]), Rngs):
-        parts = (*path[:-2], path[-1])  # what holds the streams by name is nothing of its own in Flax
-    prefix, last = ".".join(map(str, parts[:-1])), str(parts[-1]) if parts else ""
+    owner = owners.get(path[:-1])
     if value is UNSET or type(value) is Deferred:
         leaves, tree = [((), None)], None
     else:
         leaves, tree = jax.tree_util.tree_flatten_with_path(value)
+    at = stacks_on(path, owners)
+    sizes = tuple(len(owners[path[:n]]) for n in at)  # type: ignore[arg-type]  # a stack has a length
+    if any(now is not None and now.shape[: len(sizes)] != sizes for _, now in leaves):
+        at, sizes = [], ()  # stacked along other axes, too, as in an ensemble
     found = []
     for number, (keys, now) in enumerate(leaves):
-        translated = convention == "torch" and not keys
-        name, read, write = _torch(owner, last, now) if translated else (last, _as_it_is, _as_it_is)
-        inner = jax.tree_util.keystr(keys, simple=True, separator=".")
-        full = ".".join(part for part in (prefix, name, inner) if part)
-        found.append(Slot(cell, path, number, now, tree, full, read, write))
+        for layer in np.ndindex(sizes):
+            place = in_list(path, at, layer)
+            slot = Slot(cell, path, place, layer, sizes, number, now, tree, "")
+            parts = place
+            if isinstance(cell, RngState) and len(path) > 1 and isinstance(owners.get(path[:-2]), Rngs):
+                parts = (*place[:-2], place[-1])  # what holds the streams by name is nothing of its own in Flax
+            prefix, last = ".".join(map(str, parts[:-1])), str(parts[-1]) if parts else ""
+            translated = convention == "torch" and not keys
+            shape = None if now is None else slot.type.shape
+            name, read, write = _torch(owner, last, shape) if translated else (last, _as_it_is, _as_it_is)
+            inner = jax.tree_util.keystr(keys, simple=True, separator=".")
+            full = ".".join(part for part in (prefix, name, inner) if part)
+            found.append(dataclasses.replace(slot, name=full, read=read, write=write))
     return found
 
 
@@ -139,12 +179,13 @@ def _slots(path: Path, cell: Variable, owners: dict[Path, Module], convention: s
 _TORCH = {"embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 
 
-def _torch(owner: Module | None, name: str, now: Any) -> tuple[str, Callable[[Any], Any], Callable[[Any], Any]]:
+def _torch(
+    owner: Module | None, name: str, shape: tuple[int, ...] | None
+) -> tuple[str, Callable[[Any], Any], Callable[[Any], Any]]:
     """The name, and the way there and back, for one array of a layer."""
     layers = [base.__name__ for base in type(owner).__mro__ if base.__module__ == nn.__name__]
     if not layers:
         return name, _as_it_is, _as_it_is
-    shape = None if now is None else tuple(now.shape)
     if name == "kernel":
         _refuse_stacked(owner, shape)
         mirrored = "ConvTranspose" in layers

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,7 +55,9 @@ def read(path: str | os.PathLike[str]) -> Weights:
     """Read the arrays of a file, by the names that the file gives them.
 
     It reads safetensors files; files of `torch.save` with a state dict, or dictionaries that hold one, without torch; GGUF files,
-    whose quantized tensors become float32; and directories of Orbax, such as checkpoints of Flax NNX and Linen models.
+    whose quantized tensors become float32; archives of NumPy (``.npz``), in whose names slashes become dots; directories of
+    Orbax, such as checkpoints of Flax NNX and Linen models; and models that are published in several files, by their index
+    (``model.safetensors.index.json``) or by the directory that holds it.
 
     Args:
       path: the file, or the directory.
@@ -99,9 +103,20 @@ def read(path: str | os.PathLike[str]) -> Weights:
     return Weights(arrays, source=path, metadata=metadata)
 
 
+_PUBLISHED = tuple(  # what the directory of a published model may hold, the preferred first
+    name + index
+    for name in ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+    for index in ("", ".index.json")
+)
+
+
 def _reader_of(path: str) -> tuple[Any, str]:
     if os.path.isdir(path):
-        return _read_orbax, "an Orbax checkpoint"
+        inside = [os.path.join(path, name) for name in _PUBLISHED]
+        found = next(filter(os.path.isfile, inside), None)
+        return (lambda _: _read_whole(found), "a published model") if found else (_read_orbax, "an Orbax checkpoint")
+    if path.endswith(".index.json"):
+        return _read_index, "an index of files with weights"
     with open(path, "rb") as file:
         start = file.read(16)
     if start.startswith(b"GGUF"):
@@ -109,15 +124,30 @@ def _reader_of(path: str) -> tuple[Any, str]:
     # A header in JSON, after its length, whose first byte may be any.
     if path.endswith(".safetensors") or (start[8:9] == b"{" and start[4:8] == bytes(4)):
         return _read_safetensors, "safetensors"
+    if _is_npz(path):
+        return _read_npz, "an archive of NumPy"
     if is_torch_file(start):
         return _read_torch, "what `torch.save` wrote"
+    what, cure = next((rest for begin, *rest in _OTHERS if start.startswith(begin)), (None, _BY_HAND))
     raise CheckpointError(
         f"the file at `{path}` is of an unknown format",
         path=path,
-        expected="safetensors, GGUF, what `torch.save` wrote, or a directory of Orbax",
-        got=f"a file that starts with {start[:8]!r}",
-        cure="Arrays that other code reads are given as a dictionary: `mu.interop.load(model, {'head.kernel': x})`.",
+        expected="safetensors, GGUF, `.npz`, what `torch.save` wrote, an index of such files, or a directory of Orbax",
+        got=what or f"a file that starts with {start[:8]!r}",
+        cure=cure,
     )
+
+
+_BY_HAND = "Arrays that other code reads are given as a dictionary: `mu.interop.load(model, {'head.kernel': x})`."
+_OTHERS = (  # how they start, what they are, and what to do
+    (b"version https://", "a placeholder of Git LFS in the place of the file", "`git lfs pull` fetches the files."),
+    (
+        b"\x93NUMPY",
+        "one array of NumPy",
+        "Give it a name: `mu.interop.load(model, {'head.kernel': numpy.load(path)})`.",
+    ),
+    (b"\x89HDF", "a file of HDF5, as Keras writes them", f"`h5py` reads it. {_BY_HAND}"),
+)
 
 
 # -- formats ---------------------------------------------------------------------------------------------------------
@@ -139,6 +169,52 @@ def _read_safetensors(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
                     flat = np.frombuffer(info["data"], jnp.dtype(_FLOAT8[info["dtype"]]))
                     arrays[name] = flat.reshape(info["shape"])
     return {name: arrays[name] for name in names}, metadata
+
+
+def _read_whole(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    weights = read(path)
+    return dict(weights), weights.metadata
+
+
+def _read_index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of the files that an index names, which lie beside it."""
+    with open(path, encoding="utf-8") as file:
+        index = json.load(file)
+    places: dict[str, str] = index["weight_map"]
+    arrays: dict[str, Any] = {}
+    for name in sorted(set(places.values())):
+        beside = os.path.join(os.path.dirname(path), name)
+        if os.path.basename(name) != name or not os.path.isfile(beside):
+            raise CheckpointError(
+                f"a file that the index at `{path}` names is not beside it",
+                path=name,
+                expected=f"{len(set(places.values()))} files: {', '.join(sorted(set(places.values()))[:8])}",
+                got=f"no file `{name}`",
+                cure="Fetch all files of the model into one directory.",
+            )
+        arrays |= read(beside)
+    lacking = [name for name in places if name not in arrays]
+    if lacking:
+        raise CheckpointError(
+            f"the files of the index at `{path}` do not hold all that it names",
+            path=path,
+            expected=f"{len(places)} arrays",
+            got=f"no {', '.join(f'`{name}`' for name in lacking[:8])}",
+            cure="Fetch index and files anew, of one version of the model.",
+        )
+    return {name: arrays[name] for name in places}, dict(index.get("metadata") or {})
+
+
+def _is_npz(path: str) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(name.endswith(".npy") for name in archive.namelist())
+
+
+def _read_npz(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name.replace("/", "."): archive[name] for name in archive.files}, {}
 
 
 def _read_torch(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -272,6 +348,7 @@ def write_safetensors(
     data = writer.save(
         {name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata=dict(metadata or {})
     )
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     beside = f"{path}.{os.getpid()}.part"
     try:
         with open(beside, "wb") as file:

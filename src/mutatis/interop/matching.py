@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mutatis.core.avals import show_type
-from mutatis.interop.conventions import Slot, is_key, needless, numbers, slots_of
+from mutatis.core.nodes import STACKED_PARTS, stacked_part
+from mutatis.interop.conventions import Slot, in_list, is_key, needless, numbers, slots_of, stacks_on
 from mutatis.model.filters import Filter, FilterLike, Not, as_filter
 from mutatis.model.kinds import Cache, Hidden, Intermediate, MetricState, OptState, Perturbation, RngState, kind_of
 from mutatis.model.modules import Module
@@ -46,10 +47,12 @@ class Match:
         self._convention = convention
         self._cast = cast
         self._slots = {slot.name: slot for slot in slots_of(node, convention)}
+        self._names = {(slot.cell, slot.layer): slot.name for slot in reversed(self._slots.values())}
         selects = selection(filters)
         self._needed = {name for name, slot in self._slots.items() if selects(slot.path, slot.cell)}
         self._wanted = self._needed if filters else set(self._slots)
-        self._first_paths = {module: path for path, module in modules(node).items()}
+        self._owners = modules(node)
+        self._first_paths = {module: path for path, module in self._owners.items()}
         self._collections: dict[str, str] = {}
         self._found: dict[str, tuple[str, Any]] = {}  # by the name of the slot: where the array is from, and the array
         self._met: set[str] = set()  # those that an array was meant for, whether it fits or not
@@ -74,7 +77,10 @@ class Match:
         """Take the arrays that came to a name, each with the name that it had."""
         slot = self._slot(name)
         if slot is None:
-            if not needless(self._owner(name), name.rpartition(".")[2], self._convention):
+            if layers := self._in_list(name):
+                for source, array in arrays:
+                    self._add_each(layers, source, array)
+            elif not needless(self._owner(name), name.rpartition(".")[2], self._convention):
                 self._strange.extend((source, name) for source, _ in arrays)
             return
         if slot.name not in self._wanted:
@@ -105,13 +111,19 @@ class Match:
 
     def _by_first_path(self, name: str) -> str:
         """A name through a module, or to a state, that is shared, by its first path."""
-        parts, at, taken, best = name.split("."), self._node, 0, name
-        for part in parts:
-            at, taken = _step(at, part), taken + 1
+        parts, at, best = name.split("."), self._node, name
+        layer: list[int] = []
+        for taken, part in enumerate(parts):
+            if part.isdigit() and isinstance(at, Module):
+                layer.append(int(part))
+            at = _step(at, part)
             if isinstance(at, Module) and at in self._first_paths:
-                best = ".".join([*map(str, self._first_paths[at]), *parts[taken:]])
+                path = self._first_paths[at]
+                stacks = stacks_on(path, self._owners)
+                if len(stacks) == len(layer):
+                    best = ".".join(map(str, (*in_list(path, stacks, layer), *parts[taken + 1 :])))
             elif isinstance(at, Variable):
-                return next((slot.name for slot in self._slots.values() if slot.cell is at), best)
+                return self._names.get((at, tuple(layer)), best)
         return best
 
     def _stream(self, name: str) -> Slot | None:
@@ -121,10 +133,31 @@ class Match:
         streams = [
             slot
             for slot in self._slots.values()
-            if isinstance(slot.cell, RngState) and ".".join(map(str, slot.path[:-1])) == inside
+            if isinstance(slot.cell, RngState) and ".".join(map(str, slot.place[:-1])) == inside
         ]
         fitting = [slot for slot in streams if slot.name.rpartition(".")[2] == leaf]
         return fitting[0] if len(fitting) == 1 and prefix.rpartition(".")[2] == "rngs" else None
+
+    def _in_list(self, name: str) -> list[str]:
+        """The names in a list of layers for that of their stacked arrays; none if it is not that."""
+        at, parts = self._node, name.split(".")
+        for taken, part in enumerate(parts):
+            layers = isinstance(at, list | tuple) or (isinstance(at, Module) and stacked_part(type(at)) == part)
+            if layers and part in STACKED_PARTS:
+                return [".".join([*parts[:taken], str(n), *parts[taken + 1 :]]) for n in range(len(at))]
+            at = _step(at, part)
+        return []
+
+    def _add_each(self, names: list[str], source: str, array: Any) -> None:
+        """Take the stacked arrays of layers, of which each has its name."""
+        fits = array.shape[:1] == (len(names),)
+        if not fits:
+            self.problems.append(f"{source}: expected those of {len(names)} layers, got {show_type(array)}")
+        for n, name in enumerate(names):
+            if fits:
+                self.add(name, [(source, array[n])])
+            elif (slot := self._slot(name)) is not None:
+                self._met.add(slot.name)
 
     def _owner(self, name: str) -> Any:
         """The module that a name goes through last."""
@@ -137,11 +170,11 @@ class Match:
         """An array as its state holds it; None, and a problem, if it does not fit."""
         stored = array if isinstance(array, jax.Array) and is_key(array) else np.asarray(array)
         new = stored if is_key(stored) else slot.read(stored)
-        now = slot.now
-        if now is None:
+        if slot.now is None:
             return jnp.array(new)
+        now = slot.type
         if is_key(now) and not is_key(new):
-            new = self._key(now, new)
+            new = self._key(slot.now, new)
         wide = new.dtype
         narrow = wide if is_key(new) else jax.dtypes.canonicalize_dtype(wide)
         if wide != narrow and wide.kind in "iu" and np.array_equal(new, new.astype(narrow)):
@@ -227,16 +260,32 @@ def _step(at: Any, part: str) -> Any:
         return at[int(part)] if part.isdigit() and int(part) < len(at) else None
     if isinstance(at, dict):
         return next((value for key, value in at.items() if str(key) == part), None)
-    held = at.__dict__.get(part) if isinstance(at, Module) else None
+    if not isinstance(at, Module):
+        return None
+    layers = stacked_part(type(at)) if part.isdigit() else None
+    held = at.__dict__.get(layers or part)
     return held if isinstance(held, Module | Variable | list | tuple | dict) else None
 
 
 def _assembled(slots: list[Slot], arrays: list[Any]) -> Any:
-    """The value of a state around new arrays, each where the one before it is."""
+    """The value of a state around new arrays, each where the one before it is; those of layers are stacked."""
+    by_leaf: dict[int, list[Any]] = {}
+    for slot, array in zip(slots, arrays, strict=True):
+        by_leaf.setdefault(slot.leaf, []).append(array)
+    sizes = slots[0].sizes
+    whole = [_stacked(each, sizes) if sizes else each[0] for each in by_leaf.values()]
     if slots[0].now is None:
-        return arrays[0]
-    placed = [_placed(slot.now, array) for slot, array in zip(slots, arrays, strict=True)]
-    return jax.tree.unflatten(slots[0].tree, placed)
+        return whole[0]
+    now = {slot.leaf: slot.now for slot in slots}
+    return jax.tree.unflatten(
+        slots[0].tree, [_placed(now[leaf], array) for leaf, array in zip(by_leaf, whole, strict=True)]
+    )
+
+
+def _stacked(arrays: list[Any], sizes: tuple[int, ...]) -> Any:
+    stack = jnp.stack if any(isinstance(array, jax.Array) for array in arrays) else np.stack
+    together: Any = stack(arrays)  # type: ignore[operator]  # arrays of one library
+    return together.reshape(*sizes, *together.shape[1:])
 
 
 def _placed(now: Any, array: Any) -> jax.Array:

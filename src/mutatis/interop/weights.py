@@ -158,7 +158,8 @@ def export(node: Any, *filters: FilterLike, rules: RulesLike = (), convention: s
     selects = selection(filters)
     slots = [slot for slot in slots_of(node, convention) if selects(slot.path, slot.cell)]
     without = [f"has no value: {slot.label}" for slot in slots if not isinstance(slot.now, jax.Array)]
-    arrays = {} if without else {slot.name: slot.write(np.asarray(numbers(slot.now))) for slot in slots}
+    whole = {} if without else {id(slot.now): np.asarray(numbers(slot.now)) for slot in slots}
+    arrays = {} if without else {slot.name: slot.write(whole[id(slot.now)][slot.layer]) for slot in slots}
     translated = translate(inverse(as_rules(rules)), arrays)
     twice = [
         f"two arrays for `{name}`: {', '.join(source for source, _ in given)}"
