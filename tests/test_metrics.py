@@ -134,3 +134,31 @@ def test_metrics_are_abstract() -> None:
 def test_input_that_does_not_fit(use: Callable[[], Any], text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         use()
+
+
+def test_labels_of_padding_do_not_count() -> None:
+    accuracy = Accuracy()
+    accuracy.update(logits=jnp.eye(4), labels=jnp.array([0, -100, 2, 1]))
+    assert (int(accuracy.count), float(accuracy.total)) == (3, 2.0)
+    accuracy.update(logits=jnp.eye(4), labels=jnp.array([0, -100, 2, 1]), mask=jnp.array([1, 1, 0, 0]))
+    assert (int(accuracy.count), float(accuracy.total)) == (4, 3.0)
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda mask: Average("x").update(x=jnp.ones((4, 3)), mask=mask),
+        lambda mask: mu.metrics.Welford("x").update(x=jnp.ones((4, 3)), mask=mask),
+        lambda mask: Accuracy().update(logits=jnp.ones((4, 3, 2)), labels=jnp.zeros((4, 3), int), mask=mask),
+        lambda mask: Accuracy(0.5).update(logits=jnp.ones((4, 3)), labels=jnp.zeros((4, 3), int), mask=mask),
+        lambda mask: mu.metrics.ConfusionMatrix(2).update(
+            logits=jnp.ones((4, 3, 2)), labels=jnp.zeros((4, 3), int), mask=mask
+        ),
+    ],
+)
+def test_masks_that_do_not_fit(update: Callable[[Any], None]) -> None:
+    for mask in (jnp.ones(4), jnp.ones((2, 4, 3)), jnp.ones((4, 2))):
+        with pytest.raises(ArgumentError, match=r"(?s)mask of a metric.*broadcasts to \(4, 3\)"):
+            update(mask)
+    for mask in (True, jnp.ones(3), jnp.ones((4, 1)), jnp.ones((1, 3), bool)):
+        update(mask)

@@ -63,6 +63,27 @@ class Metric(Module, abc.ABC):
         reset(self, MetricState)
 
 
+def _counted(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
+    """A mask as booleans of a shape, all of which are True without one.
+
+    Raises:
+      ArgumentError: it does not broadcast to that.
+    """
+    given = jnp.asarray(True if mask is None else mask, bool)
+    fits = given.ndim <= len(shape) and all(
+        size in (1, full) for size, full in zip(given.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ArgumentError(
+            "the mask of a metric does not fit its values",
+            path="mask",
+            expected=f"booleans of a shape that broadcasts to {shape}",
+            got=f"shape {given.shape}",
+            cure="A mask of examples for values of shape (batch, length): `mask=mask[:, None]`.",
+        )
+    return jnp.broadcast_to(given, shape)
+
+
 class Average(Metric):
     """The mean of all values, such as the loss of an epoch.
 
@@ -96,7 +117,7 @@ class Average(Metric):
           **values: the values, an array of any shape, under the name `argname`. Other keyword arguments are ignored.
 
         Raises:
-          ArgumentError: there are no values of that name.
+          ArgumentError: there are no values of that name, or the mask does not fit them.
         """
         if self.argname not in values:
             raise ArgumentError(
@@ -107,8 +128,7 @@ class Average(Metric):
                 cure=f"`metric.update({self.argname}=x)`, or say the name where it is made: `mu.metrics.Average('loss')`.",
             )
         batch = jnp.asarray(values[self.argname])
-        counted = jnp.broadcast_to(True if mask is None else jnp.asarray(mask, bool), batch.shape)
-        self._take(batch, counted)
+        self._take(batch, _counted(mask, batch.shape))
 
     def _take(self, batch: jax.Array, counted: jax.Array) -> None:
         """Take in an array of values, and which of them count."""
@@ -146,7 +166,8 @@ class Accuracy(Average):
 
         Args:
           logits: an array of shape (..., classes), or (...) with a threshold.
-          labels: the right classes: integers of shape (...). With a threshold, labels above 0 are positive.
+          labels: the right classes: integers of shape (...). Those below 0, such as -100 for padding, do not count. With a
+            threshold, labels above 0 are positive, and all count.
           mask: booleans that broadcast to shape (...): which predictions count. None counts all.
 
         Raises:
@@ -163,7 +184,8 @@ class Accuracy(Average):
                 got=f"labels of shape {labels.shape}, logits of shape {logits.shape}",
                 cure="Labels are integers without an axis for the classes: `labels=one_hot.argmax(-1)`.",
             )
-        super().update(right=guesses == truth, mask=mask)
+        counted = _counted(mask, truth.shape)
+        super().update(right=guesses == truth, mask=counted if self.threshold is not None else counted & (truth >= 0))
 
 
 class MultiMetric(Metric):
@@ -357,8 +379,7 @@ class ConfusionMatrix(Metric):
                 got=f"logits of shape {logits.shape}, {labels.dtype} labels of shape {labels.shape}",
                 cure="Labels are integers without an axis for the classes: `labels=one_hot.argmax(-1)`.",
             )
-        known = (labels >= 0) & (labels < self.num_classes)
-        counted = known if mask is None else known & jnp.broadcast_to(jnp.asarray(mask, bool), labels.shape)
+        counted = (labels >= 0) & (labels < self.num_classes) & _counted(mask, labels.shape)
         guesses = jnp.argmax(logits, -1).astype(labels.dtype)
         self.counts.value = self.counts.value.at[labels, guesses].add(counted.astype(jnp.int32), mode="drop")
 

@@ -556,3 +556,31 @@ def test_a_gru_without_the_second_bias_says_so() -> None:
     assert mu.state(net) == before
     with pytest.raises(errors.ArgumentError, match="no rules for the weights"):
         interop.recurrent("lstm", "cell", nn.LSTMCell)
+
+
+@pytest.mark.parametrize(
+    ("given", "state", "fits"),
+    [
+        (np.array([1.5, 2.0]), jnp.zeros(2, jnp.float16), True),
+        (np.array([1, 2]), jnp.zeros(2, jnp.bfloat16), True),
+        (np.array([1.0, 2.0]), jnp.zeros(2, jnp.int32), True),
+        (np.array([1.5, 2.0]), jnp.zeros(2, jnp.int32), False),
+        (np.array([1.0, np.nan]), jnp.zeros(2, jnp.int32), False),
+        (np.array([300, 2]), jnp.zeros(2, jnp.int8), False),
+        (np.array([1, 0]), jnp.zeros(2, bool), True),
+        (np.array([1, 2]), jnp.zeros(2, bool), False),
+        (np.array([1j, 2.0], np.complex64), jnp.zeros(2), False),
+        (np.array([1.0, 2.0], np.complex64), jnp.zeros(2), True),
+        (np.array([1.0, 2.0]), jnp.zeros(2, jnp.complex64), True),
+    ],
+)
+def test_what_a_cast_may_change(given: Any, state: Any, fits: bool) -> None:
+    model = {"w": mu.Variable(state)}
+    if fits:
+        interop.load(model, {"w": given}, cast=True)
+        assert model["w"].dtype == state.dtype
+        np.testing.assert_array_equal(np.asarray(model["w"].value, complex), given)
+        return
+    with pytest.raises(errors.CheckpointError, match="w: `cast=True` would change the numbers"):
+        interop.load(model, {"w": given}, cast=True)
+    np.testing.assert_array_equal(model["w"], state)

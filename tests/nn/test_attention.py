@@ -196,6 +196,12 @@ def call(**options: Any) -> Callable[..., Any]:
     return lambda *args, **more: nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0), **options)(*args, **more)
 
 
+def wrapped() -> Any:
+    layer: Any = nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0))
+    layer.query = nn.SpectralNorm(layer.query, rngs=mu.Rngs(1))
+    return layer
+
+
 @pytest.mark.parametrize(
     ("use", "text"),
     [
@@ -213,6 +219,15 @@ def call(**options: Any) -> Callable[..., Any]:
         (lambda: nn.RoPE()(waves(2, 3)), "even number of features"),
         (lambda: nn.RoPE()(waves(2, 4), jnp.arange(3)), r"(?s)shape \(2, 4\).*\(3,\)"),
         (lambda: nn.LearnedPositions(4, 8, rngs=mu.Rngs(0))(waves(5, 8)), r"(?s)embedding.*at most 4.*\(5, 8\)"),
+        (
+            lambda: call(rope=nn.RoPE(embedding_size=8, max_seq_len=9))(waves(2, 3, 8)),
+            r"(?s)8 features, for which the table was made.*\(2, 2, 3, 4\)",
+        ),
+        (
+            lambda: call()(waves(2, 3, 8), input_positions=jnp.arange(3)),
+            r"(?s)has nothing that takes them.*nn.RoPE\(\)",
+        ),
+        (lambda: wrapped()(waves(8)), r"(?s)layer .MultiHeadAttention.*\(\*batch, length, 8\)"),
         (lambda: nn.combine_masks(jnp.ones((2, 3)), jnp.ones((4, 3))), r"\(2, 3\), \(4, 3\)"),
     ],
 )

@@ -102,6 +102,15 @@ def test_metadata() -> None:
         (lambda: nn.ConvTranspose(4, 3, 3, padding="CAUSAL", rngs=mu.Rngs(0)), "does not know the padding 'CAUSAL'"),
         (lambda: nn.ConvTranspose(4, 3, 3, strides=(1, 2), rngs=mu.Rngs(0)), "1 spatial axes, and `strides` is for 2"),
         (lambda: nn.Conv(4, 3, 3, padding="CIRCULAR", input_dilation=2, rngs=mu.Rngs(0)), "of a dilated input"),
+        (lambda: nn.Conv(4, 4, (0, 3), rngs=mu.Rngs(0)), r"cannot have `kernel_size=\(0, 3\)`"),
+        (lambda: nn.Conv(4, 4, (3.0,), rngs=mu.Rngs(0)), "cannot have `kernel_size="),
+        (lambda: nn.Conv(4, 4, 3, strides=0, rngs=mu.Rngs(0)), "cannot have `strides=0`"),
+        (lambda: nn.ConvTranspose(4, 4, 3, strides=1.5, rngs=mu.Rngs(0)), "cannot have `strides=1.5`"),
+        (lambda: nn.Conv(4, 4, 3, kernel_dilation=-1, rngs=mu.Rngs(0)), "cannot have `kernel_dilation=-1`"),
+        (lambda: nn.Conv(4, 4, 3, padding=1.5, rngs=mu.Rngs(0)), "cannot pad by 1.5"),
+        (lambda: nn.Conv(4, 4, 3, padding=((1, 2, 3),), rngs=mu.Rngs(0)), r"cannot pad by \(1, 2, 3\)"),
+        (lambda: nn.Conv(4, 4, 3, feature_group_count=0, rngs=mu.Rngs(0)), "into 0 groups"),
+        (lambda: nn.Conv(4, "4", 3, rngs=mu.Rngs(0)), r"(?s)parameters of shape \(4, '4'\).*got: .*'4'"),
     ],
 )
 def test_settings_that_do_not_fit(make: Callable[[], Any], text: str) -> None:
@@ -124,3 +133,17 @@ def test_inputs_that_do_not_fit(layer: Callable[[], Any], x: jax.Array, text: st
     with pytest.raises(ArgumentError, match=text):
         made(x)
     assert {path: cell.deferred for path, cell in mu.variables(made).items()} == before
+
+
+def test_sizes_of_numpy() -> None:
+    settings: Any = {"kernel_size": (3, 2), "strides": (2, 1), "padding": ((1, 0), (0, 2)), "kernel_dilation": 2}
+    layers = [
+        nn.Conv(4, 6, feature_group_count=2, rngs=mu.Rngs(0), **settings),
+        nn.Conv(
+            np.int64(4), np.int32(6), feature_group_count=np.int64(2), rngs=mu.Rngs(0),
+            **{name: np.int64(value) if isinstance(value, int) else np.array(value) for name, value in settings.items()},
+        ),
+    ]  # fmt: skip
+    x = waves(2, 9, 8, 4)
+    np.testing.assert_array_equal(layers[1](x), layers[0](x))
+    assert layers[0].padding == layers[1].padding and layers[1].kernel_dilation == (2, 2)

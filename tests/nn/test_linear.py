@@ -366,3 +366,30 @@ def test_streams_that_do_not_fit(rngs: Any) -> None:
     with pytest.raises(RandomStreamError, match="param") as caught:
         nn.Linear(4, 3, rngs=rngs)
     assert "mu.Rngs(" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4.0, 3, rngs=mu.Rngs(0)),
+        lambda: nn.Linear(-3, 4, rngs=mu.Rngs(0)),
+        lambda: nn.Linear(3, "4", rngs=mu.Rngs(0)),
+        lambda: nn.Linear(None, 2.5, rngs=mu.Rngs(0))(jnp.ones((1, 3))),
+        lambda: nn.Embed(4.0, 3, rngs=mu.Rngs(0)),
+        lambda: nn.GRUCell(2.0, 8, rngs=mu.Rngs(0)),
+        lambda: nn.LayerNorm(3.0, rngs=mu.Rngs(0)),
+        lambda: nn.BatchNorm(-3),
+        lambda: nn.LinearGeneral((2, 3.0), 4, rngs=mu.Rngs(0)),
+        lambda: nn.LIF(3.5),
+        lambda: nn.LayerNorm(3, reduction_axes=1.5, rngs=mu.Rngs(0)),
+    ],
+)
+def test_sizes_that_are_none(make: Callable[[], Any]) -> None:
+    with pytest.raises(ArgumentError, match=r"integer"):
+        make()
+
+
+def test_sizes_of_numpy_are_sizes() -> None:
+    assert nn.Linear(np.int64(2), np.int32(3), rngs=mu.Rngs(0)).kernel.shape == (2, 3)
+    assert nn.LinearGeneral(np.int64(2), (np.int32(3), 4), rngs=mu.Rngs(0)).kernel.shape == (2, 3, 4)
+    assert nn.LIF(np.int64(3)).v.shape == (3,)

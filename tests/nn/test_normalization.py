@@ -197,3 +197,31 @@ def test_initializers_that_draw_need_streams() -> None:
 def test_no_such_axis() -> None:
     with pytest.raises(ArgumentError, match=r"(?s)features along axis 2.*\(5, 3\)"):
         nn.BatchNorm(3, axis=2)(noise(5, 3))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, mu.jit], ids=["eager", "jit"])
+def test_a_batch_that_is_all_padding(transform: Callable[..., Any]) -> None:
+    layer = nn.BatchNorm(3, momentum=0.5)
+    x = jnp.arange(12.0).reshape(4, 3)
+    call = transform(lambda layer, x, mask: layer(x, mask=mask))
+    y = call(layer, x, jnp.zeros((4, 1)))
+    assert bool(jnp.all(jnp.isfinite(y)))
+    np.testing.assert_array_equal(layer.mean, jnp.zeros(3))
+    np.testing.assert_array_equal(layer.var, jnp.ones(3))
+    features = jnp.array([[1.0, 0.0, 1.0]])  # of the second nothing is known
+    call(layer, x, features)
+    np.testing.assert_allclose(layer.mean, [2.25, 0.0, 3.25])
+    np.testing.assert_allclose(layer.var[1], 1.0)
+    grads = mu.grad(lambda layer: jnp.sum(layer(x, mask=jnp.zeros((4, 1)))))(layer)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
+
+
+def test_lanes_of_which_some_are_padding() -> None:
+    layer, whole = nn.BatchNorm(2, axis_name="lanes"), nn.BatchNorm(2)
+    x, mask = jnp.arange(12.0).reshape(2, 3, 2), jnp.array([[0.0, 0, 0], [1, 1, 0]])[..., None]
+    mu.vmap(lambda x, mask: layer(x, mask=mask), axis_name="lanes")(x, mask)
+    whole(x, mask=mask)
+    np.testing.assert_allclose(layer.mean, whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(layer.var, whole.var, rtol=1e-5)
+    mu.vmap(lambda x, mask: layer(x, mask=mask), axis_name="lanes")(x, mask * 0)
+    np.testing.assert_allclose(layer.mean, whole.mean, rtol=1e-6)

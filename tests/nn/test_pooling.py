@@ -112,3 +112,8 @@ def test_adaptive(name: str, target: tuple[Any, ...], transform: Callable[..., A
 def test_what_does_not_fit(call: Callable[[jax.Array], Any], text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         call(noise(2, 5, 6, 3))
+
+
+def test_windows_of_padding_only() -> None:
+    y = nn.avg_pool(jnp.ones((1, 4, 1)), (2,), (2,), ((2, 2),), count_include_pad=False)
+    np.testing.assert_array_equal(y.ravel(), [0.0, 1.0, 1.0, 0.0])

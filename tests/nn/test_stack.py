@@ -122,9 +122,13 @@ def test_the_body_is_traced_once(traces: Any) -> None:
         (
             lambda: nn.Stack([nn.Linear(8, n, rngs=mu.Rngs(0)) for n in (8, 9)]),
             StructureError,
-            r"(?s)different structure.*kernel: .*\(8, 8\).*\(8, 9\)",
+            r"(?s)different structure.*kernel: .*\[8,8\].*\[8,9\]",
         ),
-        (lambda: nn.Stack([nn.Dropout(rate, rngs=mu.Rngs(0)) for rate in (0.1, 0.2)]), StructureError, "settings"),
+        (
+            lambda: nn.Stack([nn.Dropout(rate, rngs=mu.Rngs(0)) for rate in (0.1, 0.2)]),
+            StructureError,
+            "rate: 0.1 and 0.2",
+        ),
         (lambda: nn.Stack([nn.Linear(8, 8, rngs=mu.Rngs(0))] * 2).load(make()[0]), StructureError, "2 layers"),
     ],
 )
@@ -148,3 +152,28 @@ def test_program_and_memory_do_not_grow_with_depth(remat: bool) -> None:
         assert a.as_text().count("\n") == b.as_text().count("\n"), "the same operations, however many layers"
     layer = 4 * (64 * 64 + 64)
     assert many[2] <= few[2] + layer, "beside the weights there is one layer at a time"
+
+
+def test_slices_and_numbers_of_numpy() -> None:
+    stack = nn.Stack(lambda rngs: nn.Linear(2, 2, rngs=rngs), 4, rngs=mu.Rngs(0))
+    for given, numbers in ((slice(1, 3), [1, 2]), (slice(None, None, -1), [3, 2, 1, 0]), (slice(7, 9), [])):
+        layers = stack[given]
+        assert [float(layer.kernel[0, 0]) for layer in layers] == [float(stack.layer.kernel[n, 0, 0]) for n in numbers]
+    assert float(stack[np.int64(2)].kernel[0, 0]) == float(stack.layer.kernel[2, 0, 0])
+    for wrong in (1.5, "a", None):
+        with pytest.raises(ArgumentError, match="goes by its number"):
+            stack[wrong]
+    with pytest.raises(ArgumentError, match="goes by its number"):
+        mu.jit(lambda n: stack[n].kernel.value)(1)
+
+
+def test_layers_of_another_mode_are_loaded() -> None:
+    stack = nn.Stack([Block(mu.Rngs(n)) for n in range(2)]).eval()
+    layers = [Block(mu.Rngs(n + 5)) for n in range(2)]
+    stack.load(layers)
+    assert mu.state(stack[1]) == mu.state(layers[1])
+    assert not stack.layer.training
+    with pytest.raises(StructureError, match="training: True and False"):
+        stack.load([layers[0], layers[1].eval()])
+    with pytest.raises(StructureError, match=r"(?s)as many layers.*expected: 2 layers.*got: +1"):
+        stack.load(layers[:1])

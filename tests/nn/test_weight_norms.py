@@ -134,3 +134,14 @@ def test_what_does_not_fit() -> None:
         layer.layer_instance = nn.Sequential(nn.Linear(4, 3, rngs=mu.Rngs(0)))
         with pytest.raises(ArgumentError, match=r"weight `layers\[0\].kernel`"):
             layer(noise(2, 4))
+
+
+def test_further_inputs_of_the_layer() -> None:
+    attention = nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0))
+    layer = nn.SpectralNorm(attention, rngs=mu.Rngs(1)).eval()
+    x, others = jnp.ones((1, 3, 8)), jnp.arange(40.0).reshape(1, 5, 8) / 40
+    assert layer(x, inputs_k=others).shape == (1, 3, 8)
+    assert not jnp.allclose(layer(x, inputs_k=others), layer(x))
+    with pytest.raises(ArgumentError, match="whether to keep its statistics") as caught:
+        layer(x, others)
+    assert "inputs_k=keys" in str(caught.value)

@@ -183,7 +183,12 @@ class Match:
             return new
         shapes, keys = tuple(new.shape) == tuple(now.shape), is_key(new) or is_key(now)
         if shapes and not keys and self._cast:
-            return np.asarray(new).astype(now.dtype)
+            if (cast := _cast(np.asarray(new), now.dtype)) is not None:
+                return cast
+            self.problems.append(
+                f"{slot.label}: `cast=True` would change the numbers of {show_type(new)} from `{source}`"
+            )
+            return None
         self._castable |= shapes and not keys
         came = f"`{source}`" + ("" if stored.shape == new.shape else f" {show_type(stored)}")
         self.problems.append(f"{slot.label}: expected {show_type(now)}, got {show_type(new)} from {came}")
@@ -252,6 +257,17 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     alike = [other for other in every if other.rpartition(".")[2] == name.rpartition(".")[2]]
     near = difflib.get_close_matches(name, alike, 1, 0.0) or difflib.get_close_matches(name, every, 1, 0.5)
     return f" (nearest: {near[0]})" if near else ""
+
+
+def _cast(array: np.ndarray[Any, Any], dtype: Any) -> Any:
+    """An array in another dtype; None if it would be another number: by rounding to integers, without its imaginary part."""
+    whole = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, np.bool_)
+    part = array.real if jnp.issubdtype(array.dtype, jnp.complexfloating) else array
+    narrow = not jnp.issubdtype(dtype, jnp.complexfloating) and (whole or part is not array)
+    with np.errstate(invalid="ignore"):
+        cast = (part if narrow else array).astype(dtype)
+    lost = narrow and not (np.array_equal(part, array) and (not whole or np.array_equal(cast, part)))
+    return None if lost else cast
 
 
 def _step(at: Any, part: str) -> Any:

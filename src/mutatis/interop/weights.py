@@ -81,7 +81,8 @@ def load(
         or `Halves`. The first rule that matches a name counts. `recurrent` makes the rules for recurrent layers of PyTorch.
       convention: the names and layouts of layers after the rules: ``"flax"`` as in Mutatis, or ``"torch"`` as in `torch.nn`, also
         for GGUF: ``weight`` in place of ``kernel``, transposed, and so on.
-      cast: whether to convert numbers of another dtype. 64-bit integers need no `cast` if JAX has none, but have to fit.
+      cast: whether to convert numbers of another dtype. Floats may lose digits; numbers that integers cannot hold, and complex
+        ones for floats, are an error. 64-bit integers need no `cast` if JAX has none, but have to fit.
 
     Note:
       Two arrays may go to one state, as those of tied layers do, if they are equal. A frozen state is loaded, and stays frozen. A

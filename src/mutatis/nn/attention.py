@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import naming
 from mutatis.errors import ArgumentError, RandomStreamError, StructureError
-from mutatis.model.kinds import Cache, RngState, stream_value
+from mutatis.model.kinds import Cache, Param, RngState, stream_value
 from mutatis.model.modules import Module
 from mutatis.model.surgery import modules
 from mutatis.nn.caches import KVCache
@@ -238,7 +238,8 @@ class MultiHeadAttention(Module):
           An array of shape (*batch, queries, out_features).
 
         Raises:
-          ArgumentError: an input or the mask has another shape; the cache is full; there are values without keys.
+          ArgumentError: an input or the mask has another shape; the cache is full; there are values without keys, or positions
+            without a `rope`.
           RandomStreamError: there is no stream to draw from.
           StructureError: the call is to decode, and there is no cache.
         """
@@ -246,6 +247,15 @@ class MultiHeadAttention(Module):
         cache = self._cache() if first_said(decode, self.decode, False) else None
         if cache is not None:
             mask = self._cache_mask(mask, query, key, cache)  # before anything is written
+        if input_positions is not None and self.rope is None and self.attention_fn is dot_product_attention:
+            raise ArgumentError(
+                f"layer {naming.describe(self)} was given positions, and has nothing that takes them",
+                path="input_positions",
+                where=naming.where(),
+                expected="None, or a layer with `rope`",
+                got=f"positions of shape {jnp.shape(input_positions)}",
+                cure="`nn.MultiHeadAttention(..., rope=nn.RoPE(), rngs=rngs)`; other positions are added to the inputs.",
+            )
         options = {} if input_positions is None or self.rope is not None else {"input_positions": input_positions}
         if self.rope is not None:
             if cache is not None and input_positions is None:
@@ -340,7 +350,7 @@ class MultiHeadAttention(Module):
         inputs_q = jnp.asarray(inputs_q)
         if inputs_q.ndim < 2:
             raise misfit(
-                self.query.kernel,
+                self._owner(),
                 expected=f"an array of shape (*batch, length, {self.in_features})",
                 got=f"an input of shape {inputs_q.shape}",
                 cure="One vector is a sequence of length 1: `x[None]`.",
@@ -353,6 +363,10 @@ class MultiHeadAttention(Module):
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         return query, key, value
+
+    def _owner(self) -> Param | Module:
+        """A state of the layer, by which messages name it; itself, if its projection is wrapped or replaced."""
+        return self.query.kernel if isinstance(self.query, LinearGeneral) else self
 
     def _cache(self) -> KVCache:
         if self.cache is None:
@@ -374,7 +388,7 @@ class MultiHeadAttention(Module):
         """
         if query.shape[:-2] != key.shape[:-2]:
             raise misfit(
-                self.query.kernel,
+                self._owner(),
                 expected="queries and keys of the same tokens, to add these to the cache",
                 got=f"{query.shape[-3]} queries and {key.shape[-3]} keys",
                 cure="Attention to another sequence has no cache to decode with: `layer(x, others, decode=False)`.",

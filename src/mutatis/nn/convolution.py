@@ -8,10 +8,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn.initializers import Initializer, zeros
 from jax.typing import ArrayLike, DTypeLike
 
+from mutatis.core.calls import as_integer
+from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Param
 from mutatis.nn.layers import (
@@ -27,6 +30,7 @@ from mutatis.nn.layers import (
     param_key,
     parameter,
     promote_dtype,
+    sizes,
 )
 from mutatis.nn.linear import default_kernel_init
 from mutatis.random import Rngs
@@ -136,7 +140,7 @@ class Conv(_Convolution):
         names = ("SAME", "SAME_LOWER", "VALID", *_BEFORE) if set(self.input_dilation) == {1} else ()
         self.padding = _lax_padding("Conv", padding, rank, names, "" if names else " of a dilated input")
         self.kernel_dilation = as_tuple("Conv", "kernel_dilation", kernel_dilation, rank)
-        self.feature_group_count = feature_group_count
+        self.feature_group_count = as_integer(feature_group_count) or 0
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.precision = precision
@@ -202,7 +206,7 @@ class Conv(_Convolution):
 
     def _kernel_shape(self, in_features: int) -> Shape:
         groups = self.feature_group_count
-        if in_features % groups or self.out_features % groups:
+        if groups < 1 or any(size % groups for size in sizes((in_features, self.out_features))):
             raise ArgumentError(
                 f"`nn.Conv` cannot divide its channels into {groups} groups",
                 path="feature_group_count",
@@ -390,6 +394,27 @@ def _lax_padding(layer: str, padding: Padding, rank: int, known: Sequence[str], 
                 cure="Say how much, (low, high) for each axis: `padding=((2, 0), (1, 1))`.",
             )
         return padding
-    widths = (padding,) * rank if isinstance(padding, int) else tuple(padding)
-    as_tuple(layer, "padding", [0] * len(widths), rank)
-    return tuple((width, width) if isinstance(width, int) else tuple(width) for width in widths)
+    one = as_integer(padding)
+    widths = [(one, one)] * rank if one is not None else [_width(layer, each, rank) for each in _items(padding)]
+    as_tuple(layer, "padding", [1] * len(widths), rank)
+    return tuple(widths)
+
+
+def _items(given: Any) -> list[Any]:
+    return list(given) if np.iterable(given) else [given]
+
+
+def _width(layer: str, given: Any, rank: int) -> tuple[int, int]:
+    """How much is padded in front of an axis and behind it."""
+    one = as_integer(given)
+    ends = [one, one] if one is not None else [as_integer(end) for end in _items(given)]
+    low, high = ends if len(ends) == 2 else (None, None)
+    if low is None or high is None:
+        raise ArgumentError(
+            f"`nn.{layer}` cannot pad by {show_value(given)}",
+            path="padding",
+            expected="an int, or (low, high), for each spatial axis",
+            got=show_value(given),
+            cure=f"`padding={((1, 1),) * rank}`",
+        )
+    return low, high

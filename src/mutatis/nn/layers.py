@@ -10,18 +10,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn.initializers import Initializer, ones, zeros
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import access, naming
 from mutatis.core.avals import show_type
+from mutatis.core.calls import as_integer, as_shape
 from mutatis.core.cells import Deferred
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError, RandomStreamError
@@ -81,13 +83,31 @@ def parameter(
     Among the metadata, `sharding` is that of the state. Flax calls it `out_sharding`.
     """
     said = {"sharding" if name == "out_sharding" else name: value for name, value in metadata.items()}
-    return Param(Deferred(key) if shape is None else init(key, shape, dtype), **said)
+    return Param(Deferred(key) if shape is None else init(key, sizes(shape), dtype), **said)
+
+
+def sizes(shape: Shape) -> Shape:
+    """A shape that is one.
+
+    Raises:
+      ArgumentError: a size of it is no integer from 0.
+    """
+    checked = as_shape(shape)
+    if checked is None:
+        raise ArgumentError(
+            f"a layer cannot have parameters of shape {shape}",
+            expected="sizes that are integers",
+            got=", ".join(show_value(size) for size in shape if as_shape(size) is None),
+            cure="The sizes of a layer, such as numbers of features, are ints: `nn.Linear(4, 8, rngs=rngs)`; a quotient of them "
+            "is `n // 2`.",
+        )
+    return checked
 
 
 def materialize(cell: Variable | None, init: Initializer | None, shape: Shape, dtype: DTypeLike) -> None:
     """Create the value of a state that waits for its shape; without `init` there is none."""
     if cell is not None and init is not None and type(placeholder := access.load(cell)) is Deferred:
-        cell.value = init(placeholder.key, shape, dtype)
+        cell.value = init(placeholder.key, sizes(shape), dtype)
         cell._shape = tuple(shape)
 
 
@@ -305,28 +325,51 @@ def first_said(*choices: bool | None) -> bool:
 
 
 def as_tuple(layer: str, name: str, value: int | Sequence[int] | None, length: int | None = None) -> Shape:
-    """A number for each spatial axis; None is 1 for all.
+    """A number from 1 for each spatial axis; None is 1 for all.
 
     Raises:
-      ArgumentError: there are more or fewer.
+      ArgumentError: there are more or fewer, or they are no such numbers.
     """
     if value is None:
         value = 1
-    numbers = (value,) * (length or 1) if isinstance(value, int) else tuple(value)
-    if length is not None and len(numbers) != length:
+    one = as_integer(value)
+    shape = (one,) * (length or 1) if one is not None else as_shape(value)
+    if shape is None or any(size < 1 for size in shape):
         raise ArgumentError(
-            f"`nn.{layer}` has {length} spatial axes, and `{name}` is for {len(numbers)}",
+            f"`nn.{layer}` cannot have `{name}={show_value(value)}`",
+            path=name,
+            expected="an int from 1, or one for each spatial axis",
+            got=show_value(value),
+            cure=f"`{name}={(3,) * (length or 2)}`",
+        )
+    if length is not None and len(shape) != length:
+        raise ArgumentError(
+            f"`nn.{layer}` has {length} spatial axes, and `{name}` is for {len(shape)}",
             path=name,
             expected=f"one int, or {length}",
             got=repr(value),
             cure=f"`{name}={(1,) * length}`",
         )
-    return numbers
+    return shape
 
 
-def as_axes(axes: int | Iterable[int]) -> Shape:
-    """One axis, or several, as a tuple."""
-    return (axes,) if isinstance(axes, int) else tuple(axes)
+def as_axes(axes: Any) -> Shape:
+    """One integer, or several, as a tuple: axes, or a shape.
+
+    Raises:
+      ArgumentError: they are no integers.
+    """
+    one = as_integer(axes)
+    several = [one] if one is not None else [as_integer(axis) for axis in axes] if np.iterable(axes) else [None]
+    integers = tuple(axis for axis in several if axis is not None)
+    if len(integers) != len(several):
+        raise ArgumentError(
+            f"{show_value(axes)} is neither an integer nor a tuple of integers",
+            expected="an int, or a tuple of ints",
+            got=show_value(axes),
+            cure="A size of several axes is a tuple: `(4, 8)`.",
+        )
+    return integers
 
 
 def broadcasts(shape: Shape, to: Shape) -> bool:

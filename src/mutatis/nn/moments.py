@@ -132,9 +132,14 @@ class Normalization(Layer):
         def average(values: jax.Array) -> jax.Array:
             total = jnp.sum(values, axes, where=shown, keepdims=True)
             count = jnp.sum(shown, axes, dtype=total.real.dtype, keepdims=True)
-            return self._over_lanes(total, lax.psum) / self._over_lanes(count, lax.psum)
+            return self._over_lanes(total, lax.psum) / jnp.maximum(self._over_lanes(count, lax.psum), 1)
 
         return average
+
+    def _shows_any(self, mask: Any, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """Whether a mask shows anything along axes, which stay with size 1, in any lane."""
+        shown = jnp.any(self._shown(mask, x), axes, keepdims=True)
+        return self._over_lanes(shown.astype(jnp.int32), lax.psum) > 0
 
     def _shown(self, mask: Any, x: jax.Array) -> jax.Array:
         """A mask in the shape of the input.

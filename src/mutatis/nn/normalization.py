@@ -22,6 +22,7 @@ from mutatis.nn.layers import (
     first_said,
     materialize,
     promote_dtype,
+    sizes,
     widen,
 )
 from mutatis.nn.moments import Normalization
@@ -134,7 +135,7 @@ class BatchNorm(Normalization):
           x: an array of floats, of shape (..., num_features), or with `num_features` along another `axis`.
           use_running_average: whether to use the running statistics; overrides the setting of the layer.
           mask: an array that broadcasts to `x`, and is 0 for padding, which then counts in no statistic. All of `x` is normalized
-            all the same.
+            all the same. Where nothing is left, the running statistics stay, and the batch counts as of mean and variance 0.
 
         Returns:
           An array of the same shape.
@@ -154,22 +155,25 @@ class BatchNorm(Normalization):
             place = [size if axis in axes else 1 for axis, size in enumerate(values.shape)]
             mean, var = self.mean.value.reshape(place), self.var.value.reshape(place)
         else:
-            mean, var = self._moments(values, [axis for axis in range(values.ndim) if axis not in axes], mask)
-            self._move(self.mean, mean)
-            self._move(self.var, var)
+            over = [axis for axis in range(values.ndim) if axis not in axes]
+            mean, var = self._moments(values, over, mask)
+            known = True if mask is None else self._shows_any(mask, values, over)
+            self._move(self.mean, mean, known)
+            self._move(self.var, var, known)
         return self._normalized(values, mean, var, scale, bias, axes)
 
     def _owner(self) -> Variable:
         return self.mean
 
-    def _move(self, running: BatchStat, new: jax.Array) -> None:
+    def _move(self, running: BatchStat, new: jax.Array, known: Any) -> None:
         new = convert(lax.stop_gradient(new), running.dtype).reshape(running.shape)
-        running.value = self.momentum * running.value + (1 - self.momentum) * new
+        moved = self.momentum * running.value + (1 - self.momentum) * new
+        running.value = moved if known is True else jnp.where(known.reshape(running.shape), moved, running.value)
 
 
 def _statistic(init: Initializer, features: int | None, dtype: Any) -> BatchStat:
     """A running statistic that `mu.reset` starts anew."""
-    start = _waiting if features is None else _start(init, features, dtype)
+    start = _waiting if features is None else _start(init, *sizes((features,)), dtype)
     return BatchStat(start(), init=start)
 
 

@@ -91,7 +91,7 @@ def avg_pool(
       window_shape: the size of the window along each spatial axis, such as ``(2, 2)`` for images.
       strides: the step of the window along each spatial axis. None means 1; most models use the size of the window.
       padding: ``"VALID"`` (none), ``"SAME"``, or (low, high) for each spatial axis, as in `pool`.
-      count_include_pad: whether padding counts in the mean, as zeros.
+      count_include_pad: whether padding counts in the mean, as zeros. The mean of a window of padding only is 0.
 
     Returns:
       An array of shape (..., *spatial, features). Its spatial sizes depend on the strides and the padding.
@@ -113,7 +113,8 @@ def avg_pool(
         return total / math.prod(window_shape)
     spatial = x.shape[x.ndim - len(window_shape) - 1 : -1]
     ones = jnp.ones((*(1,) * (x.ndim - len(spatial) - 1), *spatial, 1), total.dtype)
-    return total / pool(ones, 0.0, lax.add, window_shape, strides, padding)
+    count = pool(ones, 0.0, lax.add, window_shape, strides, padding)
+    return total / jnp.maximum(count, 1)
 
 
 def max_pool(

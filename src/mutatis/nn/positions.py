@@ -81,7 +81,7 @@ class RoPE(Module):
           An array of the same shape and dtype.
 
         Raises:
-          ArgumentError: the number of features is odd, or the positions do not fit.
+          ArgumentError: the number of features is odd, or not that of the table, or the positions do not fit.
         """
         x = jnp.asarray(x)
         self._check(x, input_positions)
@@ -114,6 +114,14 @@ class RoPE(Module):
                 expected="floats of shape (..., length, features), with an even number of features",
                 got=f"an input of {x.dtype}{list(x.shape)}",
                 cure="With heads, put them before the length: `jnp.moveaxis(x, -2, -3)`.",
+            )
+        if self.cached_sin is not None and self.cached_sin.shape[-1] * 2 != x.shape[-1]:
+            raise misfit(
+                self,
+                expected=f"{self.cached_sin.shape[-1] * 2} features, for which the table was made",
+                got=f"an input of shape {x.shape}",
+                cure=f"`nn.RoPE(embedding_size={x.shape[-1]}, max_seq_len={self.cached_sin.shape[0]})`: the size of a head. "
+                "`nn.RoPE()` has no table and takes any.",
             )
         shape = x.shape[:-1] if positions is None else jnp.shape(positions)
         if not broadcasts(shape, x.shape[:-1]) or shape[-1:] != x.shape[-2:-1]:

@@ -13,11 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from mutatis.core import naming
-from mutatis.core.nodes import declare_stacked
-from mutatis.core.showing import show_class
+from mutatis.core.avals import show_type
+from mutatis.core.calls import as_integer
+from mutatis.core.naming import show_path
+from mutatis.core.nodes import declare_stacked, is_node
+from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StructureError
+from mutatis.model.filters import Path
 from mutatis.model.modules import Module
-from mutatis.model.operations import clone, graphdef, merge, split
+from mutatis.model.operations import clone, merge, split
+from mutatis.model.surgery import modules
 from mutatis.model.variables import note_unstacked
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
@@ -101,8 +106,20 @@ class Stack(Module):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Module:
-        """A copy of one layer, by its number."""
+    def __getitem__(self, index: Any) -> Any:
+        """A copy of one layer, by its number; or a list of copies, by a slice."""
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(self.length))]
+        number = as_integer(index)
+        if number is None:
+            raise ArgumentError(
+                f"a layer of a stack goes by its number, and {show_value(index)} is none",
+                path="index",
+                expected="an int, or a slice",
+                got=show_value(index),
+                cure="`stack[0]`; what differs by layer is computed in the loop: `stack.each(lambda layer: ...)`.",
+            )
+        index = number
         if not -self.length <= index < self.length:
             raise IndexError(f"there are {self.length} layers, and none has the number {index}")
         copy = clone(self.layer)
@@ -119,16 +136,22 @@ class Stack(Module):
         """Write the states of a list of layers into the stack, such as those of a checkpoint of a model without `Stack`.
 
         Args:
-          layers: as many layers as in the stack, of the same structure.
+          layers: as many layers as in the stack, with states of the same paths, shapes and dtypes.
 
         Raises:
-          StructureError: there are more or fewer, or they differ from those of the stack in more than their values.
+          StructureError: there are more or fewer, or their states differ from those of the stack in more than their values.
         """
         new = _stacked(layers)
-        if len(layers) != self.length or graphdef(new) != graphdef(self.layer):
-            raise _differ(
-                self.layer, new, f"{self.length} layers like those of the stack", f"{len(layers)} that differ"
+        if len(layers) != self.length:
+            raise StructureError(
+                "a stack is loaded from as many layers as it has",
+                where=naming.where(),
+                expected=f"{self.length} layers",
+                got=f"{len(layers)}",
+                cure=f"`nn.Stack(layers)` makes a stack of {len(layers)}.",
             )
+        if _types(new) != _types(self.layer):
+            raise _differ(self.layer, new, "layers like those of the stack", "layers with other states")
         theirs = variables(new)
         for path, cell in variables(self.layer).items():
             cell.set(theirs[path].get())
@@ -173,13 +196,30 @@ def _stacked(layers: Sequence[Module]) -> Module:
     return vmap(lambda state: merge(definition, state))(together)
 
 
+def _types(node: Module) -> dict[Path, list[str]]:
+    return {path: [show_type(x) for x in jax.tree.leaves(cell.value)] for path, cell in variables(node).items()}
+
+
+def _settings(node: Module) -> dict[str, str]:
+    """The classes of the modules in a layer, and their attributes that are no nodes, by path."""
+    shown: dict[str, str] = {}
+    for path, module in modules(node).items():
+        shown[show_path(path) or "."] = show_class(module)
+        attributes = {"training": module.training, **vars(module)}
+        for name, value in attributes.items():
+            if not any(map(is_node, jax.tree.leaves(value, is_leaf=is_node))):
+                shown[show_path((*path, name))] = show_value(value)
+    return shown
+
+
 def _differ(first: Module, other: Module, expected: str, got: str) -> StructureError:
-    a, b = ({path: cell.value for path, cell in variables(node).items()} for node in (first, other))
-    lines = [f"only in one of them: {'.'.join(map(str, path))}" for path in sorted(a.keys() ^ b.keys(), key=str)]
+    a, b = _types(first), _types(other)
+    lines = [f"only in one of them: {show_path(path)}" for path in sorted(a.keys() ^ b.keys(), key=str)]
     for path in a.keys() & b.keys():
-        types = [[(x.shape, str(x.dtype)) for x in jax.tree.leaves(values[path])] for values in (a, b)]
-        if types[0] != types[1]:
-            lines.append(f"{'.'.join(map(str, path))}: {types[0]} and {types[1]}")
+        if a[path] != b[path]:
+            lines.append(f"{show_path(path)}: {', '.join(a[path])} and {', '.join(b[path])}")
+    ours, theirs = _settings(first), _settings(other)
+    lines = lines or [f"{at}: {ours[at]} and {theirs[at]}" for at in ours if at in theirs and ours[at] != theirs[at]]
     return StructureError(
         "layers of different structure cannot be stacked",
         where=naming.where(),

@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn.initializers import Initializer, normal, ones
 from jax.typing import DTypeLike
 
 from mutatis.core import access, naming
+from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.filters import Filter, FilterLike, Path, PathContains, as_filter
 from mutatis.model.kinds import BatchStat, Param
@@ -101,19 +103,32 @@ class SpectralNorm(Layer):
             self.batch_stats[*path, "u"] = BatchStat(u)
             self.batch_stats[*path, "sigma"] = BatchStat(jnp.ones((), param_dtype))
 
-    def __call__(self, x: Any, update_stats: bool | None = None) -> Any:
+    def __call__(self, x: Any, update_stats: bool | None = None, **options: Any) -> Any:
         """Call the layer with normalized weights.
 
         Args:
           x: the input of the layer.
           update_stats: whether to keep the vectors of the iteration; overrides the setting of the layer.
+          **options: further arguments of the layer, by keyword.
 
         Returns:
           The result of the layer.
+
+        Raises:
+          ArgumentError: `update_stats` is neither True, False nor None.
         """
+        if update_stats is not None and not isinstance(update_stats, bool | np.bool_):
+            raise ArgumentError(
+                "`nn.SpectralNorm` was given what does not say whether to keep its statistics",
+                path="update_stats",
+                where=naming.where(),
+                expected="True, False or None",
+                got=show_value(update_stats),
+                cure="Further inputs of the layer go by their names: `norm(queries, inputs_k=keys)`.",
+            )
         update = first_said(update_stats, self.update_stats and self.training)
         lent = {weight: self._divided(path, weight, update) for path, weight in self._weights().items()}
-        return _call_with(lent, self.layer_instance, x)
+        return _call_with(lent, self.layer_instance, x, **options)
 
     def _weights(self) -> dict[Path, Param]:
         found = variables(self.layer_instance, Param)
