@@ -165,3 +165,40 @@ def test_a_model_is_exported_as_it_is_called(tmp_path: Path) -> None:
     assert int(program.state["calls"]) == 1
     mu.export(lambda net, x: net(x, 1.0), net, x, path=tmp_path / "named.mu")
     np.testing.assert_allclose(mu.load_program(tmp_path / "named.mu")(x), net(x, 1.0), rtol=1e-6)
+
+
+def test_states_start_anew_as_in_the_model(tmp_path: Path) -> None:
+    class Stream(mu.Module):
+        def __init__(self) -> None:
+            self.attention = nn.MultiHeadAttention(2, 4, rngs=mu.Rngs(0))
+            self.attention.init_cache((1, 8, 4))
+            self.cell = nn.GRUCell(4, 4, rngs=mu.Rngs(1))
+            self.norm = nn.BatchNorm(4)
+            self.noise = mu.Variable(
+                {"a": jnp.arange(3.0), "n": jnp.int32(2)}, init=lambda: {"a": jnp.arange(3.0), "n": jnp.int32(2)}
+            )
+            self.plain = mu.Variable(1.0)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.noise.value = jax.tree.map(lambda x: x * 2, self.noise.value)
+            self.plain += 1
+            return self.norm(self.cell(self.attention(x, decode=True)[:, 0]))
+
+    model = Stream()
+    x = jnp.arange(4.0).reshape(1, 1, 4) / 4
+    model(x)
+    mu.export(model, x, path=tmp_path / "stream.mu")
+    program = mu.load_program(tmp_path / "stream.mu")
+    with zipfile.ZipFile(tmp_path / "stream.mu") as file:
+        sizes = [info.file_size for info in file.infolist() if info.filename.startswith("arrays/")]
+    assert sizes.count(8 * 2 * 2 * 4) == 2, "an empty cache takes no room beside the present one"
+    for filter, batch in ((mu.Cache, ()), (mu.Hidden, 1), (mu.BatchStat, ()), (mu.PathContains("noise"), ())):
+        program(x)
+        model(x)
+        mu.reset(program, filter, batch_shape=batch)
+        mu.reset(model, filter, batch_shape=batch)
+        for path, value in mu.state(model).items():
+            jax.tree.map(np.testing.assert_allclose, program.state[path], value)
+        np.testing.assert_allclose(program(x), model(x), rtol=1e-5)
+    with pytest.raises(mu.errors.FilterError, match="nothing says how it starts"):
+        mu.reset(program, mu.Param)

@@ -31,7 +31,8 @@ from mutatis.model.filters import Path
 from mutatis.model.modules import Module
 from mutatis.model.operations import update
 from mutatis.model.state import State
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Variable, started
+from mutatis.model.walks import variables
 from mutatis.transforms.functionalize import functionalize
 from mutatis.transforms.jit import jit
 
@@ -105,19 +106,28 @@ def export(
     arrays = list(map(numbers_of, leaves))
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     exported = jax.export.export(jax.jit(raw), platforms=platforms)(shapes, *examples)
-    states = []
+    states: list[dict[str, Any]] = []
+    data = [np.asarray(x) for x in arrays]
+    said = [{"shape": x.shape, "dtype": str(x.dtype), "impl": impl} for x, impl in zip(arrays, impls, strict=True)]
+    cells = variables(of)
     for entry, value in now.items():
-        kind = now.kinds()[entry]
+        kind, start = now.kinds()[entry], _start(cells[entry])
         states.append(
             {"path": list(entry), "kind": f"{kind.__module__}:{kind.__qualname__}", "value": _structure(value)}
         )
-    named = zip(arrays, impls, strict=True)
+        if start is not None:
+            states[-1] |= {"start": _structure(start), "first": len(said)}
+            for leaf in jax.tree.leaves(start):
+                numbers = np.asarray(numbers_of(leaf))
+                alike = numbers.size > 1 and bool((numbers == numbers.flat[0]).all())  # such as an empty cache
+                said.append({"shape": numbers.shape, "dtype": str(numbers.dtype), "impl": _impl(leaf), "alike": alike})
+                data.append(numbers.ravel()[:1] if alike else numbers)
     head = {
         "format": _FORMAT,
         "version": _VERSION,
         "platforms": list(exported.platforms),
         "states": states,
-        "arrays": [{"shape": x.shape, "dtype": str(x.dtype), "impl": impl} for x, impl in named],
+        "arrays": said,
     }
     target = os.path.abspath(os.path.expanduser(os.fspath(path)))
     unfinished = f"{target}.{os.getpid()}.unfinished"
@@ -125,12 +135,18 @@ def export(
         with zipfile.ZipFile(unfinished, "w") as file:
             file.writestr("program.json", json.dumps(head))
             file.writestr("program.bin", bytes(exported.serialize()))
-            for number, array in enumerate(arrays):
+            for number, array in enumerate(data):
                 file.writestr(f"arrays/{number}", np.ascontiguousarray(array).tobytes())
         os.replace(unfinished, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(unfinished)
+
+
+def _start(cell: Variable) -> Any:
+    """The value that `mu.reset` would give a state; None if it has no start, or one that waits for a first input."""
+    start = None if cell.init is None else started(cell)
+    return start if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(start)) else None
 
 
 def _impl(leaf: Any) -> str | None:
@@ -163,7 +179,8 @@ class LoadedProgram(Module):
     """A compiled function with its states, as `mu.load_program` reads it from a file.
 
     Call it with the arguments that come after the states. Each call reads and writes the states of this object. It is a Module,
-    so checkpoints save its states.
+    so checkpoints save its states, and `mu.reset` starts those anew that had an `init` in the model: ``mu.reset(program,
+    mu.Cache)`` empties its caches.
 
     Attributes:
       states: a dictionary from printed paths to states.
@@ -305,9 +322,9 @@ def load_program(path: str | os.PathLike[str]) -> LoadedProgram:
                     got=head["version"],
                     cure="Install a newer version of Mutatis.",
                 )
-            arrays = [_array(file, number, said) for number, said in enumerate(head["arrays"])]
+            arrays = [_numbers(file, number, said) for number, said in enumerate(head["arrays"])]
             exported = jax.export.deserialize(bytearray(file.read("program.bin")))
-            states = _states(head["states"], arrays)
+            states = _states(head["states"], list(zip(arrays, (said["impl"] for said in head["arrays"]), strict=True)))
     except FileNotFoundError:
         raise CheckpointError(
             f"there is no program at `{path}`", cure="`mu.export(step, model, x, path=path)` writes one."
@@ -332,18 +349,33 @@ def load_program(path: str | os.PathLike[str]) -> LoadedProgram:
     return LoadedProgram(exported, states)
 
 
-def _array(file: zipfile.ZipFile, number: int, said: dict[str, Any]) -> Any:
+def _numbers(file: zipfile.ZipFile, number: int, said: dict[str, Any]) -> Any:
     shape, dtype = tuple(map(int, said["shape"])), jnp.dtype(said["dtype"])
-    name = f"arrays/{number}"
-    if file.getinfo(name).file_size != math.prod(shape) * dtype.itemsize:
+    name, alike = f"arrays/{number}", said.get("alike", False)
+    if file.getinfo(name).file_size != (1 if alike else math.prod(shape)) * dtype.itemsize:
         raise ValueError(f"array {number} has another size than {dtype}{list(shape)}")
-    array = jnp.asarray(np.frombuffer(file.read(name), dtype).reshape(shape))
-    return array if said["impl"] is None else jax.random.wrap_key_data(array, impl=said["impl"])
+    numbers = np.frombuffer(file.read(name), dtype)
+    return np.broadcast_to(numbers, shape) if alike else numbers.reshape(shape)
 
 
-def _states(said: list[dict[str, Any]], arrays: list[Any]) -> dict[Path, Variable]:
-    leaves = iter(arrays)
-    return {tuple(each["path"]): _kind(each["kind"])(_built(each["value"], leaves)) for each in said}
+def _array(numbers: Any, impl: str | None) -> jax.Array:
+    array = jnp.asarray(numbers)
+    return array if impl is None else jax.random.wrap_key_data(array, impl=impl)
+
+
+def _states(said: list[dict[str, Any]], numbers: list[tuple[Any, str | None]]) -> dict[Path, Variable]:
+    starts = min((each["first"] for each in said if "first" in each), default=len(numbers))  # behind the values of all
+    leaves = iter([_array(*each) for each in numbers[:starts]])
+    states = {}
+    for each in said:
+        init = functools.partial(_started, each["start"], numbers[each["first"] :]) if "first" in each else None
+        states[tuple(each["path"])] = _kind(each["kind"])(_built(each["value"], leaves), init=init)
+    return states
+
+
+def _started(structure: Any, numbers: list[tuple[Any, str | None]]) -> Any:
+    """The value that a state starts anew with, of what the file says."""
+    return _built(structure, (_array(*each) for each in numbers))
 
 
 def _kind(name: str) -> type[Variable]:
