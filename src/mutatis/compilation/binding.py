@@ -143,7 +143,9 @@ class Binding:
         self.cell_epochs = scope.encoder.cell_epochs
         self.watches = [watch for watch, _, _ in scope.encoder.watched]
         self.watch_epochs = [epoch for _, _, epoch in scope.encoder.watched]
-        self.modules = [(weakref.ref(module), _Attributes(held[id(module)])) for module in scope.encoder.modules()]
+        self.modules = [
+            (weakref.ref(module), _Attributes(type(module), held[id(module)])) for module in scope.encoder.modules()
+        ]
         by_hand = scope.encoder.cached  # nothing tells when something is put there by hand again
         self.containers = ContainerSnapshot(
             [*scope.containers, *(module.__dict__ for module in by_hand)],
@@ -205,17 +207,18 @@ _INVALID = -1  # an epoch that never is
 
 
 class _Attributes:
-    """What a module held, compared by identity. It refers to nodes weakly; what it cannot is never found the same."""
+    """What a module of a class held, compared by identity. It refers to nodes weakly; what it cannot is never found the same."""
 
-    __slots__ = ("_names", "_values")
+    __slots__ = ("_kind", "_names", "_values")
 
-    def __init__(self, held: dict[str, Any]) -> None:
+    def __init__(self, kind: type, held: dict[str, Any]) -> None:
+        self._kind = kind
         self._names = list(held)
         self._values = [_weakly(value) for value in held.values()]
 
     def are_of(self, module: Module | None) -> bool:
         """Whether the module holds the very same, in the same order."""
-        if module is None:
+        if module is None or type(module) is not self._kind:
             return False
         now = dict(module.__dict__)  # another thread may set an attribute meanwhile
         then = [value() if type(value) is weakref.ref else value for value in self._values]

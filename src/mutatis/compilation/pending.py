@@ -10,7 +10,7 @@ from mutatis.compilation.binding import Binding, survey
 from mutatis.compilation.layout import Layout
 from mutatis.compilation.program import Program
 from mutatis.model.variables import Variable
-from mutatis.tracing.arguments import argument_names, named_nodes
+from mutatis.tracing.arguments import FlatTree, argument_names, named_nodes
 from mutatis.tracing.scope import Scope
 
 
@@ -84,8 +84,14 @@ class PendingCall:
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run the user's function with JAX's values in the place of the arguments' leaves."""
-        args, kwargs = self.binding.layout.rebuild(self.args, self.kwargs, leaves)
-        return self.function(*args, **kwargs)
+        layout = self.binding.layout
+        args, kwargs = layout.rebuild(self.args, self.kwargs, leaves)
+        mixed = [(self.kwargs if isinstance(place, str) else self.args)[place] for place in layout.mixed]
+        given = [(kwargs if isinstance(place, str) else args)[place] for place in layout.mixed]
+        out = self.function(*args, **kwargs)
+        if mixed and not self.operands:
+            FlatTree(mixed).refuse_moved(given, self.label)
+        return out
 
     def argument_names(self) -> list[str]:
         """What the arguments go by in messages, those by keyword last."""

@@ -28,6 +28,7 @@ from mutatis.model.graph import Encoder, Spec, cell_spec, made_modules
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, check_result
+from mutatis.tracing.guards import refuse_moves
 from mutatis.tracing.scope import Scope
 
 
@@ -106,6 +107,7 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
         record = _run_once(call, program, flat, scope, tx)
         leftovers = _put_back(scope, tx)
+        refuse_moves(call.binding.captures.guards, [*scope.cells, *scope.encoder.modules()], call.label)
         _refuse(leftovers, call)
         if tx.found:
             raise FoundStates(list(tx.found))

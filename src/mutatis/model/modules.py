@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mutatis.core import access, transactions
+from mutatis.core import access, naming, transactions
 from mutatis.core.calls import takes
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import ABSENT, Removed, put_back
@@ -119,6 +119,9 @@ class Module(Node):
             old.set(value)
             return
         kind = type(self)
+        if name == "__class__":
+            _set_class(self, value)
+            return
         if takes_assignment(kind, name):
             object.__setattr__(self, name, value)
             return
@@ -274,6 +277,24 @@ def set_attribute(module: Module, name: str, value: Any) -> None:
 
 def _birth(value: Any) -> Any:
     return birth_of(value) if isinstance(value, Module) else None
+
+
+def _set_class(module: Module, kind: type) -> None:
+    """Give a module another class, with what programs took for granted of it."""
+    if transactions.current() is not None:
+        raise StructureError(
+            f"a module of `{type(module).__name__}` was given another class in a transform or transaction",
+            path=type(module).__name__,
+            where=naming.where(),
+            expected="changes of attributes",
+            got=f"the class `{kind.__name__}`",
+            cure="Give it the class before; what a model is to do next is an attribute of it: `self.mode = 'test'`.",
+        )
+    _disturb(module)
+    structure.changed(watch_of(module))
+    object.__setattr__(module, "__class__", kind)
+    structure.changed(watch_of(module))
+    _disturb(module)
 
 
 def _flip(module: Module, name: str, value: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax
 from mutatis.core.naming import innermost, probe, show_name
 from mutatis.core.nodes import is_node
 from mutatis.core.showing import show_class, show_value
-from mutatis.errors import ArgumentError
+from mutatis.errors import ArgumentError, StructureError
 
 
 def as_numbers(given: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -88,6 +89,27 @@ class FlatTree:
     def unflatten(self, leaves: Sequence[Any], nodes: Sequence[Any] | None = None) -> Any:
         """The tree with other leaves (and, if given, other nodes)."""
         return unflatten(self.structure, leaves, self.nodes if nodes is None else nodes)
+
+    def refuse_moved(self, tree: Any, where: str) -> None:
+        """Raise if a tree that was unflattened, and handed to a function, holds other nodes now, or in another order.
+
+        Args:
+          tree: what the function was given, as it has left it.
+          where: the transform, for the message.
+
+        Raises:
+          StructureError: the function has changed a list or dict of states in place, and nobody else has that.
+        """
+        now = FlatTree(tree).nodes if self.nodes else []
+        if len(now) != len(self.nodes) or not all(map(is_, now, self.nodes)):
+            raise StructureError(
+                "a list or dict of states among the arguments was changed in place by a traced function",
+                where=where,
+                expected="the states that it came with, in their order",
+                got="others, or another order",
+                cure="JAX hands the function a copy of it, so the caller's would stay as it is. Return the new one; or keep the "
+                "states in a module, whose attributes may change.",
+            )
 
 
 def unflatten(structure: Any, leaves: Sequence[Any], nodes: Sequence[Any]) -> Any:

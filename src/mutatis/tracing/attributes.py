@@ -145,6 +145,8 @@ class AttributeSearch:
         """Have the attributes of an object looked at that the code loads, and the methods of its class."""
         kind = type(value)
         self._class(name, kind)
+        if not is_library_class(kind):
+            self.guards.add_kind(value)
         entry = self._entry(name, value, getattr(value, "__dict__", None))
         frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
         if state and (frozen or is_made_by_library(kind) or is_pytree(value)):

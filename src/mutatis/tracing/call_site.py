@@ -42,6 +42,7 @@ from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, argument_names, function_name, leaf_names, named_nodes, unflatten
 from mutatis.tracing.blame import Labels, name_inputs, new_mark
 from mutatis.tracing.captures import Captures, search
+from mutatis.tracing.guards import refuse_moves
 from mutatis.tracing.scope import Scope
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -175,6 +176,7 @@ class CallSite:
             if call is None:
                 args, kwargs = self.packed.unflatten(self.packed.leaves if leaves is None else leaves)
                 out = self.function(*args, **kwargs)
+                self.packed.refuse_moved((args, kwargs), self.label)
             else:
                 out = call()
             tx.note_changes_in_place()
@@ -316,6 +318,7 @@ class CallSite:
                 cure="The body is traced once, not run each time. Make states and change attributes before; "
                 "inside, write to states.",
             )
+        refuse_moves(self.captures.guards, [*self.scope.cells, *self.scope.encoder.modules()], self.label)
 
     def let_go(self, end: RunResult) -> None:
         """Have a run that is over hold none of the states that it made, but for those that it sowed or returned."""

@@ -252,6 +252,8 @@ class Differentiation(CallSite):
             args[number] = FlatTree(args[number]).unflatten(new)
         overlay = dict(zip(self._cells, values, strict=True))
         self.end, out, written = self.run(overlay, call=lambda: self.function(*args, **self.kwargs))
+        for number in self._numbers:
+            FlatTree(self.args[number]).refuse_moved(args[number], self.label)
         self._out = self._differentiated(self.end.unflatten(out))
         count = self._out.num_leaves
         return out[:count], (out[count:], written)

@@ -7,9 +7,10 @@ identity.
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from functools import partial
 from operator import is_
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.nodes import holds_nodes, identity, is_node
+from mutatis.errors import StructureError
 from mutatis.tracing.codes import contents
 
 EMPTY = object()  # what an unbound place holds
@@ -44,6 +46,7 @@ class Guards:
         "_cells",
         "_containers",
         "_content",
+        "_kinds",
         "_names",
         "_nodes",
         "_odd",
@@ -58,6 +61,7 @@ class Guards:
         self._names: list[Place] = []
         self._of_classes: list[Place] = []
         self._slots: list[Place] = []
+        self._kinds: list[tuple[Any, type]] = []  # objects, each with its class
         self._containers: list[Place] = []  # plain lists and dicts
         self._odd: list[tuple[Callable[[Any], Any], Place]] = []  # with what reads them
         self._seen: set[tuple[int, str | None]] = set()
@@ -86,6 +90,11 @@ class Guards:
         """Guard a slot of an object."""
         if self._is_new(obj, key):
             self._slots.append(Place(obj, key, _held(value)))
+
+    def add_kind(self, obj: Any) -> None:
+        """Guard the class of an object."""
+        if self._is_new(obj, _CLASS):
+            self._kinds.append((obj, type(obj)))
 
     def add_contents(self, container: Any) -> None:
         """Guard what a container or a NumPy array holds."""
@@ -140,6 +149,9 @@ class Guards:
         for obj, key, held in slots:
             if getattr(obj, key, EMPTY) is not held:
                 return False
+        for obj, kind in self._kinds:
+            if type(obj) is not kind:
+                return False
         if self._nodes and any(identity(read()) != number for read, number in self._nodes):
             return False
         if not self._content.unchanged():
@@ -153,9 +165,100 @@ class Guards:
         now += [(place, _held(place.owner.get(place.key, EMPTY))) for place in self._names]
         now += [(place, _held(place.owner.__dict__.get(place.key, EMPTY))) for place in self._of_classes]
         now += [(place, _held(getattr(place.owner, str(place.key), EMPTY))) for place in self._slots]
+        now += [(Place(obj, _CLASS, kind), type(obj)) for obj, kind in self._kinds]
         now += [(place, items_of(place.owner)) for place in self._containers]
         now += [(place, read(place.owner)) for read, place in self._odd]
         return [(place, held) for place, held in now if not _same(place.held, held)]
+
+    def moved(self) -> list[Place]:
+        """The places that held states and hold others now, or in another order, and the objects that have another class."""
+        return [place for place, now in self.changed() if place.key == _CLASS or _moves(place, now)]
+
+
+_CLASS = "__class__"
+_NO_DATA = (types.ModuleType, types.FunctionType, type)  # what they hold is not theirs alone
+
+
+def _moves(place: Place, now: Any) -> bool:
+    # What is put where nothing was is new, or found once more.
+    return _leads_to_nodes(place.held) or (place.key is None and type(now) is list and _leads_to_nodes(now))
+
+
+def _leads_to_nodes(held: Any) -> bool:
+    """Whether a place held a state or module, or a container or plain object that has some."""
+    if is_held_node(held):
+        return True
+    attributes = None if isinstance(held, _NO_DATA) else getattr(held, "__dict__", None)
+    return isinstance(attributes, dict) and any(map(holds_nodes, [*attributes.values()]))
+
+
+def refuse_moves(guards: Guards, nodes: Iterable[Any], where: str) -> None:
+    """Raise if a traced function moved states in a place of which no transform keeps account; what can be put back is.
+
+    Args:
+      guards: what the function names.
+      nodes: the states and modules that it may have moved.
+      where: the transform, for the message.
+
+    Raises:
+      StructureError: it did, or it gave an object another class.
+    """
+    moved = guards.moved()
+    if not moved:
+        return
+    known = {identity(node): node for node in nodes}
+    for place in moved:
+        _put_back(place, known)
+    place = moved[0]
+    owner = type(place.owner).__name__
+    name = f"{place.owner.__name__}.{place.key}" if isinstance(place.owner, type) else place.key
+    what = f"a {owner} that holds states" if place.key is None else f"`{name}`"
+    what = f"the class of an object of `{place.held.__name__}`" if place.key == _CLASS else what
+    raise StructureError(
+        f"{what} was changed by a function that is traced, and a program would not do that again",
+        path=None if place.key in (None, _CLASS) else name,
+        where=where,
+        expected="changes of attributes of modules and plain objects, of lists, dicts, and variables",
+        got="another order, or others"
+        if place.key is None
+        else f"another {'class' if place.key == _CLASS else 'object'} than before",
+        cure="Change it outside of the function; or keep the states in a list, a dict or a module, whose changes each call "
+        "does again.",
+    )
+
+
+def _put_back(place: Place, nodes: dict[int, Any]) -> None:
+    """Have a place hold what it held, as far as Python lets it.
+
+    Args:
+      place: the place.
+      nodes: those that it may have held, by `identity`.
+    """
+    held = nodes.get(int(place.held), EMPTY) if type(place.held) is _OfNode else place.held
+    with contextlib.suppress(Exception):
+        if place.key is None:
+            _refill(place.owner, held)
+        elif held is not EMPTY and isinstance(place.owner, dict):
+            place.owner[place.key] = held
+        elif held is not EMPTY:
+            setattr(place.owner, place.key, held)
+
+
+def _refill(container: Any, items: list[Any]) -> None:
+    if isinstance(container, types.CellType):
+        if items is not EMPTY:
+            container.cell_contents = items
+    elif isinstance(container, dict):
+        half = len(items) // 2
+        kind = OrderedDict if isinstance(container, OrderedDict) else dict
+        kind.clear(container)
+        for key, value in zip(items[:half], items[half:], strict=True):
+            kind.__setitem__(container, key, value)
+    elif isinstance(container, list):
+        list.__setitem__(container, slice(None), items)
+    elif isinstance(container, deque | set):
+        container.clear()
+        (container.extend if isinstance(container, deque) else container.update)(items)
 
 
 class _OfNode(int):
@@ -186,6 +289,8 @@ def _bytes(array: Any) -> bytes:
 
 def items_of(container: Any) -> list[Any]:
     """What a container holds; of a mapping first its keys. Not what a user's class says: its own methods are not asked."""
+    if isinstance(container, OrderedDict):  # whose order is its own
+        return [*OrderedDict.keys(container), *OrderedDict.values(container)]
     if isinstance(container, dict):
         return [*dict.keys(container), *dict.values(container)]
     if isinstance(container, types.MappingProxyType):

@@ -174,14 +174,14 @@ def _choose(name: str, index: Any, functions: tuple[Any, ...], operands: tuple[A
         packed = FlatTree(operands)
         if decides_in_python(index):
             number = int(bool(index)) if name == "cond" else min(max(operator.index(index), 0), len(functions) - 1)
-            call = _caller(functions[number], packed)
+            call = _caller(name, functions[number], packed)
             end, leaves, changed, _ = run_once(site, "a branch", {}, lambda: call(packed.leaves))
             access.write_many([*changed], [*changed.values()])
             return end.unflatten(leaves)
         cells = site.scope.cells
 
         def stage_branch(number: int) -> Masked:
-            call = _caller(functions[number], packed)
+            call = _caller(name, functions[number], packed)
             branch = Masked(site, lambda leaves, call: stage(site, cells, {}, leaves, call), packed.leaves, call)
             refuse_structure(site, branch.staged.end, "a branch")
             return branch
@@ -238,8 +238,14 @@ def _check_choice(name: str, index: Any, cure: str) -> None:
         )
 
 
-def _caller(function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], Any]:
-    return lambda leaves: function(*packed.unflatten(leaves))
+def _caller(name: str, function: Callable[..., Any], packed: FlatTree) -> Callable[[Any], Any]:
+    def call(leaves: Any) -> Any:
+        operands = packed.unflatten(leaves)
+        out = function(*operands)
+        packed.refuse_moved(operands, name)
+        return out
+
+    return call
 
 
 def _refuse_types(site: CallSite, name: str, branches: Sequence[Staged], error: TypeError) -> None:

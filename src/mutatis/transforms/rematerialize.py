@@ -120,6 +120,7 @@ def _remat(
             new_args, new_kwargs = packed.unflatten(leaves)
             all_args = [new_args.get(n, arg) for n, arg in enumerate(args)]
             site.end, out, written = site.run({}, call=lambda: function(*all_args, **{**kwargs, **new_kwargs}))
+            packed.refuse_moved((new_args, new_kwargs), site.label)
             return out, written
 
         # `pure` is new on each call: `jax.checkpoint` reuses traces by function object.
