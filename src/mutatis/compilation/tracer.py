@@ -107,8 +107,8 @@ def _run(call: PendingCall, program: Program, flat: Sequence[Any], scope: Scope)
         tx.preload(dict(zip(scope.cells, flat[: program.count], strict=True)))
         record = _run_once(call, program, flat, scope, tx)
         leftovers = _put_back(scope, tx)
-        refuse_moves(call.binding.captures.guards, [*scope.cells, *scope.encoder.modules()], call.label)
         _refuse(leftovers, call)
+        refuse_moves(call.binding.captures.guards, [*scope.cells, *scope.encoder.modules()], call.label)
         if tx.found:
             raise FoundStates(list(tx.found))
         if call.may_start and (late := _started(scope, tx)):

@@ -172,16 +172,12 @@ class Guards:
 
     def moved(self) -> list[Place]:
         """The places that held states and hold others now, or in another order, and the objects that have another class."""
-        return [place for place, now in self.changed() if place.key == _CLASS or _moves(place, now)]
+        # What is put where nothing was is new, or found once more.
+        return [place for place, _ in self.changed() if place.key == _CLASS or _leads_to_nodes(place.held)]
 
 
 _CLASS = "__class__"
 _NO_DATA = (types.ModuleType, types.FunctionType, type)  # what they hold is not theirs alone
-
-
-def _moves(place: Place, now: Any) -> bool:
-    # What is put where nothing was is new, or found once more.
-    return _leads_to_nodes(place.held) or (place.key is None and type(now) is list and _leads_to_nodes(now))
 
 
 def _leads_to_nodes(held: Any) -> bool:
