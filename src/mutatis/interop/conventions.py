@@ -148,6 +148,7 @@ def in_list(path: Path, at: Sequence[int], layer: Sequence[int]) -> Path:
 def _slots(path: Path, cell: Variable, owners: dict[Path, Module], convention: str) -> list[Slot]:
     value = access.load(cell)
     owner = owners.get(path[:-1])
+    leaves: list[tuple[Any, Any]]
     if value is UNSET or type(value) is Deferred:
         leaves, tree = [((), None)], None
     else:

@@ -300,7 +300,7 @@ def _assembled(slots: list[Slot], arrays: list[Any]) -> Any:
 
 def _stacked(arrays: list[Any], sizes: tuple[int, ...]) -> Any:
     stack = jnp.stack if any(isinstance(array, jax.Array) for array in arrays) else np.stack
-    together: Any = stack(arrays)  # type: ignore[operator]  # arrays of one library
+    together: Any = stack(arrays)
     return together.reshape(*sizes, *together.shape[1:])
 
 

@@ -366,7 +366,8 @@ class MultiHeadAttention(Module):
 
     def _owner(self) -> Param | Module:
         """A state of the layer, by which messages name it; itself, if its projection is wrapped or replaced."""
-        return self.query.kernel if isinstance(self.query, LinearGeneral) else self
+        query: Any = self.query
+        return query.kernel if isinstance(query, LinearGeneral) else self
 
     def _cache(self) -> KVCache:
         if self.cache is None:

@@ -164,7 +164,7 @@ class OneToOne(Connection):
         """
         array = self._spikes(x)
         weight, unit = without_unit(self.weight.value)
-        return unit(array * jnp.broadcast_to(weight, array.shape))  # type: ignore[no-any-return]
+        return unit(array * jnp.broadcast_to(weight, array.shape))
 
 
 class FixedNum(Connection):
@@ -229,7 +229,7 @@ class FixedNum(Connection):
         number = self.target.shape[1]
         start = np.arange(self.pre + 1) * number
         source = np.repeat(np.arange(self.pre), number)
-        return self._arrive(x, source, self.target.value.ravel(), start, number)  # type: ignore[no-any-return]
+        return self._arrive(x, source, self.target.value.ravel(), start, number)
 
 
 class FixedProb(Connection):
@@ -308,7 +308,7 @@ class FixedProb(Connection):
           ArgumentError: the last axis has another size.
         """
         start = None if self.start is None else self.start.value
-        return self._arrive(x, self.source.value, self.target.value, start, self.most)  # type: ignore[no-any-return]
+        return self._arrive(x, self.source.value, self.target.value, start, self.most)
 
 
 class Sparse(Connection):
@@ -363,7 +363,7 @@ class Sparse(Connection):
 
         weight, unit = without_unit(self.weight.value)
         matrix = sparse.BCOO((weight, self.indices.value), shape=(self.pre, self.post))
-        return unit(self._spikes(x) @ matrix)  # type: ignore[no-any-return]
+        return unit(self._spikes(x) @ matrix)
 
 
 def _size(layer: str, name: str, given: Any) -> int:
