@@ -338,3 +338,20 @@ def test_a_tree_map_over_a_module(transform: Callable[..., Any]) -> None:
     np.testing.assert_allclose(one, 2 * layer.kernel.value)
     total = transform(lambda layer: sum(map(jnp.sum, jax.tree.leaves(jax.tree.map(jnp.abs, layer)))))(layer)
     np.testing.assert_allclose(total, jnp.sum(jnp.abs(layer.kernel.value)), rtol=1e-6)
+
+
+def test_another_object_with_the_same_states_is_no_move() -> None:
+    holder, seen = Plain(), {1}
+    cell = mu.Variable(0.0)
+    holder.latest = Pair(cell, 0)  # type: ignore[attr-defined]
+    held = {cell}
+
+    @mu.jit
+    def step(x: Any) -> Any:
+        holder.latest = Pair(cell, len(seen))  # type: ignore[attr-defined]
+        held.discard(cell)
+        held.add(cell)
+        cell.value += x.sum()
+        return cell.value
+
+    assert [float(step(jnp.ones(n))) for n in (1, 2, 2)] == [1.0, 3.0, 5.0]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mutatis.core.containers import ContainerSnapshot
-from mutatis.core.nodes import holds_nodes, identity, is_node
+from mutatis.core.nodes import holds_nodes, identity, is_container, is_node
 from mutatis.errors import StructureError
 from mutatis.tracing.codes import contents
 
@@ -172,20 +172,31 @@ class Guards:
 
     def moved(self) -> list[Place]:
         """The places that held states and hold others now, or in another order, and the objects that have another class."""
-        # What is put where nothing was is new, or found once more.
-        return [place for place, _ in self.changed() if place.key == _CLASS or _leads_to_nodes(place.held)]
+        return [place for place, now in self.changed() if place.key == _CLASS or _moves(place, now)]
 
 
 _CLASS = "__class__"
 _NO_DATA = (types.ModuleType, types.FunctionType, type)  # what they hold is not theirs alone
 
 
-def _leads_to_nodes(held: Any) -> bool:
-    """Whether a place held a state or module, or a container or plain object that has some."""
-    if is_held_node(held):
-        return True
-    attributes = None if isinstance(held, _NO_DATA) else getattr(held, "__dict__", None)
-    return isinstance(attributes, dict) and any(map(holds_nodes, [*attributes.values()]))
+def _moves(place: Place, now: Any) -> bool:
+    before = _nodes_in(place.held)  # what is put where nothing was is new, or found once more
+    if not before:
+        return False
+    after = _nodes_in(now)
+    return sorted(before) != sorted(after) if isinstance(place.owner, set) else before != after
+
+
+def _nodes_in(held: Any, depth: int = 5) -> list[int]:
+    """The nodes that a place held, itself or in a container or plain object, by `identity`."""
+    if type(held) is _OfNode or is_node(held):
+        return [int(held) if type(held) is _OfNode else identity(held)]
+    if is_container(held):
+        inside = held.values() if isinstance(held, dict) else held
+    else:
+        attributes = None if isinstance(held, _NO_DATA) else getattr(held, "__dict__", None)
+        inside = [item for item in attributes.values() if holds_nodes(item)] if isinstance(attributes, dict) else []
+    return [node for item in inside if holds_nodes(item, depth) for node in _nodes_in(item, depth - 1)]
 
 
 def refuse_moves(guards: Guards, nodes: Iterable[Any], where: str) -> None:
