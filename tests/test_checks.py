@@ -143,3 +143,9 @@ def test_off() -> None:
 def test_bad_input(pred: Any, message: Any, problem: str) -> None:
     with pytest.raises(ArgumentError, match=problem):
         mu.error_if(pred, message)
+
+
+@pytest.mark.parametrize("pred", [None, "a", 1.5, object()])
+def test_what_is_no_condition(pred: Any) -> None:
+    with pytest.raises(ArgumentError, match="a check is not a condition"):
+        mu.error_if(pred, "x")

@@ -162,3 +162,11 @@ def test_masks_that_do_not_fit(update: Callable[[Any], None]) -> None:
             update(mask)
     for mask in (True, jnp.ones(3), jnp.ones((4, 1)), jnp.ones((1, 3), bool)):
         update(mask)
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(np.uint8, 256), (np.uint8, 300), (np.int8, 200), (np.int64, 300)])
+def test_labels_of_narrow_dtypes(dtype: Any, classes: int) -> None:
+    labels = np.array([3, 7, 100], dtype)
+    confusion = mu.metrics.ConfusionMatrix(classes)
+    confusion.update(logits=jnp.eye(classes)[labels.astype(int)], labels=labels)
+    assert int(confusion.compute().sum()) == 3 and int(confusion.compute()[100, 100]) == 1

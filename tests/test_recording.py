@@ -490,3 +490,9 @@ def test_a_stream_holds_every_step_that_the_states_hold(tmp_path: Path) -> None:
         mu.recording.stream(step, jnp.ones(12).at[10].set(-1.0), into=tmp_path / "q.npy", size=4)
     assert float(total) == 8.0
     assert np.load(tmp_path / "q.npy").tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
+@pytest.mark.parametrize("results", [lambda x: {"a": {"b": x}, "a.b": x}, lambda x: {"a/b": x, "a_b": x}])
+def test_results_whose_files_would_be_one(results: Any, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)`into` does not fit.*two for a"):
+        mu.recording.stream(results, np.arange(5.0), into=tmp_path / "d", size=2)

@@ -31,7 +31,7 @@ def error_if(pred: ArrayLike, message: str) -> None:
 
     Under `mu.vmap` one lane is enough. A branch of `mu.cond` or `mu.switch` that a lane does not choose, and an iteration of
     `mu.while_loop` after its last one, are not checked for that lane. In a raw `jax.lax.cond` or `jax.lax.while_loop` under
-    `vmap` they are, because JAX computes them for all lanes.
+    `vmap`, and in a rule of `mu.custom_vjp` or `mu.custom_jvp`, they are, because JAX computes them for all lanes.
 
     A program with checks calls back into Python when one fails. So `mu.jit` waits for its results before it commits, and donates
     no memory, because the old states may be needed again. With ``mu.jit(donate=True)`` it does donate; a step that fails then
@@ -67,13 +67,17 @@ def error_if(pred: ArrayLike, message: str) -> None:
             got=show_class(message),
             cure='`mu.error_if(x < 0, "x is negative")`',
         )
-    pred = jnp.asarray(pred)
+    given = pred
+    try:
+        pred = jnp.asarray(pred)
+    except (TypeError, ValueError):  # what is no array
+        pred = jnp.zeros(())
     if pred.dtype != jnp.bool_:
         raise ArgumentError(
             "a check is not a condition",
             path="pred",
             expected="booleans",
-            got=show_value(pred),
+            got=show_value(given),
             cure='A comparison gives them: `mu.error_if(jnp.isnan(x), "x is NaN")`.',
         )
     if checks.are_off():

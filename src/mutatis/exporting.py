@@ -31,7 +31,7 @@ from mutatis.model.filters import Path
 from mutatis.model.modules import Module
 from mutatis.model.operations import update
 from mutatis.model.state import State
-from mutatis.model.variables import Variable, started
+from mutatis.model.variables import ModuleInit, Variable, started
 from mutatis.model.walks import variables
 from mutatis.transforms.functionalize import functionalize
 from mutatis.transforms.jit import jit
@@ -144,8 +144,8 @@ def export(
 
 
 def _start(cell: Variable) -> Any:
-    """The value that `mu.reset` would give a state; None if it has no start, or one that waits for a first input."""
-    start = None if cell.init is None else started(cell)
+    """The value that `mu.reset` would give a state; None if it has no start of its own, or one that waits for a first input."""
+    start = None if cell.init is None or isinstance(cell.init, ModuleInit) else started(cell)
     return start if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(start)) else None
 
 

@@ -379,6 +379,7 @@ class ConfusionMatrix(Metric):
                 got=f"logits of shape {logits.shape}, {labels.dtype} labels of shape {labels.shape}",
                 cure="Labels are integers without an axis for the classes: `labels=one_hot.argmax(-1)`.",
             )
+        labels = labels.astype(jnp.int32)  # narrower ones may not hold the number of classes
         counted = (labels >= 0) & (labels < self.num_classes) & _counted(mask, labels.shape)
         guesses = jnp.argmax(logits, -1).astype(labels.dtype)
         self.counts.value = self.counts.value.at[labels, guesses].add(counted.astype(jnp.int32), mode="drop")

@@ -344,7 +344,7 @@ def stream(
     At a path that ends in ``.npy`` the results are one array. Any other path is a folder with an array for each leaf of the
     results, named by its place: ``0.npy``, ``spikes.npy``. The files hold all whole chunks at any time, and
     ``numpy.load(path, mmap_mode="r")`` reads them. bfloat16 is written as float32, and random keys as their numbers, because
-    NumPy's files have neither.
+    NumPy's files have neither. Of quantities they hold the numbers; the unit is yours to note.
 
     Args:
       f: the function of one slice of each of `xs`.
@@ -424,6 +424,7 @@ class _Files:
         self._stack = files
         self._open: dict[Path, Any] = {}
         self._rows: dict[Path, int] = {}
+        self._places: dict[str, Any] = {}  # in the results, of the files
 
     def __call__(self, results: Any) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(results)
@@ -434,6 +435,10 @@ class _Files:
                 self._append(self._path, leaf)
             else:
                 name = ".".join(str(_key(part)).replace("/", "_") for part in way) or "values"
+                if self._places.setdefault(name, way) != way:
+                    raise _stream_error(
+                        "into", "results whose places have different names as files", f"two for {name}.npy"
+                    )
                 self._append(self._path / f"{name}.npy", leaf)
 
     def _append(self, path: Path, rows: Any) -> None:

@@ -245,3 +245,9 @@ def test_what_cannot_be_searched() -> None:
     for transform in (mu.jit, jax.jit, mu.vmap, mu.grad):
         with pytest.raises(TraceLevelError, match="cannot be searched while a function is traced"):
             transform(lambda x: find(jnp.log, x) and x.sum())(jnp.ones(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 3}, {"progress": lambda done, total: None}])
+def test_the_iteration_is_that_of_the_loop_as_it_is_written(options: dict[str, Any]) -> None:
+    found = find(lambda xs: mu.for_loop(lambda x: jnp.sqrt(5.0 - x), xs, **options), jnp.arange(7.0))
+    assert (found.iterations, found.operation) == ((6,), "sqrt")

@@ -150,3 +150,17 @@ def test_a_model_of_thousands_of_layers_stays_readable() -> None:
     text = repr(mu.eval_shape(make))
     assert len(text.splitlines()) <= 40
     assert "alike=[3,000 x PReLU(" in text and " more: " in text and "Param(float32[1001])" in text
+
+
+def test_layers_before_a_loop() -> None:
+    class Net(mu.Module):
+        def __init__(self) -> None:
+            self.first = nn.Linear(4, 4, rngs=mu.Rngs(0))
+            self.rest = nn.Stack(lambda rngs: nn.Linear(4, 4, rngs=rngs), 3, rngs=mu.Rngs(1))
+            self.step = mu.jit(lambda layer, x: layer(x))
+
+        def __call__(self, x: Any) -> Any:
+            return self.rest(self.step(self.first, self.first(x)))
+
+    calls = mu.inspect.tabulate(Net(), jnp.ones((2, 4))).calls
+    assert {call.path for call in calls} >= {"", "first", "rest", "rest.layer"}

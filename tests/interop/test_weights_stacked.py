@@ -157,3 +157,31 @@ def test_placement_and_dtype_stay() -> None:
     assert stack.layer.kernel.dtype == jnp.bfloat16 and stack.layer.kernel.shape == (3, 2, 2)
     interop.load(stack, {name: array.astype(np.float32) for name, array in weights.items()}, cast=True)
     np.testing.assert_array_equal(np.asarray(stack.layer.kernel[1]), weights["1.kernel"])
+
+
+@pytest.mark.parametrize("features", [2, 3])
+def test_a_transposed_convolution_either_way_round(features: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(2, features, 3)).astype(np.float32)  # of torch: (in, out, size)
+    x = jnp.sin(jnp.arange(10.0)).reshape(1, 5, 2)
+    outputs = []
+    for turned in (False, True):
+        layer = nn.ConvTranspose(
+            2, features, 3, strides=2, padding=((2, 2),), transpose_kernel=turned, use_bias=False, rngs=mu.Rngs(0)
+        )
+        interop.load(layer, {"weight": weight}, convention="torch")
+        np.testing.assert_array_equal(interop.export(layer, convention="torch")["weight"], weight)
+        outputs.append(layer(x))
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_rules_for_names_that_begin_like_a_collection() -> None:
+    model = {"layers": [nn.Linear(2, 3, rngs=mu.Rngs(0))]}
+    rules = {"hidden": "layers.0"}
+    weights = {name: array + 1 for name, array in interop.export(model, rules=rules).items()}
+    interop.load(model, weights, rules=rules)
+    np.testing.assert_array_equal(model["layers"][0].kernel, weights["hidden.kernel"])
+
+
+def test_an_ensemble_as_large_as_its_stacks() -> None:
+    make = mu.vmap(lambda rngs: nn.Stack(lambda rngs: nn.Linear(2, 2, rngs=rngs), 3, rngs=rngs))
+    assert sorted(interop.export(make(mu.Rngs(0).split(3)))) == ["layer.bias", "layer.kernel"]

@@ -235,7 +235,7 @@ def test_a_projection_that_was_wrapped() -> None:
         (lambda m: m.cache.truncate(jnp.array([1, 2])), r"(?s)cannot be rolled back.*\(2,\)"),
         (lambda m: m.cache.reorder(jnp.array([1, 2, 0])), r"(?s)cannot be reordered.*\(2,\).*\[1, 2, 0\]"),
         (lambda m: nn.KVCache(2), "max_length"),
-        (lambda m: nn.KVCache(2, 3, window=4), "from 4, the window"),
+        (lambda m: nn.KVCache(2, 3, window=4), "an int from the window on"),
     ],
 )
 def test_bad_input(use: Callable[..., Any], text: str) -> None:
@@ -281,3 +281,22 @@ def test_projections_that_are_wrapped_or_replaced() -> None:
     whole = layer(x, is_causal=True, decode=False)
     layer.init_cache((2, 8, 8))
     np.testing.assert_allclose(layer(x, decode=True), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_under_64_bits() -> None:
+    layer: Any = nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0))
+    x = jnp.sin(jnp.arange(24.0)).reshape(1, 3, 8)
+    wanted = layer(x, is_causal=True)
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        layer.init_cache((1, 8, 8))
+        parts = [layer(x[:, :2], decode=True), mu.jit(lambda layer, x: layer(x, decode=True))(layer, x[:, 2:])]
+        np.testing.assert_allclose(jnp.concatenate(parts, 1), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"window": -1}, {"window": 2.0}, {"dtype": jnp.int32}])
+def test_settings_that_are_none(options: dict[str, Any]) -> None:
+    layer = nn.MultiHeadAttention(2, 8, rngs=mu.Rngs(0))
+    with pytest.raises(ArgumentError, match=r"no place for the tokens|would round keys"):
+        layer.init_cache((1, 8, 8), **options)
+    with pytest.raises(ArgumentError, match="cannot be rolled back to this length"):
+        nn.KVCache(1, 8).truncate(2.5)

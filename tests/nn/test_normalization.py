@@ -225,3 +225,14 @@ def test_lanes_of_which_some_are_padding() -> None:
     np.testing.assert_allclose(layer.var, whole.var, rtol=1e-5)
     mu.vmap(lambda x, mask: layer(x, mask=mask), axis_name="lanes")(x, mask * 0)
     np.testing.assert_allclose(layer.mean, whole.mean, rtol=1e-6)
+
+
+def test_axes_that_are_not_there() -> None:
+    x = jnp.ones((2, 4))
+    for use in (
+        lambda: nn.LayerNorm(4, reduction_axes=2, rngs=mu.Rngs(0))(x),
+        lambda: nn.RMSNorm(4, reduction_axes=-3, rngs=mu.Rngs(0))(x),
+        lambda: nn.WeightNorm(nn.Linear(4, 2, rngs=mu.Rngs(0)), feature_axes=2, rngs=mu.Rngs(0))(x),
+    ):
+        with pytest.raises(ArgumentError, match="there is no axis"):
+            use()

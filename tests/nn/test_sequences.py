@@ -265,3 +265,14 @@ def test_inputs_that_do_not_fit() -> None:
         rnn(waves(2, 6, 5))
     with pytest.raises(ArgumentError, match=r"(?s)runs a recurrent cell.*nn.GRUCell"):
         nn.RNN(nn.Linear(3, 4, rngs=mu.Rngs(0)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_lengths_of_narrow_dtypes(dtype: Any) -> None:
+    net = nn.RNN(nn.GRUCell(2, 3, rngs=mu.Rngs(0)))
+    x, lengths = jnp.sin(jnp.arange(1200.0)).reshape(2, 300, 2), np.array([100, 200])
+    carry, _ = net(x, seq_lengths=lengths, return_carry=True)
+    again, _ = net(x, seq_lengths=lengths.astype(dtype), return_carry=True)
+    np.testing.assert_array_equal(again, carry)
+    flipped = [nn.flip_sequences(x, given, 1, False) for given in (lengths, lengths.astype(dtype))]
+    np.testing.assert_array_equal(*flipped)

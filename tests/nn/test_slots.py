@@ -182,3 +182,47 @@ def test_bad_input() -> None:
         with pytest.raises(ArgumentError, match=text):
             use()
     assert mu.state(net, mu.Cache) == before
+
+
+def served() -> Any:
+    model = nn.MultiHeadAttention(2, 8, decode=True, rngs=mu.Rngs(0))
+    model.init_cache((2, 16, 8), ragged=True)
+    return model
+
+
+def test_slots_that_are_no_slots_leave_all_as_it_is() -> None:
+    model = served()
+    slots = nn.SlotCache(model, rngs=mu.Rngs(1))
+    request: Any = nn.MultiHeadAttention(2, 8, decode=True, rngs=mu.Rngs(0))
+    request.init_cache((1, 8, 8))
+    request(jnp.ones((1, 3, 8)))
+    slots.insert(1, request)
+    before = [np.asarray(x) for x in jax.tree.leaves(mu.state(model, mu.Cache))]
+    mu.jit(lambda slots, request, slot: slots.insert(slot, request))(slots, request, jnp.int32(2))
+    for wrong, shape in (((2, 1, 16, 8), None), ((16, 8), None), ((1, 8, 8), np.array([0, 1]))):
+        other: Any = nn.MultiHeadAttention(2, 8, decode=True, rngs=mu.Rngs(0))
+        other.init_cache(wrong)
+        with pytest.raises(ArgumentError, match=r"do not fit into the slots|goes into one slot"):
+            slots.insert(1 if shape is None else shape, other)
+    for old, new in zip(before, jax.tree.leaves(mu.state(model, mu.Cache)), strict=True):
+        np.testing.assert_array_equal(old, new)
+    for number in (np.uint8(1), jnp.uint32(0), jnp.int16(1)):
+        slots.insert(number, request)
+    assert slots.lengths.tolist() == [3, 3]
+
+
+def test_what_is_not_finite_goes_with_its_request() -> None:
+    model, fresh = served(), served()
+    slots = nn.SlotCache(model, rngs=mu.Rngs(1))
+    model(jnp.full((2, 3, 8), jnp.nan))
+    request: Any = nn.MultiHeadAttention(2, 8, decode=True, rngs=mu.Rngs(0))
+    request.init_cache((1, 8, 8))
+    request(jnp.ones((1, 2, 8)))
+    slots.insert(0, request)
+    slots.evict([1])
+    fresh_slots = nn.SlotCache(fresh, rngs=mu.Rngs(1))
+    fresh_slots.insert(0, request)
+    np.testing.assert_allclose(model(jnp.ones((2, 1, 8))), fresh(jnp.ones((2, 1, 8))), rtol=1e-6)
+    model(jnp.full((2, 3, 8), jnp.nan))
+    model.cache.reset()
+    assert bool(jnp.isfinite(model(jnp.ones((2, 1, 8)))).all())

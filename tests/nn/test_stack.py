@@ -129,7 +129,11 @@ def test_the_body_is_traced_once(traces: Any) -> None:
             StructureError,
             "rate: 0.1 and 0.2",
         ),
-        (lambda: nn.Stack([nn.Linear(8, 8, rngs=mu.Rngs(0))] * 2).load(make()[0]), StructureError, "2 layers"),
+        (
+            lambda: nn.Stack([nn.Linear(8, 8, rngs=mu.Rngs(n)) for n in range(2)]).load(make()[0]),
+            StructureError,
+            "2 layers",
+        ),
     ],
 )
 def test_bad_input(use: Any, error: type[Exception], text: str) -> None:
@@ -177,3 +181,34 @@ def test_layers_of_another_mode_are_loaded() -> None:
         stack.load([layers[0], layers[1].eval()])
     with pytest.raises(StructureError, match=r"(?s)as many layers.*expected: 2 layers.*got: +1"):
         stack.load(layers[:1])
+
+
+class Scaled(mu.Module):
+    """A layer with a state that was made elsewhere."""
+
+    def __init__(self, scale: Any, rngs: mu.Rngs) -> None:
+        self.scale, self.linear = scale, nn.Linear(4, 4, rngs=rngs)
+
+
+@pytest.mark.parametrize("size", [3, 4])  # with three it would be taken for one of each layer
+def test_states_that_are_not_of_one_layer_are_refused(size: int) -> None:
+    shared, layer = mu.Buffer(jnp.ones(size)), nn.Linear(4, 4, rngs=mu.Rngs(0))
+    for make in (
+        lambda: nn.Stack(lambda rngs: Scaled(shared, rngs), 3, rngs=mu.Rngs(0)),
+        lambda: nn.Stack([Scaled(shared, mu.Rngs(n)) for n in range(3)]),
+        lambda: nn.Stack([layer] * 3),
+    ):
+        with pytest.raises(StructureError, match="is not of this layer alone"):
+            make()
+
+
+def test_stacks_that_are_stacked() -> None:
+    stacks = mu.vmap(lambda rngs: nn.Stack(lambda rngs: nn.Linear(2, 2, rngs=rngs), 3, rngs=rngs))(mu.Rngs(0).split(3))
+    with pytest.raises(StructureError, match="of several stacks"):
+        stacks[1]
+    inside = mu.vmap(lambda stack: stack[1])(stacks)
+    np.testing.assert_array_equal(inside.kernel, stacks.layer.kernel[:, 1])
+    nested = nn.Stack([nn.Stack([nn.Linear(2, 2, rngs=mu.Rngs(n + 3 * m)) for n in range(3)]) for m in range(2)])
+    np.testing.assert_array_equal(nested[1][2].kernel, nested.layer.layer.kernel[1, 2])
+    with pytest.raises(StructureError, match="of several stacks"):
+        nested.layer[0]

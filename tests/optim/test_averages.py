@@ -115,3 +115,14 @@ def test_an_opt_state_that_does_not_fit() -> None:
         with pytest.raises(OptimizerError, match="not what the optimizer keeps"):
             optimizer.opt_state = wrong
     assert mu.state(optimizer) == before
+
+
+@pytest.mark.parametrize("features", [8, 3])
+def test_a_layer_that_was_replaced(features: int) -> None:
+    model = {"head": mu.nn.Linear(4, 1, rngs=mu.Rngs(0))}
+    averages = mu.optim.EMA(model)
+    model["head"] = mu.nn.Linear(4, features, rngs=mu.Rngs(0))
+    with pytest.raises(
+        mu.errors.StateTypeError, match=r"(?s)average of state `head\.(bias|kernel)`.*make the averages anew"
+    ):
+        averages.update()

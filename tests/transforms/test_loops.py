@@ -854,3 +854,40 @@ def test_a_bounded_while_loop(start: float, max_steps: int, how: str) -> None:
 def test_a_bound_that_is_none(max_steps: Any) -> None:
     with pytest.raises(mu.errors.ArgumentError, match="max_steps"):
         mu.while_loop(lambda x: x < 10, lambda x: x + 1, 0, max_steps=max_steps)
+
+
+@pytest.mark.parametrize("length", ["3", 3.0, -2, True])
+def test_a_length_that_is_none(length: Any) -> None:
+    for loop in (
+        lambda: mu.for_loop(lambda: 1.0, length=length),
+        lambda: mu.scan(lambda c, _: (c, c), 0.0, length=length),
+    ):
+        with pytest.raises(errors.ArgumentError, match=r"cannot have `length="):
+            loop()
+
+
+def test_a_traced_length() -> None:
+    with pytest.raises(errors.ArgumentError, match=r"(?s)cannot have `length=.*mu.fori_loop"):
+        mu.jit(lambda n: mu.for_loop(lambda: 1.0, length=n))(3)
+
+
+@pytest.mark.parametrize("upper", [3, np.int64(3), np.int32(3), jnp.int32(3)])
+def test_bounds_that_are_known_have_a_derivative_in_reverse(upper: Any) -> None:
+    assert float(mu.grad(lambda x: mu.fori_loop(0, upper, lambda i, c: c * 2, x))(1.0)) == 8.0
+    assert float(mu.fori_loop(0, upper, lambda i, c: c + i, 0)) == 3
+
+
+def test_a_loop_without_a_derivative_in_reverse_says_which_has_one() -> None:
+    for loop in (
+        lambda y: mu.while_loop(lambda x: x < 10, lambda x: x * y, 1.0),
+        lambda y: mu.jit(lambda n: mu.fori_loop(0, n, lambda i, x: x * y, 1.0))(3),
+    ):
+        with pytest.raises(ValueError, match="Reverse-mode") as caught:
+            mu.grad(loop)(2.0)
+        assert any("max_steps=100" in note for note in caught.value.__notes__)
+
+
+def test_counts_of_numpy() -> None:
+    xs = jnp.arange(4.0)
+    np.testing.assert_array_equal(mu.for_loop(lambda x: x, xs, checkpoint_every=np.int64(3)), xs)
+    assert float(mu.while_loop(lambda x: x < 10, lambda x: x + 1, 0.0, max_steps=np.int32(4))) == 4.0

@@ -52,6 +52,12 @@ _ABOUT_TRACERS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
+_REVERSE = (
+    "`mu.while_loop(cond_fun, body_fun, init_val, max_steps=100)` has such a derivative, and `mu.fori_loop` if its bounds "
+    "are known."
+)
+
+
 def annotate(error: Exception) -> None:
     """Add to an error what it does not say, and we know.
 
@@ -60,6 +66,8 @@ def annotate(error: Exception) -> None:
     """
     if isinstance(error, AttributeError):
         _note_equivalent(error)
+    elif isinstance(error, ValueError) and str(error).startswith("Reverse-mode differentiation does not work"):
+        _add(error, _REVERSE, "max_steps")
     elif isinstance(error, TypeError | ValueError | IndexError) and not _note_tracer(error):
         _note_shapes(error)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import jax
@@ -154,14 +156,15 @@ def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: A
       layers[2]  Linear      float32[32,128]  float32[32,10]   2 Param       1,290    5.2 kB     82,240
     """
     rows = []
-    calls: deque[tuple[Any, ...]] = deque()  # a list that the functions name would be put back after a trace
+    # Not lists, which the functions would name, and which would be put back after a trace.
+    numbers: Iterator[int] = itertools.count()
+    recorded: SimpleQueue[tuple[int, tuple[Any, ...]]] = SimpleQueue()
 
     def record(module: Module, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        row = len(calls)
-        calls.append((None, None, None, None))
+        row = next(numbers)
         out = call(*args, **kwargs)
         definition, _ = describe_graph(module)  # with the types of here, which may be those of one lane or iteration
-        calls[row] = module, definition, _shapes((args, kwargs)), _shapes(out)
+        recorded.put((row, (module, definition, _shapes((args, kwargs)), _shapes(out))))
         return out
 
     def run(*inputs: Any, **kwargs: Any) -> Any:
@@ -173,7 +176,8 @@ def tabulate(net: Module, /, *inputs: Any, depth: int | None = None, **kwargs: A
     made = eval_arrays(run, inputs, kwargs)
     paths = {id(module): path for path, module in modules(made).items()}
     flops: dict[Any, float | None] = {}  # of layers that are alike, those of one
-    for module, definition, given, out in calls:
+    calls = sorted((recorded.get() for _ in range(recorded.qsize())), key=operator.itemgetter(0))
+    for _, (module, definition, given, out) in calls:
         path = paths.get(id(module))
         if path is None or (depth is not None and len(path) > depth):
             continue

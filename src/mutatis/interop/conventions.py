@@ -7,7 +7,7 @@
 |---|---|---|
 | `Linear`, `LinearGeneral` | `kernel` (in, out) | `weight` (out, in) |
 | `Conv` | `kernel` (*size, in, out) | `weight` (out, in, *size) |
-| `ConvTranspose` | `kernel` (*size, in, out) | `weight` (in, out, *size), mirrored |
+| `ConvTranspose` | `kernel` (*size, in, out); (*size, out, in) with `transpose_kernel` | `weight` (in, out, *size), mirrored |
 | `Embed` | `embedding` | `weight` |
 | norms | `scale`, `mean`, `var` | `weight`, `running_mean`, `running_var` |
 | `PReLU` | `negative_slope` () | `weight` (1,) |
@@ -40,7 +40,7 @@ from mutatis.model.filters import Path
 from mutatis.model.kinds import RngState
 from mutatis.model.modules import Module
 from mutatis.model.surgery import modules
-from mutatis.model.variables import Variable
+from mutatis.model.variables import Variable, lanes_of
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
 
@@ -155,7 +155,8 @@ def _slots(path: Path, cell: Variable, owners: dict[Path, Module], convention: s
         leaves, tree = jax.tree_util.tree_flatten_with_path(value)
     at = stacks_on(path, owners)
     sizes = tuple(len(owners[path[:n]]) for n in at)  # type: ignore[arg-type]  # a stack has a length
-    if any(now is not None and now.shape[: len(sizes)] != sizes for _, now in leaves):
+    ensemble = len(lanes_of(cell)) > len(sizes) > 0
+    if ensemble or any(now is not None and now.shape[: len(sizes)] != sizes for _, now in leaves):
         at, sizes = [], ()  # stacked along other axes, too, as in an ensemble
     found = []
     for number, (keys, now) in enumerate(leaves):
@@ -189,8 +190,8 @@ def _torch(
         return name, _as_it_is, _as_it_is
     if name == "kernel":
         _refuse_stacked(owner, shape)
-        mirrored = "ConvTranspose" in layers
-        if mirrored or "Conv" in layers:
+        mirrored = "ConvTranspose" in layers and not owner.transpose_kernel  # type: ignore[union-attr]  # it is one
+        if "ConvTranspose" in layers or "Conv" in layers:
             return "weight", _Convolution(mirrored).read, _Convolution(mirrored).write
         inputs = getattr(owner, "axis", None)
         return "weight", *_Matrix(shape, len(inputs) if isinstance(inputs, tuple) else 1).ways

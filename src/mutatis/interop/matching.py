@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -59,10 +59,11 @@ class Match:
         self._strange: list[tuple[str, str]] = []  # the name that an array had, and the one that it came to
         self._castable = False
 
-    def without_collections(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Arrays without the names of collections in front, as Linen has them, if all have one and no state begins so."""
+    def without_collections(self, arrays: Mapping[str, Any], heads: Collection[str] = ()) -> dict[str, Any]:
+        """Arrays without the names of collections in front, as Linen has them, if all have one and no state or rule begins so."""
         tops = {name.partition(".")[0] for name in arrays}
-        if any(kind_of(top) is None for top in tops) or tops & {name.partition(".")[0] for name in self._slots}:
+        ours = {name.partition(".")[0] for name in self._slots}
+        if any(kind_of(top) is None for top in tops) or tops & {*ours, *heads}:
             return dict(arrays)
         bare: dict[str, Any] = {}
         for name, array in arrays.items():

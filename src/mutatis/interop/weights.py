@@ -114,7 +114,9 @@ def load(
     check_convention(convention)
     weights = _weights_of(source)
     match = Match(node, convention, filters, cast)
-    translated = translate(as_rules(rules), match.without_collections(weights))
+    known = as_rules(rules)
+    heads = {name.partition(".")[0] for rule in known for name in rule.theirs}
+    translated = translate(known, match.without_collections(weights, heads))
     for name, arrays in translated.arrays.items():
         match.add(name, arrays)
     problems = [*match.missing(), *match.unexpected(), *translated.problems, *match.problems]

@@ -28,7 +28,7 @@ from mutatis.model.surgery import GONE, held_fast, holders_among, rewrite, swapp
 from mutatis.model.tags import check_tags
 from mutatis.model.values import as_value
 from mutatis.model.variables import Variable, spelled, started
-from mutatis.model.walks import check_node, variables
+from mutatis.model.walks import check_node, holder_of, variables
 
 T = TypeVar("T")
 
@@ -488,7 +488,9 @@ def reset(node: Any, *filters: FilterLike, batch_shape: int | Sequence[int] = ()
             else f"Say how it starts, `{spelled(type(cell))}(init=lambda: jnp.zeros(3))`; `mu.reset(model)` takes those that do.",
         )
     cells = [cell for cell in chosen.values() if cell.init is not None]
-    values = [started(cell, () if not filters and isinstance(cell, _OF_A_BATCH) else shape) for cell in cells]
+    axes = [() if not filters and isinstance(cell, _OF_A_BATCH) else shape for cell in cells]
+    holders = [holder_of(node, path) for path, cell in chosen.items() if cell.init is not None]
+    values = [started(*each) for each in zip(cells, axes, holders, strict=True)]
     with Transaction("reset") as tx:
         for cell, value in zip(cells, values, strict=True):
             cell.set(value)

@@ -7,6 +7,7 @@ and declares defaults as class attributes (`collection`, `vmap_axis`, `fixed`).
 
 from __future__ import annotations
 
+import abc
 import copyreg
 import operator
 import types
@@ -609,6 +610,30 @@ def unsubscripted(kind: Any) -> Any:
     return get_origin(kind) or kind
 
 
+class ModuleInit(abc.ABC):
+    """An `init` that takes the start of a state from the module that holds it, such as from a parameter of each neuron.
+
+    A function of no arguments would close over the states of one module; its copies, and those that `vmap` makes, have others.
+    """
+
+    @abc.abstractmethod
+    def start(self, module: Any, lanes: tuple[tuple[int, int], ...], batch_shape: tuple[int, ...]) -> Any:
+        """The start of the state in a module.
+
+        Args:
+          module: the module that holds it.
+          lanes: the axes along which the state is stacked, and their sizes.
+          batch_shape: further axes, in front of those of a single one.
+        """
+
+    def __call__(self) -> Any:
+        raise DeferredStateError(
+            "a state that starts as its module says was to start without it",
+            expected="the module, or what holds it",
+            cure="`mu.reset(model, mu.Hidden)` starts the states of a model.",
+        )
+
+
 def initial(variable: Variable) -> Any:
     """The value that a state with `init` starts with.
 
@@ -675,15 +700,18 @@ def _without(lanes: tuple[tuple[int, int], ...], axis: int) -> tuple[tuple[int, 
     return tuple((at - (at > axis), size) for at, size in lanes if at != axis)
 
 
-def started(variable: Variable, batch_shape: tuple[int, ...] = ()) -> Any:
+def started(variable: Variable, batch_shape: tuple[int, ...] = (), module: Any = None) -> Any:
     """The value that a state with `init` starts with where it is: as often as the model that it is in is stacked.
 
     Args:
       variable: the state.
       batch_shape: further axes, in front of each single one.
+      module: the module that holds it, if that is known.
     """
-    value = initial(variable)
     lanes = lanes_of(variable)
+    if isinstance(variable._init, ModuleInit) and module is not None:
+        return variable._init.start(module, lanes, batch_shape)
+    value = initial(variable)
 
     def stack(x: Any) -> Any:
         x = jnp.broadcast_to(x, (*batch_shape, *x.shape)) if batch_shape else x

@@ -181,3 +181,10 @@ def variables(node: Any, *filters: Any) -> dict[Path, Any]:
 
 def _any(filters: tuple[Any, ...]) -> Filter | None:
     return as_filter(filters) if filters else None
+
+
+def holder_of(node: Any, path: Path) -> Any:
+    """The module, list, tuple or dict that holds the state at a path of a node; None for the state itself."""
+    for part in path[:-1]:
+        node = node[part] if isinstance(node, list | tuple | dict) else node.__dict__[part]
+    return node if path else None

@@ -22,6 +22,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import naming
 from mutatis.core.avals import is_concrete
+from mutatis.core.calls import as_integer
+from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Cache
 from mutatis.model.modules import Module
@@ -88,19 +90,30 @@ class KVCache(Module):
         window: int | None = None,
         ragged: bool = False,
     ) -> None:
-        length = window if max_length is None else max_length
-        if length is None or length < max(window or 0, 1):
+        shown = 0 if window is None else as_integer(window)
+        length = shown if max_length is None else as_integer(max_length)
+        if shown is None or (window is not None and shown < 1) or length is None or length < max(shown, 1):
             raise ArgumentError(
                 "`nn.KVCache` has no place for the tokens that a query sees",
                 path="max_length",
-                expected="an int, from 1" if window is None else f"None, or an int from {window}, the window",
-                got=repr(max_length),
+                expected="an int, from 1"
+                if window is None
+                else "a window from 1, and None or an int from the window on",
+                got=f"max_length={show_value(max_length)}, window={show_value(window)}",
                 cure="`nn.KVCache(batch, max_length=1024, num_heads=8, head_dim=64)`",
+            )
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ArgumentError(
+                "`nn.KVCache` would round keys and values",
+                path="dtype",
+                expected="a dtype of floats",
+                got=str(jnp.dtype(dtype)),
+                cure="`dtype=jnp.bfloat16` halves the memory.",
             )
         batch = as_axes(batch_shape)
         self.batch_shape = batch
         self.max_length = length
-        self.window = window
+        self.window = None if window is None else shown
         self.ragged = ragged
         counted = batch if ragged else ()
         self.key = _state((*batch, length, num_heads, head_dim), dtype)
@@ -148,6 +161,7 @@ class KVCache(Module):
           ArgumentError: the arrays have another shape, there are lengths for a cache that is not ragged or that are no numbers of
             these tokens, or it is full. Inside compiled programs the numbers are not known.
         """
+        key, value = jnp.asarray(key), jnp.asarray(value)
         count = self._check(key, value, lengths)
         positions = self.next_positions(count)
         counts = None if lengths is None else jnp.asarray(lengths, jnp.int32)
@@ -177,7 +191,8 @@ class KVCache(Module):
 
     def reset(self) -> None:
         """Remove all tokens."""
-        self.index.value = jnp.zeros_like(self.index.value)
+        for cell in (self.index, self.key, self.value):  # also the numbers: hidden ones that are NaN would show
+            cell.value = jnp.zeros_like(cell.value)
         if self.positions is not None:
             self.positions.value = jnp.full_like(self.positions.value, -1)
 
@@ -192,10 +207,15 @@ class KVCache(Module):
           ArgumentError: the length is negative or of another shape, or tokens in the window are no longer kept; inside compiled
             programs these are masked.
         """
-        new = jnp.asarray(length, jnp.int32)
+        given = jnp.asarray(length)
+        new = given.astype(jnp.int32)
         before = self.index.value
         shapes = {(), before.shape, self.batch_shape if self.ragged else ()}
-        if new.shape not in shapes or ((known := known_numbers(length)) is not None and np.any(known < 0)):
+        if (
+            not jnp.issubdtype(given.dtype, jnp.integer)
+            or new.shape not in shapes
+            or ((known := known_numbers(length)) is not None and np.any(known < 0))
+        ):
             raise self._refusal(
                 "cannot be rolled back to this length",
                 expected=", or ".join(
@@ -274,8 +294,8 @@ class KVCache(Module):
         return jnp.where(lasts, positions % self.max_length, self.max_length)
 
     def _write_slice(self, array: jax.Array, part: jax.Array) -> jax.Array:
-        start = (0,) * len(self.batch_shape) + (self.index.value, 0, 0)
-        return lax.dynamic_update_slice(array, convert(part, array.dtype), start)
+        axis = len(self.batch_shape)
+        return lax.dynamic_update_slice_in_dim(array, convert(part, array.dtype), self.index.value, axis)
 
     def _write(self, array: jax.Array, part: jax.Array, slots: jax.Array) -> jax.Array:
         part = convert(part, array.dtype)
@@ -320,6 +340,7 @@ class KVCache(Module):
         return count
 
     def _check_lengths(self, lengths: jax.Array, count: int) -> None:
+        lengths = lengths.astype(jnp.int32) if jnp.issubdtype(lengths.dtype, jnp.integer) else lengths
         whole = jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.dtype == bool
         if not whole or (_known(lengths) and bool(jnp.any((lengths < 0) | (lengths > count)))):
             raise self._refusal(

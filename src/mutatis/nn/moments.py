@@ -196,7 +196,19 @@ class Normalization(Layer):
 
 
 def axes_of(axes: Any, ndim: int) -> Shape:
-    """Axes counted from the front, each once."""
+    """Axes counted from the front, each once.
+
+    Raises:
+      ArgumentError: an array of so many axes has no such axis.
+    """
+    if outside := [axis for axis in as_axes(axes) if not -ndim <= axis < ndim]:
+        raise ArgumentError(
+            f"there is no axis {outside[0]} of an array of {ndim} axes",
+            where=naming.where(),
+            expected=f"axes from {-ndim} to {ndim - 1}",
+            got=show_value(axes),
+            cure="Axes that count from the end, such as -1, fit inputs with more or fewer batch axes.",
+        )
     return tuple(sorted({axis % ndim for axis in as_axes(axes)}))
 
 

@@ -217,7 +217,7 @@ def _checked_lengths(lengths: ArrayLike, batch: tuple[int, ...], time: int, user
         fits = not len(outside)
         got = _show_lengths(known, outside)
     if fits:
-        return jnp.clip(array, 0, time).astype(jnp.int32)
+        return jnp.clip(array.astype(jnp.int32), 0, time)
     raise ArgumentError(
         f"the lengths of sequences do not fit the input of `{user}`",
         path="seq_lengths",

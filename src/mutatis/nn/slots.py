@@ -97,6 +97,15 @@ class SlotCache(Module):
         """
         sources = kv_caches(request)
         self._check(slot, sources)
+        if jnp.ndim(slot):
+            raise ArgumentError(
+                "a request goes into one slot",
+                path="slot",
+                where=naming.where(),
+                expected="an int or an integer scalar",
+                got=f"an array of shape {jnp.shape(slot)}",
+                cure="Insert requests one by one: `slots.insert(slot, request, row=0)`.",
+            )
         _check_number(
             "row", row, min(source.batch_shape[0] for source in sources), "`slots.insert(slot, request, row=0)`"
         )
@@ -108,9 +117,10 @@ class SlotCache(Module):
                 _insert_ring(target, slot, source, row, stored[..., row, :] if source.ragged else stored, length)
                 continue
             for into, part in ((target.key, source.key), (target.value, source.value)):
-                taken = lax.dynamic_index_in_dim(part.value, row, -4).astype(into.dtype)
-                start = (*(0 for _ in stacked_shape(target)), slot, 0, 0, 0)
-                into.value = lax.dynamic_update_slice(into.value, taken, start)
+                taken = lax.dynamic_index_in_dim(part.value, row, -4, keepdims=False).astype(into.dtype)
+                rest = [(0, 0)] * (taken.ndim - 3) + [(0, target.max_length - source.max_length), (0, 0), (0, 0)]
+                # The whole row: what an earlier request has left there may be NaN.
+                into.value = into.value.at[..., slot, :, :, :].set(jnp.pad(taken, rest))
         self.active.value = self.active.value.at[slot].set(True)
         if seed is not None:
             self.reseed(slot, seed)
@@ -125,7 +135,10 @@ class SlotCache(Module):
           ArgumentError: there is no such slot.
         """
         self._check(slot)
+        slot = jnp.asarray(slot)
         for cache in self.caches:
+            for cell in (cache.key, cache.value):
+                cell.value = cell.value.at[..., slot, :, :, :].set(0)
             cache.index.value = cache.index.value.at[..., slot].set(0)
             if cache.positions is not None:
                 cache.positions.value = cache.positions.value.at[..., slot, :].set(-1)
@@ -146,6 +159,7 @@ class SlotCache(Module):
         """
         self._check(source)
         self._check(target)
+        source, target = jnp.asarray(source), jnp.asarray(target)
         if length is not None:
             _check_number("length", length, None, "`slots.share(0, 1, length=16)`")
         ends = [cache.index.value[..., source] for cache in self.caches]
@@ -199,6 +213,7 @@ class SlotCache(Module):
           ArgumentError: there is no such slot.
         """
         self._check(slot)
+        slot = jnp.asarray(slot)
         old = self.stream.get()
         key = as_key(seed, "slots")
         self.stream.set({"key": old["key"].at[slot].set(key), "count": old["count"].at[slot].set(0)})
@@ -268,7 +283,7 @@ def _insert_ring(
 def _fits(target: KVCache, source: KVCache) -> bool:
     """Whether a row of a cache can hold what is in a row of another."""
     same = target.key.shape[-2:] == source.key.shape[-2:] and target.window == source.window
-    same = same and stacked_shape(target) == stacked_shape(source)
+    same = same and len(source.batch_shape) == 1 and stacked_shape(target) == stacked_shape(source)
     return same and (target.window is not None or target.max_length >= source.max_length)
 
 

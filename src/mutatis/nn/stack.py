@@ -23,7 +23,7 @@ from mutatis.model.filters import Path
 from mutatis.model.modules import Module
 from mutatis.model.operations import clone, merge, split
 from mutatis.model.surgery import modules
-from mutatis.model.variables import note_unstacked
+from mutatis.model.variables import Variable, lanes_of, note_unstacked
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
 from mutatis.transforms.batching import vmap
@@ -83,6 +83,9 @@ class Stack(Module):
                 )
             self.length = length
             self.layer = vmap(make)(rngs.split(length))
+            for path, cell in variables(self.layer).items():
+                if (0, length) not in lanes_of(cell):
+                    raise _shared(path, cell)
         self.remat = remat
         self.unroll = unroll
 
@@ -110,6 +113,14 @@ class Stack(Module):
         """A copy of one layer, by its number; or a list of copies, by a slice."""
         if isinstance(index, slice):
             return [self[n] for n in range(*index.indices(self.length))]
+        if self._is_stacked():
+            raise StructureError(
+                "the layers of several stacks cannot be taken out of them at once",
+                where=naming.where(),
+                expected="one stack",
+                got="stacks that `mu.vmap` has stacked",
+                cure="Take them out in the lanes: `mu.vmap(lambda stack: stack[0])(stacks)`.",
+            )
         number = as_integer(index)
         if number is None:
             raise ArgumentError(
@@ -127,6 +138,14 @@ class Stack(Module):
             note_unstacked(cell, 0)
             cell.set(jax.tree.map(lambda x: x[index], cell.get()))
         return copy
+
+    def _is_stacked(self) -> bool:
+        """Whether several stacks are seen at once, from outside of the transform that has stacked them."""
+        inside = modules(self.layer)
+        return any(
+            len(lanes_of(cell)) > 1 + sum(isinstance(inside.get(path[:n]), Stack) for n in range(len(path)))
+            for path, cell in variables(self.layer).items()
+        )
 
     def layers(self) -> list[Module]:
         """Copies of the layers, as a list. A model with this list instead of the Stack has paths such as ``blocks[0].kernel``."""
@@ -182,6 +201,11 @@ def _stacked(layers: Sequence[Module]) -> Module:
             got=f"{[show_class(layer) for layer in layers]}",
             cure="`nn.Stack([Block(rngs) for _ in range(12)])`",
         )
+    owners: dict[Any, int] = {}
+    for number, layer in enumerate(layers):
+        for path, cell in variables(layer).items():
+            if owners.setdefault(cell, number) != number:
+                raise _shared(path, cell)
     definition, first = split(layers[0])
     states = [first]
     for layer in layers[1:]:
@@ -194,6 +218,18 @@ def _stacked(layers: Sequence[Module]) -> Module:
         states.append(state)
     together = jax.tree.map(lambda *values: jnp.stack(values), *states)
     return vmap(lambda state: merge(definition, state))(together)
+
+
+def _shared(path: Path, cell: Variable) -> StructureError:
+    return StructureError(
+        f"state `{show_path(path)}` ({type(cell).__name__}) of a layer is not of this layer alone, and cannot be stacked",
+        path=show_path(path),
+        where=naming.where(),
+        expected="layers that each have states of their own",
+        got="a state that layers share with one another, or that was made before",
+        made_at=cell.made_at,
+        cure="Give what layers share in the call, `stack(x, shared)`, where all layers get the same; or make it in each layer.",
+    )
 
 
 def _types(node: Module) -> dict[Path, list[str]]:

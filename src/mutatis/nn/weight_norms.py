@@ -34,6 +34,7 @@ from mutatis.nn.layers import (
     parameter,
     promote_dtype,
 )
+from mutatis.nn.moments import axes_of
 from mutatis.random import Rngs
 from mutatis.transforms.transaction import transaction
 
@@ -245,7 +246,7 @@ class WeightNorm(Layer):
         return dict(variables(self.layer_instance, lambda path, cell: self.variable_filter(path, cell)))
 
     def _features(self, weight: Variable) -> list[int]:
-        return sorted({axis % weight.ndim for axis in self.feature_axes})
+        return [*axes_of(self.feature_axes, weight.ndim)]
 
     def _normalized(self, path: Path, weight: Variable) -> jax.Array:
         """A weight at length 1, times its scale."""

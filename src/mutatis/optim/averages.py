@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mutatis.core import naming
+from mutatis.core.avals import show_type
 from mutatis.core.naming import show_path
 from mutatis.core.nodes import Reference
 from mutatis.core.showing import show_value
-from mutatis.errors import ArgumentError
+from mutatis.errors import ArgumentError, StateTypeError
 from mutatis.model.filters import FilterLike, Path, as_filter
 from mutatis.model.kinds import OptState, Param
 from mutatis.model.modules import Module
@@ -84,6 +86,16 @@ class EMA(Module):
             self.state = kept | beside(self._tracked(), new)
         for name, cell in tracked.items():
             average = self.state[name]
+            if not _alike(average.value, cell.value):
+                raise StateTypeError(
+                    f"the average of state `{name}` has another shape than the state",
+                    path=name,
+                    where=naming.where(),
+                    expected=show_type(average.value),
+                    got=show_type(cell.value),
+                    made_at=cell.made_at,
+                    cure="The layer was replaced since: make the averages anew, `mu.optim.EMA(model, decay=0.999)`.",
+                )
             average.value = jax.tree.map(lambda old, new: _mixed(decay, old, new), average.value, cell.value)
         self.step += 1
 
@@ -100,6 +112,11 @@ class EMA(Module):
         """The averages by the paths of the states; see `mu.view`."""
         paths = variables(self._model.value, self.wrt)
         return {path: self.state[name] for path in paths if (name := show_path(path)) in self.state}
+
+
+def _alike(a: Any, b: Any) -> bool:
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(value)] for value in (a, b)]
+    return jax.tree.structure(a) == jax.tree.structure(b) and shapes[0] == shapes[1]
 
 
 def _mixed(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:

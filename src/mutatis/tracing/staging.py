@@ -151,7 +151,7 @@ def check_kept(site: CallSite, staged: Staged, cell: Variable, before: Any, what
     same = jax.tree.structure(before) == jax.tree.structure(after)  # else it is another container, or unit
     cast = (
         f" Convert what is written: `v.value = x.astype(jnp.{next(iter(dtypes))})`."
-        if len(dtypes) == 1 and same
+        if len(dtypes) == 1 and same and dtypes != {str(leaf.dtype) for leaf in jax.tree.leaves(after)}
         else ""
     )
     cure = f"What is carried or chosen has one type.{cast} Or give the state the type {new} before."

@@ -7,7 +7,6 @@ of a scan are sliced, and what is written to them is stacked. In ordinary Python
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypedDict, TypeVar, TypeVarTuple, Unpack, overload
 
@@ -18,8 +17,8 @@ from jax.typing import ArrayLike
 
 from mutatis import _compat
 from mutatis.compilation.eager_control import compiled, runs_eagerly
-from mutatis.core import access
-from mutatis.core.calls import check_function, is_count, takes
+from mutatis.core import access, checks
+from mutatis.core.calls import as_integer, check_function, takes
 from mutatis.core.showing import show_class, show_value
 from mutatis.errors import ArgumentError, StateTypeError, StructureError
 from mutatis.model.variables import Variable
@@ -260,7 +259,8 @@ def _for_compiled(functions: Sequence[Any], options: dict[str, Any], operands: A
 
 
 def _check_every(name: str, count: Any) -> None:
-    if count is not None and (type(count) is not int or count < 1):
+    number = as_integer(count) if isinstance(count, int | np.integer) else None
+    if count is not None and (number is None or number < 1):
         raise ArgumentError(
             f"`checkpoint_every` cannot be {show_value(count)}",
             where=name,
@@ -376,7 +376,7 @@ def _in_blocks(
     loop: Callable[..., Any], start: Any, xs: Any, count: int, every: int | None, reverse: bool, bar: Bar | None
 ) -> Any:
     """Run a loop in blocks, which are checkpointed, or between which a bar moves: a scan over whole blocks, and a shorter one."""
-    if count == 0 or (every is None and bar is None):
+    if count == 0 or (every is None and bar is None) or checks.are_off():  # where iterations are looked at one by one
         return loop(start, xs, count)
     size = bar.block() if every is None and bar is not None else every or count
     number = count // size
@@ -438,7 +438,18 @@ def _length(where: str, length: int | None, leaves: list[Any], stacks: dict[Vari
     sizes = {jnp.shape(leaf)[0] for leaf in leaves}
     sizes |= {leaf.shape[0] for stack in stacks.values() for leaf in jax.tree.leaves(stack)}
     if length is not None:
-        sizes.add(operator.index(length))
+        number = as_integer(length)
+        if number is None or number < 0:
+            raise ArgumentError(
+                f"a loop cannot have `length={show_value(length)}`",
+                path="length",
+                where=where,
+                expected="an int, from 0, that is known where the loop is called",
+                got=show_value(length),
+                cure="`length=10`; the size of an array, `length=x.shape[0]`. `mu.fori_loop(0, n, body_fun, init_val)` takes a "
+                "traced number.",
+            )
+        sizes.add(number)
     if len(sizes) != 1:
         raise ArgumentError(
             "the number of iterations cannot be told",
@@ -559,7 +570,8 @@ def while_loop(
     """
     check_function(cond_fun, "while_loop", "cond_fun", _WHILE)
     check_function(body_fun, "while_loop", "body_fun", _WHILE)
-    if max_steps is not None and not is_count(max_steps, 0):
+    most = None if max_steps is None else as_integer(max_steps)
+    if max_steps is not None and (most is None or most < 0):
         raise ArgumentError(
             f"a loop cannot have `max_steps={show_value(max_steps)}`",
             path="max_steps",
@@ -569,9 +581,9 @@ def while_loop(
             cure="`mu.while_loop(cond_fun, body_fun, init_val, max_steps=100)`",
         )
     if runs_eagerly():
-        options = {"max_steps": max_steps}
+        options = {"max_steps": most}
         return compiled("while_loop", _while_compiled, (cond_fun, body_fun), options, init_val, names=("init_val",))
-    return _while("while_loop", cond_fun, body_fun, init_val, max_steps=max_steps)
+    return _while("while_loop", cond_fun, body_fun, init_val, max_steps=most)
 
 
 def _while_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:
@@ -758,13 +770,21 @@ def fori_loop(
                 got=show_value(jnp.asarray(bound)),
                 cure="`mu.fori_loop(0, 10, body_fun, init_val)`; of an array, its length: `len(xs)`.",
             )
-    fixed = all(isinstance(bound, int) for bound in (lower, upper))
-    options = {"unroll": unroll, "bounds": (int(lower), int(upper)) if fixed else None}
-    operands = (init_val,) if fixed else (init_val, lower, upper)
+    bounds = _known_bounds(lower, upper)
+    options = {"unroll": unroll, "bounds": bounds}
+    operands = (init_val, lower, upper) if bounds is None else (init_val,)
     if runs_eagerly():
         names = ("init_val", "lower", "upper")[: len(operands)]
         return compiled("fori_loop", _fori_compiled, (body_fun,), options, *operands, names=names)
     return _fori_compiled((body_fun,), options, operands)
+
+
+def _known_bounds(*bounds: Any) -> tuple[int, ...] | None:
+    """Bounds as ints, if they are known and are of the dtype of ints."""
+    known = [as_integer(bound) for bound in bounds]
+    usual = all(jnp.result_type(bound) == jnp.result_type(int) for bound in bounds)
+    ints = tuple(bound for bound in known if bound is not None)
+    return ints if usual and len(ints) == len(bounds) else None
 
 
 def _fori_compiled(functions: Sequence[Any], options: dict[str, Any], operands: Any) -> Any:

@@ -189,3 +189,13 @@ def test_weights_with_a_unit(layer: str, events: int | None) -> None:
     np.testing.assert_allclose(neurons[0](quantity(x)), neurons[1](plain(x)))
     with pytest.raises(ArgumentError, match="unit that does not fit"):
         nn.LIF(size)(quantity(x))
+
+
+def test_events_of_other_connections() -> None:
+    """As a checkpoint restores them: a neuron may have more connections than any had."""
+    nets = [nn.FixedProb(6, 6, 0.3, events=2, rngs=mu.Rngs(seed)) for seed in range(20)]
+    pairs = [(a, b) for a in nets for b in nets if a.source.shape == b.source.shape and a.most < b.most]
+    few, more = pairs[0]
+    mu.update(few, mu.state(more))
+    for row in jnp.eye(6):
+        np.testing.assert_array_equal(few(row), more(row))

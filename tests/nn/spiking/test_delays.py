@@ -158,3 +158,30 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(ArgumentError, match=text):
             use()
+
+
+def test_elements_of_a_batch_that_are_held_back() -> None:
+    delay = nn.Delay(1, max_steps=3)
+    mu.reset(delay, mu.Hidden, batch_shape=2)
+    goes_on, alone = jnp.array([False, True]), [nn.Delay(1, max_steps=3) for _ in range(2)]
+    for step in range(1, 8):
+        before = mu.state(delay)
+        delay.push(jnp.full((2, 1), float(step)))
+        for number, each in enumerate(alone):
+            if step <= 2 or bool(goes_on[number]):
+                each.push(jnp.full(1, float(step)))
+        if step > 2:
+            held = jax.tree.map(
+                lambda new, old: jnp.where(goes_on.reshape(2, *(1,) * (new.ndim - 1)), new, old),
+                mu.state(delay),
+                before,
+            )
+            mu.update(delay, held)
+        for back in (0, 1, 2, 1.5, jnp.array([2])):
+            np.testing.assert_allclose(delay.at(back), jnp.stack([each.at(back) for each in alone]))
+
+
+def test_sizes_of_numpy() -> None:
+    assert nn.Delay(np.int64(2), np.int64(3)).buffer.shape == (4, 2)
+    with pytest.raises(ArgumentError, match="nothing to hold"):
+        nn.Delay(2, 3.0)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mutatis import nn
+from mutatis.errors import ArgumentError
 
 pytestmark = pytest.mark.once
 
@@ -73,3 +74,20 @@ def test_trees() -> None:
     for _ in range(100):
         state = nn.rk4(lambda s: {"x": s["v"], "v": -s["x"]}, state, 2 * np.pi / 100)
     np.testing.assert_allclose([state["x"], state["v"]], [1.0, 0.0], atol=1e-5)
+
+
+def test_values_that_are_no_arrays() -> None:
+    for use, text in [
+        (lambda: nn.exp_euler(lambda y: y, [jnp.ones(2)], 0.1), "the step of one array"),  # type: ignore[arg-type]
+        (lambda: nn.rk4(lambda y: None, jnp.ones(2), 0.1), "another structure"),
+        (lambda: nn.rk4(lambda y: (*y, *y), (jnp.ones(2),), 0.1), "another structure"),
+    ]:
+        with pytest.raises(ArgumentError, match=text):
+            use()
+
+
+def test_whole_numbers_with_a_unit() -> None:
+    u = pytest.importorskip("saiunit")
+    for method in (nn.exp_euler, nn.rk4):
+        after = method(lambda v: -v / (10 * u.ms), -65 * u.mV, 5 * u.ms)  # type: ignore[operator]
+        np.testing.assert_allclose(after / u.mV, -65 * np.exp(-0.5), rtol=1e-3)

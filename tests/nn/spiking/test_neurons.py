@@ -176,3 +176,47 @@ def test_silent_steps_are_those_of_the_time(tau_ref: float, step: float, silent:
     with nn.dt.set(step):
         spikes = mu.for_loop(nn.LIF(1, tau_ref=tau_ref), jnp.full((200, 1), 1e4))
     assert set(np.diff(np.nonzero(np.asarray(spikes)[:, 0])[0]) - 1) == {silent}
+
+
+@pytest.mark.parametrize(("step", "time"), [(0.05, 20.0), (0.001, 5.0), (0.1, 2.0), (0.1, 5.05), (0.3, 1.0)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_refractory_steps_are_counted(dtype: Any, step: float, time: float) -> None:
+    neuron = nn.LIF(1, tau=1.0, tau_ref=time, reset="hard", dtype=dtype)
+    silent = (
+        int(np.ceil(float(jnp.asarray(time, dtype)) / step - 0.01))
+        if dtype != jnp.float32
+        else int(np.ceil(time / step - 0.01))
+    )
+    if not isinstance(neuron.tau_ref, mu.Variable):
+        silent = int(np.ceil(time / step - 0.01))
+    with nn.dt.set(step):
+        spikes = mu.for_loop(neuron, jnp.full((3 * silent + 8, 1), 1e4, dtype))
+    assert np.diff(np.flatnonzero(np.asarray(spikes[:, 0], np.float32))).tolist()[:2] == [silent + 1] * 2
+    assert neuron.v.dtype == dtype and spikes.dtype == dtype
+
+
+def test_thresholds_and_settings_that_do_not_fit() -> None:
+    for use, text in [
+        (lambda: nn.LIF(1, v_th=0.5, v_reset=1.0), "threshold at or below `v_reset`"),
+        (lambda: nn.ALIF(2, v_th=jnp.array([1.0, 0.0])), "threshold at or below `v_reset`"),
+        (lambda: nn.Izhikevich(1, v_th=-65.0), "threshold at or below `c`"),
+        (lambda: nn.LIF(1, surrogate="sigmoid"), "`surrogate`"),
+        (lambda: nn.LIF(-1), "integers"),
+    ]:
+        with pytest.raises(ArgumentError, match=text):
+            use()
+    late: Any = nn.LIF(1)
+    late.tau_ref = 5.0
+    with pytest.raises(ArgumentError, match="without a refractory time"):
+        late(1.0)
+    late = nn.LIF(1)
+    late.reset = "zero"
+    with pytest.raises(ArgumentError, match="cannot be reset 'zero'"):
+        late(1.0)
+
+
+def test_izhikevich_with_a_low_threshold() -> None:
+    with nn.dt.set(0.5):
+        spikes = mu.for_loop(nn.Izhikevich(1, v_th=-20.0), jnp.full((400, 1), 10.0))
+        slope = mu.grad(lambda x: jnp.sum(mu.for_loop(nn.Izhikevich(1), jnp.full((20, 1), 1.0) * x)))(200.0)
+    assert float(spikes.sum()) == 5 and float(slope) != 0

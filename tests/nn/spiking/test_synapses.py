@@ -58,3 +58,12 @@ def test_equal_times_are_refused() -> None:
         with pytest.raises(ArgumentError, match=r"nn\.Alpha\(\(2,\), tau=10\.0\)"):
             nn.DualExpon(2, *times)
     assert jnp.isfinite(mu.jit(lambda slow: nn.DualExpon(2, slow, 1.0)(jnp.ones(2)))(3.0)).all()
+
+
+def test_times_that_are_nearly_equal() -> None:
+    for rise in (10.0, 9.9999, 10.001):
+        with pytest.raises(ArgumentError, match=r"(?s)cannot rise as slowly.*nn\.Alpha"):
+            nn.DualExpon(2, 10.0, rise)
+    assert float(mu.for_loop(nn.DualExpon(1, 10.0, 9.9), jnp.zeros((40, 1)).at[0].set(1.0)).max()) == pytest.approx(
+        1, abs=1e-2
+    )

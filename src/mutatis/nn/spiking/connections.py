@@ -115,7 +115,10 @@ def _events_arrive(
         sent = strength[:, None] * (weight[place] if weight.ndim else weight)
         return jnp.zeros(post, sent.dtype).at[target[place]].add(jnp.where(there, sent, 0))
 
-    return jax.lax.cond(jnp.count_nonzero(x) <= events, few, lambda: _all_arrives(post, x, weight, source, target))
+    fits = (jnp.count_nonzero(x) <= events) & (
+        jnp.max(start[1:] - start[:-1]) <= most
+    )  # other connections may be restored
+    return jax.lax.cond(fits, few, lambda: _all_arrives(post, x, weight, source, target))
 
 
 def _events_arrive_jvp(post: int, events: int, most: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -249,6 +252,8 @@ class FixedProb(Connection):
       weight: Param of shape () or (connections,).
       source, target: Buffers of integers, of shape (connections,): the two ends of each connection, in the order of the
         sources.
+      start: with `events`, a Buffer of integers of shape (pre + 1,): where the connections of each neuron begin in `source`.
+        Who writes another `source` writes this, too.
 
     Raises:
       ArgumentError: `prob` is not from 0 to 1, or the random stream is traced.
@@ -267,11 +272,11 @@ class FixedProb(Connection):
     ) -> None:
         super().__init__(pre, post, events)
         prob = in_unit(prob, "", "prob")
-        if not 0 <= prob <= 1:
+        if isinstance(prob, jax.core.Tracer) or np.ndim(prob) or not 0 <= prob <= 1:
             raise ArgumentError(
-                f"neurons cannot be connected by the chance {prob}",
+                f"neurons cannot be connected by the chance {show_value(prob)}",
                 path="prob",
-                expected="a number from 0 to 1",
+                expected="a number from 0 to 1, known when the connections are drawn",
                 got=show_value(prob),
                 cure=f"`nn.FixedProb({pre}, {post}, 0.1, weight, rngs=rngs)`",
             )

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 
 from mutatis.core import naming
 from mutatis.core.avals import show_type
-from mutatis.core.calls import is_count
+from mutatis.core.calls import as_integer
+from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Hidden
 from mutatis.model.modules import Module
@@ -28,11 +29,11 @@ class Delay(Module):
     Args:
       shape: the shape of a value; an int is for one axis.
       max_steps: the number of steps that can be looked back: the longest delay divided by the length of a step.
-      dtype: the dtype of the values.
+      dtype: the dtype of the values, to which those that are pushed are converted.
 
     Attributes:
       buffer: Hidden of shape (*batch, max_steps + 1, *shape), zeros at the start.
-      newest: Hidden, int32 of shape (*batch,): the place of the last value in the buffer, which is the same for a whole batch.
+      newest: Hidden, int32 of shape (*batch,): the place of the last value in the buffer, for each element of a batch.
 
     Raises:
       ArgumentError: `max_steps` is no int from 0; a value of another shape is pushed; or `at` looks back too far.
@@ -49,17 +50,18 @@ class Delay(Module):
     """
 
     def __init__(self, shape: int | tuple[int, ...], max_steps: int, dtype: Any = jnp.float32) -> None:
-        if not is_count(max_steps, 0):
+        most = as_integer(max_steps)
+        if most is None or most < 0:
             raise ArgumentError(
                 "`nn.Delay` has nothing to hold",
                 path="max_steps",
                 expected="an int, from 0",
-                got=repr(max_steps),
+                got=show_value(max_steps),
                 cure="`nn.Delay(100, max_steps=16)`: the longest delay divided by the step.",
             )
         self.shape = as_axes(shape)
-        self.max_steps = max_steps
-        size = (max_steps + 1, *self.shape)
+        self.max_steps = most
+        size = (most + 1, *self.shape)
 
         def empty() -> jax.Array:
             return jnp.zeros(size, dtype)
@@ -92,9 +94,15 @@ class Delay(Module):
                 if value.shape == batch + self.shape
                 else "Push a value for each element: `jnp.broadcast_to(x, delay.shape)`.",
             )
-        at = (self._newest() + 1) % (self.max_steps + 1)
-        self.buffer.value = jax.lax.dynamic_update_index_in_dim(buffer, value.astype(buffer.dtype), at, axis)
-        self.newest.value = jnp.broadcast_to(at, self.newest.value.shape)
+        at = (self.newest.value + 1) % (self.max_steps + 1)
+
+        def put(buffer: jax.Array, value: jax.Array, at: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(buffer, value, at, 0)
+
+        for _ in range(axis):
+            put = jax.vmap(put)
+        self.buffer.value = put(buffer, value.astype(buffer.dtype), at)
+        self.newest.value = at
 
     def at(self, steps: ArrayLike) -> jax.Array:
         """The value of some steps ago.
@@ -132,16 +140,16 @@ class Delay(Module):
         """The axis of time, behind those of a batch."""
         return int(self.buffer.value.ndim) - 1 - len(self.shape)
 
-    def _newest(self) -> jax.Array:
-        return jnp.max(self.newest.value, initial=0)  # a batch starts, and goes on, together
-
     def _pick(self, steps: jax.Array) -> jax.Array:
-        place = (self._newest() - steps) % (self.max_steps + 1)
         buffer, axis = self.buffer.value, self._axis()
+        newest = self.newest.value
+        if steps.ndim or axis:
+            newest = newest.reshape(newest.shape + (1,) * len(self.shape))
+            steps = jnp.broadcast_to(steps, buffer.shape[:axis] + self.shape)
+        place = (newest - steps) % (self.max_steps + 1)
         if place.ndim == 0:
             return jax.lax.dynamic_index_in_dim(buffer, place, axis, keepdims=False)
-        each = jnp.broadcast_to(place, buffer.shape[:axis] + self.shape)
-        return jnp.take_along_axis(buffer, jnp.expand_dims(each, axis), axis).squeeze(axis)
+        return jnp.take_along_axis(buffer, jnp.expand_dims(place, axis), axis).squeeze(axis)
 
     def _check(self, steps: jax.Array) -> None:
         whole = self.buffer.value.shape[: self._axis()] + self.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeAlias
 
@@ -15,11 +16,39 @@ from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Buffer, Hidden
 from mutatis.model.modules import Module
-from mutatis.model.variables import Variable
-from mutatis.nn.layers import as_axes
+from mutatis.model.variables import ModuleInit, Variable, lanes_of
+from mutatis.nn.layers import as_axes, sizes
 from mutatis.nn.spiking.units import has_unit, in_unit, step_length
 
 Parameter: TypeAlias = Any  # a number, an array, or a Variable
+
+
+@dataclasses.dataclass(frozen=True)
+class _AtParameter(ModuleInit):
+    """Starts a state of a `Dynamics` at one of its parameters.
+
+    Args:
+      name: of the parameter.
+      size: the shape of the state.
+      dtype: its dtype.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    dtype: Any
+
+    def start(self, module: Any, lanes: tuple[tuple[int, int], ...], batch_shape: tuple[int, ...]) -> jax.Array:
+        """The parameter in the shape of the state: with its lanes, and with a batch."""
+        parameter = getattr(module, self.name)
+        value = jnp.asarray(module._value(self.name), self.dtype)
+        stacked = lanes_of(parameter) if isinstance(parameter, Variable) else ()
+        front = jnp.moveaxis(value, [axis for axis, _ in stacked], range(len(stacked)))
+        outer, own = front.shape[: len(stacked)], front.shape[len(stacked) :]
+        between = (1,) * (len(batch_shape) + len(self.size) - len(own))
+        outer = outer or (1,) * len(lanes)
+        full = (*(size for _, size in lanes), *batch_shape, *self.size)
+        whole = jnp.broadcast_to(front.reshape(*outer, *between, *own), full)
+        return jnp.moveaxis(whole, range(len(lanes)), [axis for axis, _ in lanes])
 
 
 class Dynamics(Module):
@@ -35,7 +64,7 @@ class Dynamics(Module):
     _positive: ClassVar[frozenset[str]] = frozenset()  # parameters that are above zero: time constants
 
     def __init__(self, size: int | tuple[int, ...], dtype: Any = jnp.float32) -> None:
-        self.size = as_axes(size)
+        self.size = sizes(as_axes(size))
         self.dtype = dtype
 
     def _parameters(self, **given: Parameter) -> None:
@@ -70,8 +99,8 @@ class Dynamics(Module):
     def _value(self, name: str) -> Any:
         """A parameter: a number, or an array of the dtype of the states."""
         value = getattr(self, name)
-        if isinstance(value, Variable):
-            value = in_unit(value.value, self._units.get(name, ""), name)
+        value = value.value if isinstance(value, Variable) else value
+        value = in_unit(value, self._units.get(name, ""), name) if has_unit(value) else value
         return value if isinstance(value, int | float) else self._array(value)
 
     def _get(self, name: str) -> Any:
@@ -84,13 +113,20 @@ class Dynamics(Module):
         step = step_length()
         return step if isinstance(step, int | float) else self._array(step)
 
-    def _hidden(self, start: ArrayLike = 0.0) -> Hidden[jax.Array]:
+    def _hidden(self, start: ArrayLike = 0.0, dtype: Any = None) -> Hidden[jax.Array]:
         """A state for each element."""
 
-        def init(size: tuple[int, ...] = self.size, dtype: Any = self.dtype) -> jax.Array:
+        def init(size: tuple[int, ...] = self.size, dtype: Any = dtype or self.dtype) -> jax.Array:
             return jnp.full(size, start, dtype)
 
         return Hidden(init(), init=init)
+
+    def _hidden_at(self, name: str) -> Hidden[jax.Array]:
+        """A state for each element that starts at a parameter, as that is when the state starts."""
+        if isinstance(getattr(self, name), int | float):
+            return self._hidden(getattr(self, name))
+        start = _AtParameter(name, self.size, jnp.dtype(self.dtype))
+        return Hidden(start.start(self, (), ()), init=start)
 
     def _input(self, x: ArrayLike, state: jax.Array) -> jax.Array:
         """What comes in, of the shape of a state.

@@ -6,12 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from mutatis.core.avals import show_type
+from mutatis.core.calls import as_integer
+from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import RngState, stream_value
 from mutatis.model.modules import Module
+from mutatis.nn.layers import widen
 from mutatis.nn.spiking.units import has_unit, in_steps, in_unit, step_length
 from mutatis.random import Rngs, stream_of
 
@@ -66,8 +70,9 @@ class Poisson(Module):
                 got=show_type(array),
                 cure="`encode(200.0 * pixels)`, with pixels from 0 to 1",
             )
-        chance = array * jnp.asarray(step_length() * 1e-3, array.dtype)
-        return (jax.random.uniform(self.stream.draw(), array.shape, array.dtype) < chance).astype(self.dtype)
+        wide = widen(array.dtype)  # narrower numbers are too coarse for small chances
+        chance = array.astype(wide) * jnp.asarray(step_length() * 1e-3, wide)
+        return (jax.random.uniform(self.stream.draw(), array.shape, wide) < chance).astype(self.dtype)
 
 
 def latency(
@@ -87,15 +92,35 @@ def latency(
     Returns:
       The spikes, 0 or 1, of shape (steps, *x.shape).
 
+    Raises:
+      ArgumentError: `steps` is no int from 0, or `tau` or `threshold` is not above 0.
+
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
       >>> spikes = mu.nn.latency(jnp.array([1.0, 0.02, 0.0]), steps=20)
       >>> spikes.argmax(0)[:2], spikes.sum(0)
       (Array([0, 3], dtype=int32), Array([1., 1., 0.], dtype=float32))
     """
-    array, tau = jnp.asarray(x), in_steps(tau, "tau")
+    array, tau, count = jnp.asarray(in_unit(x, "", "x")), in_steps(tau, "tau"), as_integer(steps)
+    for name, given, fits, expected in (
+        ("steps", steps, count is not None and count >= 0, "an int from 0, known where it is called"),
+        ("tau", tau, _is_positive(tau), "a number of steps above 0"),
+        ("threshold", threshold, _is_positive(in_unit(threshold, "", "threshold")), "a number above 0"),
+    ):
+        if not fits:
+            raise ArgumentError(
+                f"`nn.latency` cannot work with `{name}={show_value(given)}`",
+                path=name,
+                expected=expected,
+                got=show_value(given),
+                cure="`nn.latency(x, steps=20, tau=5.0, threshold=0.01)`",
+            )
     above = array > threshold
     safe = jnp.where(above, array, threshold + 1.0)
     when = jnp.floor(tau * jnp.log(safe / (safe - threshold))).astype(jnp.int32)
-    at = jnp.arange(steps).reshape((steps,) + (1,) * array.ndim)
+    at = jnp.arange(count).reshape((-1,) + (1,) * array.ndim)
     return ((at == when[None]) & above[None]).astype(dtype)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer) or bool(np.all(np.asarray(value) > 0))

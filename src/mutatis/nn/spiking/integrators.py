@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mutatis.nn.spiking.units import check_slope, has_unit, without_unit
+from mutatis.core import naming
+from mutatis.core.showing import show_class, show_structure
+from mutatis.errors import ArgumentError
+from mutatis.nn.spiking.units import check_slope, without_unit
 
 
 def relaxed(y: Any, goal: Any, tau: Any, step: float) -> Any:
@@ -31,7 +34,7 @@ def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> j
       The value after the step, of the shape of `y`.
 
     Raises:
-      ArgumentError: `y`, `f(y)` and `step` have units that do not fit.
+      ArgumentError: `y`, `f(y)` and `step` have units that do not fit, or `y` is not one array.
 
     Source: Hochbruck and Ostermann, Exponential integrators, 2010, https://doi.org/10.1017/S0962492910000048
 
@@ -41,6 +44,15 @@ def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> j
       >>> bool(jnp.allclose(y, jnp.exp(-0.5)))
       True
     """
+    if not (hasattr(y, "dtype") or isinstance(y, int | float | complex)):
+        raise ArgumentError(
+            "`nn.exp_euler` makes the step of one array",
+            path="y",
+            where=naming.where(),
+            expected="an array, with or without a unit",
+            got=show_class(y),
+            cure="Call it for each array, or `nn.rk4(f, y, step)`, which takes pytrees.",
+        )
     y = _as_float(y)
     one = jax.tree.map(jnp.ones_like, y)
     slope, change = jax.jvp(f, (y,), (one,))
@@ -50,9 +62,10 @@ def exp_euler(f: Callable[[jax.Array], jax.Array], y: jax.Array, step: Any) -> j
 
 
 def _as_float(y: Any) -> Any:
-    """An integer as a float, which can change a little; anything else as it is."""
-    whole = not has_unit(y) and jnp.issubdtype(jnp.result_type(y), jnp.integer)
-    return jnp.asarray(y, jnp.result_type(float)) if whole else y
+    """An integer, also with a unit, as a float, which can change a little; anything else as it is."""
+    bare, unit = without_unit(y)
+    whole = jnp.issubdtype(jnp.result_type(bare), jnp.integer)
+    return unit(jnp.asarray(bare, jnp.result_type(float))) if whole else y
 
 
 def _of_type(number: Any, y: Any) -> Any:
@@ -85,7 +98,7 @@ def rk4(f: Callable[[Any], Any], y: Any, step: Any) -> Any:
       The value after the step, of the structure of `y`.
 
     Raises:
-      ArgumentError: `y`, `f(y)` and `step` have units that do not fit.
+      ArgumentError: `y`, `f(y)` and `step` have units that do not fit, or `f(y)` has another structure than `y`.
 
     Example:
       >>> import jax.numpy as jnp, mutatis as mu
@@ -102,6 +115,16 @@ def rk4(f: Callable[[Any], Any], y: Any, step: Any) -> Any:
 
     y = each(_as_float, y)
     k1 = f(y)
+    ours, theirs = (jax.tree.structure(each(lambda leaf: 0, tree)) for tree in (y, k1))
+    if ours != theirs:
+        raise ArgumentError(
+            "`nn.rk4` was given a derivative of another structure than the value",
+            path="f",
+            where=naming.where(),
+            expected=f"f(y) of the structure of y: {show_structure(ours)}",
+            got=show_structure(theirs),
+            cure="Return a derivative for each part of `y`, in the same containers.",
+        )
     each(lambda y, slope: check_slope("rk4", y, slope, step), y, k1)
     k2 = f(moved(k1, 0.5))
     k3 = f(moved(k2, 0.5))

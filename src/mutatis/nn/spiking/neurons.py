@@ -14,10 +14,14 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
+from mutatis.core import naming
+from mutatis.core.calls import check_function
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError
+from mutatis.nn.layers import widen
 from mutatis.nn.spiking.dynamics import Dynamics, Parameter
 from mutatis.nn.spiking.integrators import exp_euler, relaxed
 from mutatis.surrogate import sigmoid
@@ -42,8 +46,23 @@ class Neuron(Dynamics):
 
     v_th: Parameter
     v_reset: Parameter
+    tau_ref: Parameter
     surrogate: Surrogate
     reset: Reset
+
+    def _check(self, low: str, surrogate: Any) -> None:
+        """Raise unless the threshold is above the potential after a spike, and there is a surrogate."""
+        check_function(surrogate, f"nn.{type(self).__name__}", "surrogate", "`surrogate=mu.surrogate.arctan`")
+        ends = [self._value(low), self._value("v_th")]
+        known = not any(isinstance(end, jax.core.Tracer | jax.ShapeDtypeStruct) for end in ends)
+        if known and not bool(np.all(np.less(*map(np.asarray, ends)))):
+            raise ArgumentError(
+                f"`nn.{type(self).__name__}` cannot have a threshold at or below `{low}`",
+                path="v_th",
+                expected=f"`v_th` above {show_value(ends[0])}",
+                got=show_value(ends[1]),
+                cure=f"`nn.{type(self).__name__}(n, v_th=1.0, {low}=0.0)`",
+            )
 
     def _check_reset(self, reset: str) -> None:
         if reset not in ("soft", "hard"):
@@ -62,6 +81,7 @@ class Neuron(Dynamics):
 
     def _after(self, v: jax.Array, spikes: jax.Array) -> jax.Array:
         """Membranes after their spikes: lowered by the way from the threshold to the reset, or set to the reset."""
+        self._check_reset(self.reset)
         top = self._get("v_th") if self.reset == "soft" else jax.lax.stop_gradient(v)
         return v - (top - self._get("v_reset")) * spikes
 
@@ -72,8 +92,8 @@ class LIF(Neuron):
     A call makes one step in time, of the length `nn.dt` (1 ms by default), and returns the spikes. A neuron spikes if its
     membrane potential is at the threshold or above it at the end of the step. The next step starts from the reset. Each
     parameter is a number, an array of the shape `size`, or a Variable: ``tau=mu.Param(jnp.full(100, 20.0))`` is trained.
-    Numbers may stand for potentials of any scale, quantities with a unit are taken as mV. Membranes start at the `v_rest` that
-    the neurons are made with. ``mu.reset(net, mu.Hidden, batch_shape=(32,))`` starts a batch.
+    Numbers may stand for potentials of any scale, quantities with a unit are taken as mV. Membranes start at `v_rest`.
+    ``mu.reset(net, mu.Hidden, batch_shape=(32,))`` starts a batch, at the `v_rest` of that time.
 
     Args:
       size: the number of neurons, or their shape.
@@ -90,7 +110,7 @@ class LIF(Neuron):
     Attributes:
       v: Hidden of shape (*batch, *size), the membrane potentials.
       spikes: Hidden of the same shape, the spikes of the last step.
-      rest: Hidden of the same shape, the refractory time that is left, in ms; None if `tau_ref` is 0.
+      rest: Hidden of the same shape, the refractory time that is left, in ms, float32 or wider; None if `tau_ref` is 0.
 
     Raises:
       ArgumentError: a parameter has another shape, or `tau` is not above 0; or in a call the input has another shape.
@@ -128,11 +148,14 @@ class LIF(Neuron):
         self._check_reset(reset)
         self._parameters(tau=tau, v_th=v_th, v_reset=v_reset, v_rest=v_rest, resistance=resistance, tau_ref=tau_ref)
         self._set_input_unit(resistance)
+        self._check("v_reset", surrogate)
         self.reset = reset
         self.surrogate = surrogate
-        self.v = self._hidden(self._value("v_rest"))
+        self.v = self._hidden_at("v_rest")
         self.spikes = self._hidden()
-        self.rest = None if isinstance(tau_ref, int | float) and tau_ref == 0 else self._hidden()
+        self.rest = (
+            None if self._never_rests() else self._hidden(dtype=widen(dtype))
+        )  # narrow numbers do not count steps
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Make one step in time.
@@ -148,17 +171,31 @@ class LIF(Neuron):
         start = self._after(self.v.value, self.spikes.value)
         v = relaxed(start, self._get("v_rest") + self._get("resistance") * x, self._get("tau"), step)
         if self.rest is None:
+            if not self._never_rests():
+                raise ArgumentError(
+                    f"`nn.{type(self).__name__}` was made without a refractory time, and cannot have one now",
+                    path="tau_ref",
+                    where=naming.where(),
+                    expected="`tau_ref=0.0`",
+                    got=show_value(self.tau_ref),
+                    cure=f"Say it where the neurons are made: `nn.{type(self).__name__}(n, tau_ref=5.0)`.",
+                )
             spikes = self._fire(v)
         else:
-            awake = self.rest.value <= 0.01 * step  # so many steps, whatever is left of them by rounding
+            # In whole steps, as many as the time needs, whatever is left of them by rounding.
+            rest, wide = self.rest.value, jnp.asarray(step, self.rest.dtype)
+            awake = rest <= 0.5 * wide
             v = jnp.where(awake, v, start)
             spikes = jnp.where(awake, self._fire(v), 0)
-            left = jnp.maximum(self.rest.value - step, 0)
-            self.rest.value = jnp.where(jax.lax.stop_gradient(spikes) > 0, self._get("tau_ref"), left).astype(
-                self.dtype
-            )
+            whole = jnp.ceil(jnp.asarray(self._get("tau_ref"), rest.dtype) / wide - 0.01)
+            left = jnp.where(jax.lax.stop_gradient(spikes) > 0, whole, jnp.maximum(jnp.round(rest / wide) - 1, 0))
+            self.rest.value = left * wide
         self.v.value, self.spikes.value = v, spikes
         return spikes
+
+    def _never_rests(self) -> bool:
+        time = self.tau_ref
+        return isinstance(time, int | float) and time == 0
 
 
 class LI(Dynamics):
@@ -195,7 +232,7 @@ class LI(Dynamics):
         super().__init__(size, dtype)
         self._parameters(tau=tau, v_rest=v_rest, resistance=resistance)
         self._set_input_unit(resistance)
-        self.v = self._hidden(self._value("v_rest"))
+        self.v = self._hidden_at("v_rest")
 
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Make one step in time with the input `x`, a number or an array of the shape of `v`, and return `v`."""
@@ -309,6 +346,7 @@ class Izhikevich(Neuron):
     ) -> None:
         super().__init__(size, dtype)
         self._parameters(a=a, b=b, c=c, d=d, v_th=v_th)
+        self._check("c", surrogate)
         self.surrogate = surrogate
         self.v, self.u, self.spikes = self._hidden(-65.0), self._hidden(-13.0), self._hidden()
 
@@ -321,7 +359,8 @@ class Izhikevich(Neuron):
         u = self.u.value + d * self.spikes.value
         v = v + step * (0.04 * v * v + 5 * v + 140 - u + x)
         u = exp_euler(lambda u: a * (b * v - u), u, step)
-        v = jnp.minimum(v, 2 * v_th)  # the way up has no end: a long step would overflow
+        # The way up has no end: a long step would overflow. The derivative goes on.
+        v = v - jax.lax.stop_gradient(jnp.maximum(v - (v_th + jnp.abs(v_th)), 0))
         spikes = self.surrogate((v - v_th) / (v_th - c))
         self.v.value, self.u.value, self.spikes.value = v, u, spikes
         return spikes

@@ -40,6 +40,7 @@ class Expon(Dynamics):
     """
 
     _positive = frozenset({"tau"})
+    _input_unit = ""
     _units: ClassVar[Mapping[str, str]] = dict.fromkeys(_positive, "ms")
 
     def __init__(self, size: int | tuple[int, ...], tau: Parameter = 8.0, *, dtype: Any = jnp.float32) -> None:
@@ -88,6 +89,7 @@ class DualExpon(Dynamics):
     """
 
     _positive = frozenset({"tau_decay", "tau_rise"})
+    _input_unit = ""
     _units: ClassVar[Mapping[str, str]] = dict.fromkeys(_positive, "ms")
 
     def __init__(
@@ -103,11 +105,12 @@ class DualExpon(Dynamics):
         self.decay, self.rise = self._hidden(), self._hidden()
         times = [self._get("tau_decay"), self._get("tau_rise")]
         known = not any(isinstance(time, jax.core.Tracer | jax.ShapeDtypeStruct) for time in times)
-        if known and np.any(np.equal(*times)):
+        near = float(jnp.finfo(dtype).eps) ** 0.5  # so near that their difference has few digits
+        if known and np.any(np.abs(np.subtract(*map(np.asarray, times))) <= near * np.asarray(times[0])):
             raise ArgumentError(
                 "`nn.DualExpon` cannot rise as slowly as it decays: the difference of the two exponentials is zero",
                 path="tau_rise",
-                expected="another time than `tau_decay`",
+                expected="another time than `tau_decay`, so far from it that their difference has digits left",
                 got=show_value(times[1]),
                 cure=f"Both times in one: `nn.Alpha({self.size}, tau=10.0)`.",
             )
@@ -157,6 +160,7 @@ class Alpha(Dynamics):
     """
 
     _positive = frozenset({"tau"})
+    _input_unit = ""
     _units: ClassVar[Mapping[str, str]] = dict.fromkeys(_positive, "ms")
 
     def __init__(self, size: int | tuple[int, ...], tau: Parameter = 8.0, *, dtype: Any = jnp.float32) -> None:
