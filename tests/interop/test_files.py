@@ -380,3 +380,9 @@ def test_what_is_not_written(tmp_path: Path) -> None:
 def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
     interop.save(tmp_path / "a" / "b" / "x.safetensors", interop.Weights({"w": np.ones(1)}))
     assert [*interop.read(tmp_path / "a" / "b" / "x.safetensors")] == ["w"]
+
+
+def test_metadata_that_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(errors.ArgumentError, match=r"(?s)`metadata`.*str\(step\)"):
+        interop.save(tmp_path / "x.safetensors", interop.Weights({"w": np.ones(1)}), metadata={"step": 3})  # type: ignore[dict-item]
+    assert not list(tmp_path.iterdir())

@@ -584,3 +584,19 @@ def test_what_a_cast_may_change(given: Any, state: Any, fits: bool) -> None:
     with pytest.raises(errors.CheckpointError, match="w: `cast=True` would change the numbers"):
         interop.load(model, {"w": given}, cast=True)
     np.testing.assert_array_equal(model["w"], state)
+
+
+def test_layouts_that_do_not_fit() -> None:
+    class Twice(interop.Layout):
+        def read(self, arrays: Any) -> Any:
+            return [*arrays, *arrays]
+
+        def write(self, arrays: Any) -> Any:
+            return arrays
+
+    model = {"a": mu.Param(jnp.zeros(2)), "b": mu.Param(jnp.zeros(2))}
+    weights = {"ab": np.arange(4, dtype=np.float32)}
+    for layout, text in ((Split(axis=1), "does not take the shape"), (Twice(), "`Twice` gives 2 arrays for 1 names")):
+        rules: Any = {"ab": (("a", "b"), layout)} if isinstance(layout, Split) else {"ab": ("a", layout)}
+        with pytest.raises(errors.CheckpointError, match=text):
+            interop.load(model, weights, rules=rules)

@@ -263,3 +263,16 @@ def test_a_cell_without_a_carry_of_its_own() -> None:
     cell.carry = mu.Hidden(jnp.zeros(3), init=jnp.zeros(3))
     halves = [nn.RNN(cell, stateful=True)(part) for part in (x[:, :2], x[:, 2:])]
     close(jnp.concatenate(halves, 1), nn.RNN(Leaky())(x), atol=1e-6)
+
+
+def test_carries_of_another_cell() -> None:
+    x, pair, one = jnp.ones((2, 3)), (jnp.zeros((2, 4)), jnp.zeros((2, 4))), jnp.zeros((2, 4))
+    rngs = mu.Rngs(0)
+    for kind, wrong in (("LSTMCell", one), ("OptimizedLSTMCell", one), ("GRUCell", pair), ("SimpleCell", pair)):
+        cell = getattr(nn, kind)(3, 4, rngs=rngs)
+        with pytest.raises(ArgumentError, match="carry of another kind of cell"):
+            cell(wrong, x)
+        with pytest.raises(ArgumentError, match="carry of another kind of cell"):
+            nn.RNN(cell)(x[:, None], initial_carry=wrong)
+        carry, _ = cell(cell.initialize_carry(x.shape), x)
+        assert jax.tree.structure(carry) == jax.tree.structure(pair if wrong is one else one)

@@ -344,6 +344,15 @@ def write_safetensors(
             raise ArgumentError(
                 f"`{name}` is {show_value(array)}, and no array", path=name, cure="`numpy.asarray(x)` makes one."
             )
+    for name, text in (metadata or {}).items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ArgumentError(
+                f"`metadata` of a file has {show_value(name)}: {show_value(text)}, and texts only can be kept",
+                path="metadata",
+                expected="a dictionary from strings to strings",
+                got=show_value(metadata),
+                cure="`metadata={'step': str(step)}`",
+            )
     writer = require("safetensors.numpy", "mu.interop")
     data = writer.save(
         {name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata=dict(metadata or {})

@@ -402,9 +402,12 @@ def translate(rules: Sequence[Rule], arrays: Mapping[str, Any]) -> Translated:
         taken = [arrays[names[n]] for n in range(len(rule.theirs))]
         try:
             given = taken[: len(rule.ours)] if rule.layout is None else rule.layout.read(list(map(np.asarray, taken)))
-        except ValueError as error:
+        except (ValueError, IndexError, TypeError) as error:  # of layouts of users, too
             shapes = ", ".join(str(np.shape(x)) for x in taken)
             done.problems.append(f"{label}: {rule.layout} does not take the shape {shapes}: {error}")
+            continue
+        if len(given) != len(rule.ours):
+            done.problems.append(f"{label}: `{type(rule.layout).__name__}` gives {len(given)} arrays for {len(rule.ours)} names")
             continue
         for pattern, array in zip(rule.ours, given, strict=True):
             done.arrays.setdefault(_fill(pattern, places), []).append((label, array))

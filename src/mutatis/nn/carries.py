@@ -65,6 +65,7 @@ class RNNCellBase(Module):
           ArgumentError: the input has another number of features, or the carry of the cell is that of another batch.
         """
         if inputs is not None:
+            self._check_carry(carry)
             return self._step(carry, jnp.asarray(inputs))
         x = jnp.asarray(carry)
         new, y = self._step(carry_for(self, x.shape[: x.ndim - self.num_feature_axes]), x)
@@ -96,6 +97,9 @@ class RNNCellBase(Module):
 
     def _step(self, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
         raise NotImplementedError(f"`{type(self).__name__}` does not say what a step is: `__call__`")
+
+    def _check_carry(self, carry: Carry) -> None:
+        """Raise unless something that was handed in can be a carry of the cell."""
 
 
 def carry_for(cell: RNNCellBase, batch: tuple[int, ...]) -> Carry:
@@ -133,6 +137,20 @@ def carry_for(cell: RNNCellBase, batch: tuple[int, ...]) -> Carry:
 
 class Cell(RNNCellBase):
     """What the cells of `nn.recurrent` have in common."""
+
+    _parts = 1  # of a carry: an array, or a tuple of several
+
+    def _check_carry(self, carry: Carry) -> None:
+        many = isinstance(carry, list | tuple | dict)
+        if many if self._parts == 1 else not (isinstance(carry, list | tuple) and len(carry) == self._parts):
+            raise ArgumentError(
+                f"`nn.{type(self).__name__}` was given a carry of another kind of cell",
+                path="carry",
+                where=naming.where(),
+                expected="an array" if self._parts == 1 else f"a tuple of {self._parts} arrays",
+                got=show_value(carry),
+                cure="`cell.initialize_carry(x.shape)` makes a first one; of a net, `rnn(x, initial_carry=carry)`.",
+            )
 
     def _settle(
         self,

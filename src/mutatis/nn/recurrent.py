@@ -220,6 +220,8 @@ class LSTMCell(Cell):
         pairs = ((self.ii, self.hi), (self.if_, self.hf), (self.ig, self.hg), (self.io, self.ho))
         return [total(of_input(x), of_hidden(h)) for of_input, of_hidden in pairs]
 
+    _parts = 2
+
     def _step(self, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
         c, h = carry
         i, f, g, o = self._maps(x, h)
