@@ -97,3 +97,34 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingPackageError, match=r"needs the package `matplotlib`"):
         plot.traces(np.zeros(3))
+
+
+def test_colors_of_narrow_and_of_missing_numbers() -> None:
+    for values, most in (
+        (np.array([[-128, 3], [1, 2]], np.int8), 128.0),
+        (np.array([[np.nan, 3.0], [-5.0, np.inf]]), 5.0),
+        (np.array([[True], [False]]), 1.0),
+    ):
+        (picture,) = plot.weights(values).images
+        assert (picture.norm.vmin, picture.norm.vmax) == (-most, most)
+
+
+def test_a_quantity_is_drawn_in_its_unit() -> None:
+    u = pytest.importorskip("saiunit")
+    ax = plot.traces(np.arange(3.0) * u.mV, np.arange(3.0) * u.ms)
+    assert ax.lines[0].get_ydata().tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plot.traces(np.ones((3, 2)), labels=["a"]),
+        lambda: plot.traces(np.ones(3) * 1j),
+        lambda: plot.weights(np.ones((3, 2)), times=[0.0, 1.0, 5.0]),
+        lambda: plot.raster(np.array([["a"]])),
+        lambda: mu.jit(lambda x: plot.traces(x) and x)(np.ones(3)),
+    ],
+)
+def test_what_is_no_record(draw: Any) -> None:
+    with pytest.raises(ArgumentError, match="cannot draw this"):
+        draw()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from mutatis._packages import require
@@ -77,7 +78,10 @@ def traces(values: Any, times: Any = None, *, labels: Any = None, ax: Any = None
     """
     values, times = _over_time(values, times, "traces", dims=None)
     ax = _axes(ax, "traces")
-    lines = ax.plot(times, values.reshape(len(values), -1), **style)
+    columns = values.reshape(len(values), -1)
+    if labels is not None and len(labels) != columns.shape[1]:
+        raise _shape_error("traces", f"{columns.shape[1]} labels, one for each column", show_value(labels))
+    lines = ax.plot(times, columns, **style)
     if labels is not None:
         for line, label in zip(lines, labels, strict=True):
             line.set_label(label)
@@ -124,7 +128,8 @@ def weights(values: Any, times: Any = None, *, ax: Any = None, **style: Any) -> 
 
     Args:
       values: an array of shape (time, ...); the axes after the first count as one.
-      times: an array of shape (time,), increasing, the time of each row, in any unit. The default is the number of the row.
+      times: an array of shape (time,), increasing in equal steps, the time of each row, in any unit. The default is the number
+        of the row.
       ax: the matplotlib axes to draw into. The default is new ones.
       **style: options of `matplotlib.axes.Axes.imshow`.
 
@@ -144,8 +149,11 @@ def weights(values: Any, times: Any = None, *, ax: Any = None, **style: Any) -> 
     """
     values, times = _over_time(values, times, "weights", dims=None)
     ax = _axes(ax, "weights")
-    rows = values.reshape(len(values), -1).T
-    most = float(np.max(np.abs(rows), initial=0.0)) or 1.0
+    rows = values.reshape(len(values), -1).T.astype(np.float64)
+    steps = np.diff(times.astype(np.float64))
+    if len(steps) and not (steps[0] > 0 and np.allclose(steps, steps[0], rtol=1e-3)):
+        raise _shape_error("weights", "times at equal distances, increasing", show_value(times))
+    most = float(np.max(np.abs(rows), initial=0.0, where=np.isfinite(rows))) or 1.0
     extent = (float(times[0]), float(times[-1]) if len(times) > 1 else float(times[0]) + 1, -0.5, len(rows) - 0.5)
     defaults = {"aspect": "auto", "origin": "lower", "cmap": "RdBu_r", "vmin": -most, "vmax": most, "extent": extent}
     picture = ax.imshow(rows, **{**defaults, **style})
@@ -155,14 +163,29 @@ def weights(values: Any, times: Any = None, *, ax: Any = None, **style: Any) -> 
 
 
 def _over_time(values: Any, times: Any, name: str, dims: int | None) -> tuple[Any, Any]:
-    values = np.asarray(values)
+    values = _numbers(values, name)
     if values.ndim == 0 or len(values) == 0 or (dims is not None and values.ndim != dims):
         expected = "an array with time first" + (" and then neurons" if dims == 2 else "")
         raise _shape_error(name, expected, show_value(values))
-    times = np.arange(len(values)) if times is None else np.asarray(times)
+    times = np.arange(len(values)) if times is None else _numbers(times, name)
     if times.shape != values.shape[:1]:
         raise _shape_error(name, f"{len(values)} times, one for each row", show_value(times))
     return values, times
+
+
+def _numbers(given: Any, name: str) -> Any:
+    """An array of real numbers as NumPy's; of a quantity the numbers in its unit."""
+    if hasattr(given, "to_decimal"):
+        given = given.to_decimal(given.unit)
+    if isinstance(given, jax.core.Tracer):
+        raise _shape_error(name, "numbers that are known: draw outside of compiled functions", show_value(given))
+    try:
+        array = np.asarray(given)
+        return (
+            array if array.dtype == bool or array.dtype.kind in "iu" else array.astype(np.float64, casting="same_kind")
+        )
+    except (TypeError, ValueError):
+        raise _shape_error(name, "an array of real numbers", show_value(given)) from None
 
 
 def _shape_error(name: str, expected: str, got: str) -> ArgumentError:

@@ -407,7 +407,9 @@ def translate(rules: Sequence[Rule], arrays: Mapping[str, Any]) -> Translated:
             done.problems.append(f"{label}: {rule.layout} does not take the shape {shapes}: {error}")
             continue
         if len(given) != len(rule.ours):
-            done.problems.append(f"{label}: `{type(rule.layout).__name__}` gives {len(given)} arrays for {len(rule.ours)} names")
+            done.problems.append(
+                f"{label}: `{type(rule.layout).__name__}` gives {len(given)} arrays for {len(rule.ours)} names"
+            )
             continue
         for pattern, array in zip(rule.ours, given, strict=True):
             done.arrays.setdefault(_fill(pattern, places), []).append((label, array))
