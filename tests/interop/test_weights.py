@@ -600,3 +600,16 @@ def test_layouts_that_do_not_fit() -> None:
         rules: Any = {"ab": (("a", "b"), layout)} if isinstance(layout, Split) else {"ab": ("a", layout)}
         with pytest.raises(errors.CheckpointError, match=text):
             interop.load(model, weights, rules=rules)
+
+
+@pytest.mark.parametrize("convention", ["flax", "torch"])
+def test_states_that_are_tied(convention: str) -> None:
+    """The file has the array under both names."""
+    a, b = nn.Embed(5, 3, rngs=mu.Rngs(0)), nn.Embed(5, 3, rngs=mu.Rngs(1))
+    b.embedding = a.embedding
+    name = "weight" if convention == "torch" else "embedding"
+    array = np.arange(15, dtype=np.float32).reshape(5, 3)
+    interop.load({"a": a, "b": b}, {f"a.{name}": array, f"b.{name}": array}, convention=convention)
+    np.testing.assert_array_equal(b.embedding, array)
+    with pytest.raises(errors.CheckpointError, match="both come to it, and differ"):
+        interop.load({"a": a, "b": b}, {f"a.{name}": array, f"b.{name}": array + 1}, convention=convention)

@@ -45,6 +45,7 @@ class Call:
       parameters: the number of elements of its parameters.
       bytes: the size of all its states in bytes.
       flops: the number of floating point operations of the call, as XLA counts them before it optimizes; None if it does not say.
+        XLA counts the body of a loop once, so the number of an `nn.Stack` is that of one layer.
         Inside a `vmap` or a loop it is the number of one lane or iteration, as inputs and output are.
     """
 

@@ -202,6 +202,13 @@ def _torch(
     return _TORCH.get(name, name), _as_it_is, _as_it_is
 
 
+def own_name(owner: Any, name: str, convention: str) -> str:
+    """The attribute of a layer that a convention calls by a name; the name itself, if there is none."""
+    held = vars(owner) if convention == "torch" and isinstance(owner, Module) else {}
+    named = [attribute for attribute, cell in held.items() if isinstance(cell, Variable)]
+    return next((attribute for attribute in named if _torch(owner, attribute, None)[0] == name), name)
+
+
 def _refuse_stacked(owner: Any, shape: tuple[int, ...] | None) -> None:
     """Raise if a kernel has axes in front of those of one layer.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mutatis.core.avals import show_type
 from mutatis.core.nodes import STACKED_PARTS, stacked_part
-from mutatis.interop.conventions import Slot, in_list, is_key, needless, numbers, slots_of, stacks_on
+from mutatis.interop.conventions import Slot, in_list, is_key, needless, numbers, own_name, slots_of, stacks_on
 from mutatis.model.filters import Filter, FilterLike, Not, as_filter
 from mutatis.model.kinds import Cache, Hidden, Intermediate, MetricState, OptState, Perturbation, RngState, kind_of
 from mutatis.model.modules import Module
@@ -117,7 +117,7 @@ class Match:
         for taken, part in enumerate(parts):
             if part.isdigit() and isinstance(at, Module):
                 layer.append(int(part))
-            at = _step(at, part)
+            at = _step(at, part if taken + 1 < len(parts) else own_name(at, part, self._convention))
             if isinstance(at, Module) and at in self._first_paths:
                 path = self._first_paths[at]
                 stacks = stacks_on(path, self._owners)
