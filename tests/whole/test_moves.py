@@ -355,3 +355,40 @@ def test_another_object_with_the_same_states_is_no_move() -> None:
         return cell.value
 
     assert [float(step(jnp.ones(n))) for n in (1, 2, 2)] == [1.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("transform", [mu.jit, mu.remat, lambda f: mu.jit(mu.remat(f))], ids=["jit", "remat", "both"])
+def test_modules_that_jax_makes_on_the_way(transform: Callable[..., Any]) -> None:
+    """JAX rebuilds modules in its own transforms, some around what is no array; they are none of the result."""
+    layer, xs = mu.nn.Linear(2, 2, rngs=mu.Rngs(0)), jnp.arange(6.0).reshape(3, 2)
+
+    def program(layer: Any) -> Any:
+        mapped = jax.vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, xs).sum()
+        gradient = jax.grad(lambda layer: layer(xs).sum())(layer)
+        doubled = jax.jit(lambda layer: jax.tree.map(lambda x: 2 * x, layer))(layer)
+        shapes = jax.tree.map(lambda x: x.shape, layer)
+        abstract = jax.eval_shape(lambda layer: layer, layer)
+        carried, _ = jax.lax.scan(lambda c, _: (jax.tree.map(lambda x: x + 1, c), None), layer, None, length=2)
+        chosen = jax.lax.cond(xs[0, 0] < 1, lambda layer: layer, lambda layer: layer, layer)
+        assert shapes is not None and abstract is not None
+        return mapped, *map(jax.tree.leaves, (gradient, doubled, carried, chosen))
+
+    wanted = program(layer)
+    for _ in range(2):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), transform(program)(layer), wanted)
+
+
+def test_states_that_jax_makes_and_that_are_assigned() -> None:
+    def results(transform: Callable[..., Any]) -> Any:
+        layer: Any = mu.nn.Linear(2, 2, rngs=mu.Rngs(0))
+
+        def step(layer: Any) -> Any:
+            layer.kernel = jax.tree.map(lambda x: 2 * x, layer.kernel)
+            layer.shifted = jax.tree.map(lambda x: x + 1, layer.bias)
+            return layer(jnp.ones((1, 2))).sum() + layer.shifted.value.sum()
+
+        run = transform(step)
+        return [float(run(layer)) for _ in range(3)], float(layer.kernel.value.sum())
+
+    np.testing.assert_allclose(results(mu.jit)[0], results(lambda f: f)[0], rtol=1e-5)
+    np.testing.assert_allclose(results(mu.remat)[1], results(lambda f: f)[1], rtol=1e-5)

@@ -24,7 +24,7 @@ from mutatis.core.structure import structure_lock
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
 from mutatis.model.byhand import drop_traced, note_by_hand
-from mutatis.model.graph import Encoder, Spec, cell_spec, made_modules
+from mutatis.model.graph import Encoder, Spec, cell_spec, handed_out
 from mutatis.model.modules import Module
 from mutatis.model.variables import Variable
 from mutatis.tracing.arguments import FlatTree, check_result
@@ -143,7 +143,9 @@ def _run_once(
     if known.disturbed():
         raise StaleBinding  # what another thread assigned is not to be taken for what the function put there by hand
     note_by_hand(known.modules(), known.held, tx.journal)
-    drop_traced(made_modules(known, result.nodes, tx.journal))
+    walk = handed_out(result.nodes, tx.journal)
+    drop_traced(module for module in walk.modules() if known.known(module) is None)
+    tx.adopt(walk.cells)
     check_result(result, result.leaves, call.label)
     return _record(program, scope, tx, result, flat)
 

@@ -9,7 +9,7 @@ The vocabulary, here and on `Transaction`:
 | `lent` | takes values for a block of ours | no | until the block ends |
 | `peek` | looks at what kind of thing the value is, and lets go of it | no | no |
 | `create` | gives a cell that was made just now its first value | as made | |
-| `create_detached` | the same for a cell that belongs to no transaction | no | |
+| `create_detached` | the same for a cell that JAX makes of a pytree, outside every transaction | no | |
 | `preload` | fills an overlay with what JAX gives, before the code runs | no, until it is changed in place | |
 | `commit_writes` | writes what a transform or transaction leaves, where it was called | as written and made | |
 

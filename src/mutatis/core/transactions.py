@@ -248,6 +248,13 @@ class Transaction(frames.Frame):
         self.written[cell] = 1
         self.born[cell] = None
 
+    def adopt(self, cells: Iterable[Cell]) -> None:
+        """Count those cells as made here that JAX has made of pytrees in this trace, since they are handed out."""
+        for cell in cells:
+            if cell._birth is not None and cell._birth() is self.trace and cell not in self.values:
+                value, cell._birth = cell._value, None
+                self.create(cell, value)
+
     def drop(self, selects: Callable[[Cell], bool]) -> None:
         """Forget what was written to cells, but for those that were made here."""
         cells = [cell for cell in {**self.written, **self._lent} if cell not in self.born and selects(cell)]

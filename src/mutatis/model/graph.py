@@ -312,14 +312,14 @@ def make_cell(spec: Spec) -> Variable:
     return cell
 
 
-def made_modules(known: Encoder, nodes: Sequence[Any], journal: Journal) -> list[Module]:
-    """The modules that a function made and returned, or assigned to attributes, which a walk before it did not meet."""
+def handed_out(nodes: Sequence[Any], journal: Journal) -> Encoder:
+    """A walk over what a function returned, and over the modules that it assigned to attributes."""
     encoder = Encoder(thread=True, describe=False)
     assigned = [obj.__dict__.get(name) for obj, name, _ in journal.noted if isinstance(obj, Module)]
-    for node in [*nodes, *(value for value in assigned if is_node(value) and not isinstance(value, Variable))]:
+    for node in [*nodes, *filter(is_node, assigned)]:
         encoder.encode(node)
     encoder.encode_references()
-    return [obj for obj in encoder.objects if isinstance(obj, Module) and known.known(obj) is None]
+    return encoder
 
 
 class Decoder:

@@ -140,7 +140,7 @@ def _unflatten(definition: GraphDef, children: Sequence[Any]) -> Any:
     cells = list(map(make_cell, definition.cells))
     for cell, child in zip(cells, children, strict=True):
         cell._frozen = "detached"
-        access.create(cell, child)
+        access.create_detached(cell, child)
     return definition.build(cells)
 
 

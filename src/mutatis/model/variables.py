@@ -563,7 +563,7 @@ def _register(kind: type[Variable]) -> None:
 
     def unflatten(_aux: None, children: tuple[Any]) -> Variable:
         variable: Variable = detached(kind)
-        access.create(variable, children[0])
+        access.create_detached(variable, children[0])
         return variable
 
     def flatten_with_keys(variable: Variable) -> tuple[tuple[tuple[Any, Any]], Any]:

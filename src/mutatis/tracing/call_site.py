@@ -35,7 +35,7 @@ from mutatis.core.places import Place
 from mutatis.core.transactions import Transaction
 from mutatis.errors import StructureError
 from mutatis.model.byhand import drop_traced, note_by_hand
-from mutatis.model.graph import Encoder, made_modules
+from mutatis.model.graph import Encoder, handed_out
 from mutatis.model.kinds import Intermediate
 from mutatis.model.modules import Module, birth_of
 from mutatis.model.variables import Variable
@@ -184,7 +184,9 @@ class CallSite:
             note_by_hand(encoder.modules(), encoder.held, self.journal)
             packed = FlatTree(out)
             if packed.nodes or self.journal.noted:
-                drop_traced(made_modules(encoder, packed.nodes, self.journal))
+                walk = handed_out(packed.nodes, self.journal)
+                drop_traced(module for module in walk.modules() if encoder.known(module) is None)
+                tx.adopt(walk.cells)
             end = RunResult(packed, tx)
             return end, packed.leaves, [tx.values[cell] for cell in end.cells]
 
