@@ -345,7 +345,7 @@ def write_safetensors(
                 f"`{name}` is {show_value(array)}, and no array", path=name, cure="`numpy.asarray(x)` makes one."
             )
     for name, text in (metadata or {}).items():
-        if not isinstance(name, str) or not isinstance(text, str):
+        if not all(isinstance(part, str) for part in (name, text)):
             raise ArgumentError(
                 f"`metadata` of a file has {show_value(name)}: {show_value(text)}, and texts only can be kept",
                 path="metadata",
