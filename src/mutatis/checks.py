@@ -69,7 +69,7 @@ def error_if(pred: ArrayLike, message: str) -> None:
         )
     given = pred
     try:
-        pred = jnp.asarray(pred)
+        pred = jnp.asarray(0.0 if isinstance(pred, str | bytes) else pred)
     except (TypeError, ValueError):  # what is no array
         pred = jnp.zeros(())
     if pred.dtype != jnp.bool_:
