@@ -67,9 +67,9 @@ def error_if(pred: ArrayLike, message: str) -> None:
             got=show_class(message),
             cure='`mu.error_if(x < 0, "x is negative")`',
         )
-    given = pred
+    given: Any = pred
     try:
-        pred = jnp.asarray(0.0 if isinstance(pred, str | bytes) else pred)
+        pred = jnp.asarray(0.0 if isinstance(given, str | bytes) else given)
     except (TypeError, ValueError):  # what is no array
         pred = jnp.zeros(())
     if pred.dtype != jnp.bool_:
