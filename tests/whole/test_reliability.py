@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reliability.py"
 @pytest.mark.parametrize(
     "options",
     [
-        ["--kills", "2", "--damages", "20", "--seconds", "0.5"],
+        ["--kills", "1", "--damages", "8", "--seconds", "0.3"],
         pytest.param(["--write"], marks=pytest.mark.slow),
     ],
 )
