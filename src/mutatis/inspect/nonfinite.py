@@ -315,10 +315,10 @@ class _Walk:
 
     def from_atom(self, atom: Any, nan: bool) -> _Origin:
         """Where the NaN in a variable came from, or what is infinite in it."""
-        equation: Any = None
+        number: int | None = None  # of the operation that was looked at last
         while True:
             if _compat.is_literal(atom):  # a number of the program itself: the operation that takes it
-                return self._origin(equation) if equation is not None else _Origin()
+                return _Origin() if number is None else self._origin(number)
             if atom in self.inputs:
                 return _Origin(number=self.inputs[atom])
             number = self.makers[atom]
@@ -335,15 +335,15 @@ class _Walk:
                 continue
             same = [a for a in equation.invars if self.kinds(a)[0 if nan else 1]]
             if not same:
-                found = self._origin(equation)
+                found = self._origin(number)
                 infinite = [a for a in equation.invars if nan and self.kinds(a)[1]]
                 if infinite:
                     found.infinite = self.from_atom(infinite[0], False)
                 return found
             atom = same[0]
 
-    def _origin(self, equation: Any) -> _Origin:
-        given = _run(self.jaxpr, self.values, until=self.jaxpr.eqns.index(equation))
+    def _origin(self, number: int) -> _Origin:
+        equation, given = self.jaxpr.eqns[number], _run(self.jaxpr, self.values, until=number)
         return _Origin(equation, _line(equation), tuple(map(show_range, given)))
 
     def _resolved(self, found: _Origin, equation: Any) -> _Origin:

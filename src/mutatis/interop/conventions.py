@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,12 +34,11 @@ from mutatis import nn
 from mutatis.core import access
 from mutatis.core.cells import UNSET, Deferred
 from mutatis.core.naming import show_path
-from mutatis.core.nodes import stacked_part
 from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.filters import Path
 from mutatis.model.kinds import RngState
 from mutatis.model.modules import Module
-from mutatis.model.surgery import modules
+from mutatis.model.surgery import modules, stacks_on
 from mutatis.model.variables import Variable, lanes_of
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
@@ -126,17 +125,6 @@ def slots_of(node: Any, convention: str) -> list[Slot]:
                 cure="Give one of them another name, or take the part of the model that holds one of them.",
             )
     return slots
-
-
-def stacks_on(path: Path, owners: Mapping[Path, Module]) -> list[int]:
-    """Where a path goes into the one layer of a stack that holds the states of all.
-
-    Args:
-      path: the path of a state or module.
-      owners: the modules by path.
-    """
-    holders = [owners.get(path[:n]) for n in range(len(path))]
-    return [n for n, part in enumerate(path) if holders[n] is not None and part == stacked_part(type(holders[n]))]
 
 
 def in_list(path: Path, at: Sequence[int], layer: Sequence[int]) -> Path:

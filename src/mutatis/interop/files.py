@@ -181,14 +181,15 @@ def _read_index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         index = json.load(file)
     places: dict[str, str] = index["weight_map"]
+    files = sorted(set(places.values()))
     arrays: dict[str, Any] = {}
-    for name in sorted(set(places.values())):
+    for name in files:
         beside = os.path.join(os.path.dirname(path), name)
         if os.path.basename(name) != name or not os.path.isfile(beside):
             raise CheckpointError(
                 f"a file that the index at `{path}` names is not beside it",
                 path=name,
-                expected=f"{len(set(places.values()))} files: {', '.join(sorted(set(places.values()))[:8])}",
+                expected=f"{len(files)} files: {', '.join(files[:8])}",
                 got=f"no file `{name}`",
                 cure="Fetch all files of the model into one directory.",
             )

@@ -12,11 +12,11 @@ import numpy as np
 
 from mutatis.core.avals import show_type
 from mutatis.core.nodes import STACKED_PARTS, stacked_part
-from mutatis.interop.conventions import Slot, in_list, is_key, needless, numbers, own_name, slots_of, stacks_on
+from mutatis.interop.conventions import Slot, in_list, is_key, needless, numbers, own_name, slots_of
 from mutatis.model.filters import Filter, FilterLike, Not, as_filter
 from mutatis.model.kinds import Cache, Hidden, Intermediate, MetricState, OptState, Perturbation, RngState, kind_of
 from mutatis.model.modules import Module
-from mutatis.model.surgery import modules
+from mutatis.model.surgery import modules, stacks_on
 from mutatis.model.variables import Variable
 
 # What files with weights seldom hold: a model keeps its own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from operator import is_
 from typing import Any, TypeVar, overload
 
@@ -14,7 +14,7 @@ from mutatis.core import access, transactions
 from mutatis.core.containers import ContainerSnapshot
 from mutatis.core.journal import Journal, put_back
 from mutatis.core.naming import show_path
-from mutatis.core.nodes import is_node
+from mutatis.core.nodes import is_node, stacked_part
 from mutatis.core.showing import show_class, show_value
 from mutatis.core.statics import check_static
 from mutatis.core.structure import structure, structure_lock
@@ -275,3 +275,14 @@ def held_fast(path: Path, holder: Any) -> StructureError:
         got=type(holder).__name__,
         cure="Pop from each module that holds states: `mu.pop(model, mu.Cache)`.",
     )
+
+
+def stacks_on(path: Path, owners: Mapping[Path, Module]) -> list[int]:
+    """Where a path goes into the one layer of a stack that holds the states of all.
+
+    Args:
+      path: the path of a state or module.
+      owners: the modules by path.
+    """
+    holders = [owners.get(path[:n]) for n in range(len(path))]
+    return [n for n, part in enumerate(path) if holders[n] is not None and part == stacked_part(type(holders[n]))]

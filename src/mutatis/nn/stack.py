@@ -22,7 +22,7 @@ from mutatis.errors import ArgumentError, StructureError
 from mutatis.model.filters import Path
 from mutatis.model.modules import Module
 from mutatis.model.operations import clone, merge, split
-from mutatis.model.surgery import modules
+from mutatis.model.surgery import modules, stacks_on
 from mutatis.model.variables import Variable, lanes_of, note_unstacked
 from mutatis.model.walks import variables
 from mutatis.random import Rngs
@@ -143,8 +143,7 @@ class Stack(Module):
         """Whether several stacks are seen at once, from outside of the transform that has stacked them."""
         inside = modules(self.layer)
         return any(
-            len(lanes_of(cell)) > 1 + sum(isinstance(inside.get(path[:n]), Stack) for n in range(len(path)))
-            for path, cell in variables(self.layer).items()
+            len(lanes_of(cell)) > 1 + len(stacks_on(path, inside)) for path, cell in variables(self.layer).items()
         )
 
     def layers(self) -> list[Module]:
