@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mutatis.core.avals import broadcasts
 from mutatis.core.calls import takes
 from mutatis.core.showing import show_class
 from mutatis.errors import ArgumentError
@@ -70,10 +71,7 @@ def _counted(mask: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
       ArgumentError: it does not broadcast to that.
     """
     given = jnp.asarray(True if mask is None else mask, bool)
-    fits = given.ndim <= len(shape) and all(
-        size in (1, full) for size, full in zip(given.shape[::-1], shape[::-1], strict=False)
-    )
-    if not fits:
+    if not broadcasts(given.shape, shape):
         raise ArgumentError(
             "the mask of a metric does not fit its values",
             path="mask",

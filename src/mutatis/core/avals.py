@@ -131,3 +131,9 @@ def show_range(value: Any) -> str:
         return kind
     low, high = float(numbers.min()), float(numbers.max())
     return f"{kind} {low:g}" if low == high else f"{kind} from {low:g} to {high:g}"
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another."""
+    sizes = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(size in (1, other) for size, other in sizes)

@@ -11,11 +11,12 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import naming
+from mutatis.core.avals import broadcasts
 from mutatis.errors import ArgumentError, RandomStreamError
 from mutatis.interventions import sow
 from mutatis.model.kinds import Intermediate
 from mutatis.model.modules import Module
-from mutatis.nn.layers import PromoteDtype, broadcasts, promote_dtype
+from mutatis.nn.layers import PromoteDtype, promote_dtype
 from mutatis.nn.positions import RoPE
 
 

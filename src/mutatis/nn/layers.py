@@ -370,9 +370,3 @@ def as_axes(axes: Any) -> Shape:
             cure="A size of several axes is a tuple: `(4, 8)`.",
         )
     return integers
-
-
-def broadcasts(shape: Shape, to: Shape) -> bool:
-    """Whether an array of one shape broadcasts to another."""
-    sizes = zip(shape[::-1], to[::-1], strict=False)
-    return len(shape) <= len(to) and all(size in (1, other) for size, other in sizes)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.nn.initializers import Initializer
 
 from mutatis.core import naming
+from mutatis.core.avals import broadcasts
 from mutatis.core.showing import show_value
 from mutatis.errors import ArgumentError, AxisError
 from mutatis.model.kinds import Param
@@ -148,10 +149,7 @@ class Normalization(Layer):
           ArgumentError: it does not broadcast to that.
         """
         mask = jnp.asarray(mask)
-        fits = mask.ndim <= x.ndim and all(
-            size in (1, full) for size, full in zip(mask.shape[::-1], x.shape[::-1], strict=False)
-        )
-        if not fits:
+        if not broadcasts(mask.shape, x.shape):
             owner = self._owner()
             raise ArgumentError(
                 f"the mask for {naming.describe(owner)} does not fit the input of its layer",

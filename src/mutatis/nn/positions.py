@@ -11,10 +11,11 @@ from jax.nn.initializers import Initializer, normal
 from jax.typing import ArrayLike, DTypeLike
 
 from mutatis.core import naming
+from mutatis.core.avals import broadcasts
 from mutatis.errors import ArgumentError
 from mutatis.model.kinds import Buffer
 from mutatis.model.modules import Module
-from mutatis.nn.layers import broadcasts, check_input, convert, misfit, param_key, parameter
+from mutatis.nn.layers import check_input, convert, misfit, param_key, parameter
 from mutatis.random import Rngs
 
 

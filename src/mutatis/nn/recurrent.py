@@ -170,6 +170,8 @@ class LSTMCell(Cell):
       (4, 3)
     """
 
+    _parts = 2
+
     def __init__(
         self,
         in_features: int,
@@ -219,8 +221,6 @@ class LSTMCell(Cell):
         """What goes into the gates, in the order i, f, g, o."""
         pairs = ((self.ii, self.hi), (self.if_, self.hf), (self.ig, self.hg), (self.io, self.ho))
         return [total(of_input(x), of_hidden(h)) for of_input, of_hidden in pairs]
-
-    _parts = 2
 
     def _step(self, carry: Carry, x: jax.Array) -> tuple[Carry, jax.Array]:
         c, h = carry
